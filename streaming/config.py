@@ -1,0 +1,163 @@
+"""`config.toml`: every setting, its type, its range, and the error that names its key.
+
+Components receive their own section, never the whole.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message has a line per wrong key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+PositiveSeconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class ServerConfig(_Section):
+    """Sockets and their limits."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8765
+    max_connections: Annotated[int, Field(ge=1, le=100_000)] = 600
+    max_message_bytes: Annotated[int, Field(ge=1024, le=256 * 1024 * 1024)] = 8 * 1024 * 1024
+    max_bad_messages: Annotated[int, Field(ge=1, le=1000)] = 20
+    subscriber_queue: Annotated[int, Field(ge=16, le=1_000_000)] = 1000
+    idle_timeout_s: PositiveSeconds = 60.0
+    ping_interval_s: PositiveSeconds = 20.0
+    stop_timeout_s: PositiveSeconds = 15.0
+
+
+class IngestConfig(_Section):
+    """Audio on its way to the engine."""
+
+    ring_s: Annotated[float, Field(ge=45, le=600)] = 90.0
+    max_ahead_s: Annotated[float, Field(ge=1, le=60)] = 10.0
+    ack_interval_s: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class VadConfig(_Section):
+    """Endpointing: which audio the words are looked for in."""
+
+    aggressiveness: Annotated[int, Field(ge=0, le=3)] = 2
+    start_ms: Annotated[int, Field(ge=30, le=2000)] = 120
+    stop_ms: Annotated[int, Field(ge=120, le=5000)] = 600
+    pad_ms: Annotated[int, Field(ge=0, le=1000)] = 300
+    min_level_dbfs: Annotated[float, Field(ge=-120, le=0)] = -55.0
+
+
+class ModelConfig(_Section):
+    """Which model, in which arithmetic, where."""
+
+    name: Annotated[str, Field(min_length=1)] = "embedded"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    language: str = "auto"
+
+
+class EngineConfig(_Section):
+    """The engine process and its ticks."""
+
+    n_slots: Annotated[int, Field(ge=1, le=4096)] = 8
+    threads: Annotated[int, Field(ge=0, le=512)] = 0
+    tick_ms: Annotated[int, Field(ge=80, le=10_000)] = 640
+    shed_after_s: Annotated[float, Field(ge=0, le=600)] = 1.5
+    start_timeout_s: PositiveSeconds = 120.0
+    step_timeout_s: PositiveSeconds = 60.0
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 5
+    restart_window_s: PositiveSeconds = 300.0
+
+    @model_validator(mode="after")
+    def _tick_is_whole_encoder_frames(self) -> EngineConfig:
+        if self.tick_ms % 80:
+            raise ValueError(f"tick_ms is {self.tick_ms}; expected a multiple of 80 (an encoder frame)")
+        return self
+
+
+class TranscriptConfig(_Section):
+    """When words are committed and segments closed."""
+
+    window_s: Annotated[float, Field(ge=4, le=29)] = 24.0
+    edge_s: Annotated[float, Field(ge=0, le=5)] = 0.4
+    max_segment_s: Annotated[float, Field(ge=5, le=300)] = 20.0
+    max_tokens_per_s: Annotated[float, Field(ge=3, le=50)] = 12.0
+
+
+class LogConfig(_Section):
+    """What is kept of each stream for replay."""
+
+    history: Annotated[int, Field(ge=100, le=10_000_000)] = 10_000
+    closed_streams: Annotated[int, Field(ge=0, le=100_000)] = 100
+
+
+class Config(_Section):
+    """The whole file."""
+
+    server: ServerConfig = ServerConfig()
+    ingest: IngestConfig = IngestConfig()
+    vad: VadConfig = VadConfig()
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    transcript: TranscriptConfig = TranscriptConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _ring_holds_a_window(self) -> Config:
+        least = self.transcript.window_s + self.ingest.max_ahead_s + 5
+        if self.ingest.ring_s < least:
+            raise ValueError(
+                f"ingest.ring_s is {self.ingest.ring_s}; expected at least {least}: "
+                "transcript.window_s + ingest.max_ahead_s + 5"
+            )
+        return self
+
+
+def parse_config(text: str, source: str = "config") -> Config:
+    """Read the text of a configuration file.
+
+    Raises:
+        ConfigError: no TOML, an unknown key, a wrong type or an impossible value; names each key.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{source}: no TOML: {exc}") from exc
+    try:
+        return Config.model_validate(values)
+    except ValidationError as exc:
+        lines = [f"{source}: {_problem(error)}" for error in exc.errors()]
+        raise ConfigError("\n".join(lines)) from exc
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: as `parse_config`, or the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+    return parse_config(text, str(path))
+
+
+def _problem(error: object) -> str:
+    """One line: the key's path, what is wrong with it, what was got."""
+    assert isinstance(error, dict), error
+    key = ".".join(str(part) for part in error["loc"]) or "file"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    got = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
+    return f"{key}: {error['msg']}{got}"

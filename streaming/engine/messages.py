@@ -1,0 +1,200 @@
+"""What server and engine process say to each other, and how it becomes bytes.
+
+Messages are msgpack with a four-byte little-endian length before each: never shared memory,
+so that an engine can live on another machine. No torch here: the server imports this.
+Positions are samples at 16 kHz since the stream's first one.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
+_LENGTH = struct.Struct("<I")
+
+MarkKind = Literal["started", "stopped", "flush"]
+PointKind = Literal["tick", "stopped", "flush"]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """Something decided on the sample clock: endpointing, or a client's flush."""
+
+    kind: MarkKind
+    at: int  # the decision is known once this many samples have arrived
+    edge: int  # where speech really began or ended; for a flush, the same as `at`
+
+
+class Heard(msgspec.Struct, frozen=True, array_like=True):
+    """A word of a hypothesis or of the committed text."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+# --- server to engine --------------------------------------------------------------------
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """A stream takes a slot. After an engine's death the same message opens it where it was.
+
+    The audio that follows begins at `start`. What lies before `consumed` was decoded by the dead
+    engine: it is heard again, but no tick inside it is due. Marks that had no answer are sent again,
+    whatever their position, and are answered.
+    """
+
+    stream: int  # the server's number for this stream, never used twice
+    language: str | None  # None: detect
+    start: int = 0
+    consumed: int = 0
+    window_start: int = 0  # the window as the dead engine had it
+    committed: tuple[Heard, ...] = ()  # committed words that end after `window_start`
+    context: str = ""  # the end of the committed text before the window
+    is_speech: bool = False  # endpointing state at `consumed`, after the marks that were answered
+    speech_edge: int = 0  # where the running speech began, if `is_speech`
+
+
+class Audio(msgspec.Struct, frozen=True, tag=True):
+    """Audio in order, with the marks that fall inside it.
+
+    `pcm` is float32 little-endian. Marks have `start < at <= start + n_samples` and are in order.
+    A flush mark may come with no audio; then `at == start`.
+    """
+
+    stream: int
+    start: int
+    pcm: bytes
+    marks: tuple[Mark, ...] = ()
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """The timeline's answer to a `Result`: so many of its words are now committed.
+
+    The stream is not decoded again before this arrives, so that results depend on no clock.
+    """
+
+    stream: int
+    point: int
+    kind: PointKind
+    n_words: int
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """Change a live stream's language; None means detect."""
+
+    stream: int
+    language: str | None
+
+
+class CloseStream(msgspec.Struct, frozen=True, tag=True):
+    """Give the slot back; what is still buffered is dropped."""
+
+    stream: int
+
+
+ToEngine = Open | Audio | Commit | Configure | CloseStream
+
+
+# --- engine to server --------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded and warm."""
+
+    model: str
+    tasks: tuple[str, ...]
+    languages: tuple[str, ...]
+    n_slots: int
+    load_s: float
+    warm_up_s: float
+
+
+class Result(msgspec.Struct, frozen=True, tag=True):
+    """A transcript hypothesis at a decode point; answered with `Commit`.
+
+    Every `stopped` and `flush` mark gets exactly one, with no words where nothing was open.
+    """
+
+    stream: int
+    point: int  # the audio before this sample was heard
+    kind: PointKind
+    words: tuple[Heard, ...]  # what follows the committed words
+    stable_end: int
+    language: str | None
+    no_speech: float
+    n_loops_cut: int
+    compute_s: float  # wall time of the step that made it
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """How far the engine is with a stream: flow control, and what the ring may forget.
+
+    Sent when audio was consumed; at least once a second of audio.
+    """
+
+    stream: int
+    consumed: int  # audio before this was taken from the buffer, ticks inside it are decided
+    needed_from: int  # a restart needs the audio from here on
+    window_start: int
+
+
+class Skipped(msgspec.Struct, frozen=True, tag=True):
+    """Under load the scheduler left out decode points of this stream."""
+
+    stream: int
+    start: int
+    end: int
+    n_points: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot go on and ends itself after this message."""
+
+    message: str
+
+
+class Tick(msgspec.Struct, frozen=True, tag=True):
+    """What a step cost, for the metrics."""
+
+    wall_s: float
+    cpu_s: float
+    n_streams: int
+
+
+FromEngine = Ready | Result | Progress | Skipped | Failed | Tick
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """The bytes of one message, its length first."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def frame_length(header: bytes) -> int:
+    """The length of the body that follows a four-byte header.
+
+    Raises:
+        ValueError: longer than any message; the pipe is out of step.
+    """
+    length = int(_LENGTH.unpack(header)[0])
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} are possible")
+    return length
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """Read what the server said."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """Read what the engine said."""
+    return _from_engine.decode(body)

@@ -1,0 +1,102 @@
+"""What the scheduler asks of a runner, and what it gets back.
+
+Contracts only: no tensor library is imported here. Positions are samples at 16 kHz since the
+stream's first one; audio is float32 mono in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pcm = NDArray[np.float32]  # [n_samples], 16 kHz mono
+
+Task = Literal["transcript", "events", "emotion", "answer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a model can be asked."""
+
+    model: str
+    tasks: tuple[Task, ...]
+    languages: tuple[str, ...]  # codes a stream may be set to; empty where it cannot be set
+    max_window_s: float  # audio the model can look at in one go
+    min_tick_s: float  # asking more often than this gives nothing
+
+
+@dataclass(frozen=True, slots=True)
+class HeardWord:
+    """A piece of a hypothesis: a word with its place on the stream's clock."""
+
+    text: str  # as it is joined to the text before it with a space
+    start: int  # samples
+    end: int  # samples
+    score: float  # probability, 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """One question on one slot's audio, answered and forgotten."""
+
+    task: Task
+    window_start: int  # the audio from this sample on is looked at
+    prefix: tuple[str, ...]  # words already agreed on inside the window; the answer goes on from them
+    context: str  # text before the window, for the model's orientation only
+    language: str | None  # None: detect
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStep:
+    """What one slot gets in one step."""
+
+    slot_idx: int
+    owner: int  # the stream that held the slot when this was planned
+    start: int  # position of `pcm`; a jump ahead of what the slot has heard makes it forget the past
+    pcm: Pcm  # samples not given before
+    forks: tuple[Fork, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything due this tick."""
+
+    slots: tuple[SlotStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """The answer to one transcript fork: what follows the agreed prefix."""
+
+    slot_idx: int
+    owner: int
+    words: tuple[HeardWord, ...]
+    stable_end: int  # samples; what rests on audio before this no longer changes with more audio
+    language: str | None
+    language_score: float  # probability of `language`; 1 where it was set
+    no_speech: float  # probability that the window holds no speech, 0 to 1
+    n_loops_cut: int  # repetitions the guard removed
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner found, fork by fork, in the order of the plan."""
+
+    hypotheses: tuple[Hypothesis, ...]
+
+
+class Runner(Protocol):
+    """One model on one device, serving `n_slots` live streams."""
+
+    capabilities: Capabilities
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Everything due this tick, batched."""
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Forget; the other slots are untouched."""
