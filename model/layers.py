@@ -1,0 +1,101 @@
+"""The transformer layer that Whisper's and MOSS-Audio's encoders share.
+
+Parameter names are those of the Hugging Face checkpoints. No state, no cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """[B, T, D] to [B, H, T, D / H]."""
+    batch, n_steps, width = x.shape
+    return x.view(batch, n_steps, n_heads, width // n_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, T, D / H] to [B, T, D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention as Whisper's checkpoints have it: the key projection has no bias."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries of `x` [B, T, D]: [B, H, T, D / H], not yet scaled."""
+        return split_heads(self.q_proj(x), self.n_heads)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `x` [B, T, D]: each [B, H, T, D / H]."""
+        return split_heads(self.k_proj(x), self.n_heads), split_heads(self.v_proj(x), self.n_heads)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention output, [B, T, D].
+
+        Args:
+            q: Queries, [B, H, T, D / H].
+            k: Keys, [B, H, S, D / H].
+            v: Values, as `k`.
+            mask: Bool, broadcastable to [B, H, T, S]; True where a query may look.
+        """
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(merge_heads(out))  # type: ignore[no-any-return]
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, bidirectional.
+
+    Source: transformers, models/whisper/modeling_whisper.py, WhisperEncoderLayer.
+    """
+
+    def __init__(self, width: int, n_heads: int, ffn_width: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, n_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn_width)
+        self.fc2 = nn.Linear(ffn_width, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """One layer.
+
+        Args:
+            x: [B, T, D].
+            key_mask: [B, T] bool, True where a position holds something; None: everywhere.
+
+        Returns:
+            [B, T, D]. Rows of masked positions are not to be read.
+        """
+        h = self.self_attn_layer_norm(x)
+        k, v = self.self_attn.keys_values(h)
+        mask = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, T]
+        x = x + self.self_attn.attend(self.self_attn.queries(h), k, v, mask)
+        h = F.gelu(self.fc1(self.final_layer_norm(x)))
+        x = x + self.fc2(h)
+        if x.dtype == torch.float16:  # the published code does this against overflow, in float16 only
+            limit = torch.finfo(x.dtype).max - 1000
+            x = x.clamp(-limit, limit)
+        return x
+
+
+def sinusoids(n_positions: int, width: int) -> Tensor:
+    """Fixed positions, [n_positions, width] float32: sines, then cosines.
+
+    Source: openai/whisper, whisper/model.py, `sinusoids`.
+    """
+    half = width // 2
+    step = torch.log(torch.tensor(10_000.0)) / (half - 1)
+    rates = torch.exp(-step * torch.arange(half, dtype=torch.float32))
+    angles = torch.arange(n_positions, dtype=torch.float32)[:, None] * rates[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
