@@ -64,7 +64,8 @@ def _log_power(samples: Tensor, n_mels: int) -> Tensor:
     frames = samples.unfold(0, N_FFT, HOP) * _window()  # [T, 400]
     # float64: a quiet cell 80 dB below the loudest is otherwise rounding noise of the loudest.
     power = torch.fft.rfft(frames).abs().square()  # [T, 201]
-    return (power @ mel_filters(n_mels).T).clamp(min=1e-10).log10().float()
+    log_power: Tensor = (power @ mel_filters(n_mels).T).clamp(min=1e-10).log10()
+    return log_power.float()
 
 
 def normalise(log_power: Tensor, peak: Tensor | float) -> Tensor:

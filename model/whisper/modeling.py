@@ -1,0 +1,213 @@
+"""Whisper's encoder and decoder, batched, with an explicit cache.
+
+Parameter names are those of the Hugging Face checkpoints, so loading needs no table.
+Nothing is remembered on a module: the cache is an argument.
+
+Source: openai/whisper, whisper/model.py; transformers, models/whisper/modeling_whisper.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers import Attention, EncoderLayer
+
+FRAMES_PER_POSITION = 2  # mel frames per encoder position: conv2 has stride 2
+
+
+@dataclass(frozen=True, slots=True)
+class WhisperConfig:
+    """The shape of a checkpoint, and the token ids that come with it."""
+
+    n_mels: int
+    width: int
+    n_encoder_layers: int
+    n_encoder_heads: int
+    encoder_ffn_width: int
+    n_decoder_layers: int
+    n_decoder_heads: int
+    decoder_ffn_width: int
+    vocab_size: int
+    n_audio_positions: int  # encoder positions of a full window; 1500 = 30 s
+    n_text_positions: int  # longest token sequence, prompt included
+    alignment_heads: tuple[tuple[int, int], ...]  # (decoder layer, head), their attention follows time
+    suppressed_ids: tuple[int, ...]  # never said
+    suppressed_first_ids: tuple[int, ...]  # not said as the first thing
+
+    @property
+    def n_frames(self) -> int:
+        """Mel frames of a full window; 3000 = 30 s."""
+        return self.n_audio_positions * FRAMES_PER_POSITION
+
+
+class AudioEncoder(nn.Module):
+    """Mel frames to encoder positions, 50 a second."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.conv1 = nn.Conv1d(config.n_mels, width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.n_audio_positions, width)
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, config.n_encoder_heads, config.encoder_ffn_width)
+            for _ in range(config.n_encoder_layers)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Encode windows.
+
+        Args:
+            mel: [B, M, T], T even and at most a full window. Stock weights know full windows only.
+
+        Returns:
+            [B, T / 2, D].
+        """
+        x = F.gelu(self.conv1(mel))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # [B, T / 2, D]
+        x = x + self.embed_positions.weight[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.layer_norm(x)  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention over the cache, attention to the audio, feed-forward."""
+
+    def __init__(self, width: int, n_heads: int, ffn_width: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, n_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.encoder_attn = Attention(width, n_heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn_width)
+        self.fc2 = nn.Linear(ffn_width, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderCache:
+    """What the decoder remembers of a batch of token sequences and of their audio.
+
+    Tensors are written in place, never rebound. Entries at and after a row's length are garbage:
+    shortening a length forgets what lies behind it, and that is all a roll-back is.
+    """
+
+    keys: Tensor  # [L, B, H, T_max, D / H], self-attention
+    values: Tensor  # as `keys`
+    audio_keys: tuple[Tensor, ...]  # per layer [B, H, S, D / H], once per encode
+    audio_values: tuple[Tensor, ...]  # as `audio_keys`
+    lengths: list[int]  # [B], tokens in the cache
+
+    def rollback(self, row: int, length: int) -> None:
+        """Forget what row `row` has after its first `length` tokens."""
+        assert 0 <= length <= self.lengths[row], (length, self.lengths[row])
+        self.lengths[row] = length
+
+    def select(self, rows: Sequence[int]) -> DecoderCache:
+        """A smaller cache of some rows, a copy: rows that have finished cost nothing more."""
+        idx = torch.tensor(rows, device=self.keys.device)
+        return DecoderCache(
+            self.keys.index_select(1, idx),
+            self.values.index_select(1, idx),
+            tuple(k.index_select(0, idx) for k in self.audio_keys),
+            tuple(v.index_select(0, idx) for v in self.audio_values),
+            [self.lengths[row] for row in rows],
+        )
+
+
+class TextDecoder(nn.Module):
+    """Tokens and audio to the next token."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_positions = nn.Embedding(config.n_text_positions, config.width)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config.width, config.n_decoder_heads, config.decoder_ffn_width)
+            for _ in range(config.n_decoder_layers)
+        )
+        self.layer_norm = nn.LayerNorm(config.width)
+        self.alignment_heads = tuple(
+            tuple(head for layer, head in config.alignment_heads if layer == layer_idx)
+            for layer_idx in range(config.n_decoder_layers)
+        )
+
+    def new_cache(self, encoded: Tensor, n_tokens: int) -> DecoderCache:
+        """A cache for sequences of at most `n_tokens` tokens over `encoded` audio [B, S, D]."""
+        audio = [layer.encoder_attn.keys_values(encoded) for layer in self._layers]
+        first = self._layers[0]
+        batch, width = encoded.shape[0], encoded.shape[2]
+        n_heads = first.self_attn.n_heads
+        keys = encoded.new_zeros(len(audio), batch, n_heads, n_tokens, width // n_heads)
+        return DecoderCache(
+            keys, torch.zeros_like(keys), tuple(k for k, _ in audio), tuple(v for _, v in audio), [0] * batch
+        )
+
+    def forward(self, tokens: Tensor, n_valid: Sequence[int], cache: DecoderCache) -> tuple[Tensor, Tensor]:
+        """Append tokens to every row.
+
+        Args:
+            tokens: [B, T] int64, each row padded on the right with anything.
+            n_valid: [B], how many tokens of each row are meant; the cache grows by as many.
+            cache: Updated in place.
+
+        Returns:
+            Hidden states after the last norm, [B, T, D], and the attention of the alignment heads
+            to the audio, [B, A, T, S] float32. Padded positions are not to be read.
+        """
+        batch, n_new = tokens.shape
+        starts = torch.tensor(cache.lengths, device=tokens.device)
+        positions = starts[:, None] + torch.arange(n_new, device=tokens.device)  # [B, T]
+        n_keys = max(cache.lengths) + n_new
+        assert n_keys <= cache.keys.shape[3], (n_keys, cache.keys.shape)
+        mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, T, n_keys]
+        last_position = self.embed_positions.num_embeddings - 1
+        x = self.embed_tokens(tokens) + self.embed_positions(positions.clamp(max=last_position))
+        rows = torch.arange(batch, device=tokens.device)[:, None]  # [B, 1]
+        aligned: list[Tensor] = []
+        for layer_idx, layer in enumerate(self._layers):
+            h = layer.self_attn_layer_norm(x)
+            k, v = layer.self_attn.keys_values(h)  # [B, H, T, D / H]
+            keys, values = cache.keys[layer_idx], cache.values[layer_idx]
+            keys[rows, :, positions] = k.transpose(1, 2)
+            values[rows, :, positions] = v.transpose(1, 2)
+            q = layer.self_attn.queries(h)
+            x = x + layer.self_attn.attend(q, keys[:, :, :n_keys], values[:, :, :n_keys], mask)
+
+            q = layer.encoder_attn.queries(layer.encoder_attn_layer_norm(x))
+            audio_keys = cache.audio_keys[layer_idx]
+            x = x + layer.encoder_attn.attend(q, audio_keys, cache.audio_values[layer_idx])
+            if heads := self.alignment_heads[layer_idx]:
+                picked = list(heads)
+                scores = q[:, picked] @ audio_keys[:, picked].transpose(2, 3)  # [B, a, T, S]
+                aligned.append((scores.float() * q.shape[3] ** -0.5).softmax(dim=-1))
+
+            x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+        for row, n in enumerate(n_valid):
+            cache.lengths[row] += n
+        return self.layer_norm(x), torch.cat(aligned, dim=1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, [..., V] float32, from hidden states [..., D]."""
+        return F.linear(hidden, self.embed_tokens.weight).float()
+
+    @property
+    def _layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+
+class Whisper(nn.Module):
+    """Encoder and decoder of one checkpoint."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = AudioEncoder(config)
+        self.decoder = TextDecoder(config)
