@@ -62,7 +62,7 @@ def decode(location: str, chunk_ms: int = CHUNK_MS) -> Iterator[bytes]:
 
 
 async def file_chunks(location: str, chunk_ms: int = CHUNK_MS) -> AsyncIterator[bytes]:
-    """`decode` for the event loop: every read happens in a thread, one chunk ahead of nothing.
+    """`decode` for the event loop: every chunk is read in a thread, when it is asked for.
 
     Raises:
         SourceError: as `decode`.
