@@ -78,19 +78,22 @@ class Decoder:
         self._allowed_first = allowed.clone()
         self._allowed_first[list(config.suppressed_first_ids)] = -math.inf
 
+    def n_tokens(self, requests: Sequence[DecodeRequest]) -> int:
+        """Room the longest request needs in a cache: special tokens, prompt, draft, budget."""
+        longest = max(len(r.context) + len(r.prefix) + 5 + max(r.max_tokens, len(r.draft)) for r in requests)
+        return min(self._max_tokens, longest) + 1
+
     @torch.inference_mode()
-    def decode(self, encoded: Tensor, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+    def decode(self, cache: DecoderCache, requests: Sequence[DecodeRequest]) -> list[Decoded]:
         """Decode every window greedily.
 
         Args:
-            encoded: [B, S, D], the encoder's output for each request.
-            requests: B of them.
+            cache: Empty, over the audio of each request, with room for `n_tokens(requests)`. Used up.
+            requests: One for each row of the cache.
 
         Returns:
             One result for each request, in order.
         """
-        n_tokens = max(self._n_tokens(request) for request in requests)
-        cache = self._model.decoder.new_cache(encoded, n_tokens)
         rows = [
             self._row(request, language)
             for request, language in zip(requests, self._languages(requests, cache), strict=True)
@@ -106,11 +109,6 @@ class Decoder:
                 live = [live[i] for i in keep]
             self._step([rows[idx] for idx in live], cache)
         return [self._result(row) for row in rows]
-
-    def _n_tokens(self, request: DecodeRequest) -> int:
-        """Room a request needs in the cache: prompt with special tokens, draft, budget."""
-        n_prompt = len(request.context) + len(request.prefix) + 5
-        return min(self._max_tokens, n_prompt + max(request.max_tokens, len(request.draft))) + 1
 
     def _languages(self, requests: Sequence[DecodeRequest], cache: DecoderCache) -> list[tuple[int, float]]:
         """Token and probability of each row's language; one step for all rows if any asks."""

@@ -45,6 +45,30 @@ class WhisperConfig:
         return self.n_audio_positions * FRAMES_PER_POSITION
 
 
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What the model makes of the silence behind a window's audio, computed once at load.
+
+    Whisper reads 30 s whatever was said, and stock weights fail when the padding is cut off. But
+    what the padded positions become hardly depends on the audio before them. So their keys and
+    values are taken from a window of nothing but padding, and only positions that hold audio are
+    computed: an encode costs what the audio lasts, with the weights as they are.
+    Measured in docs/decisions.md.
+    """
+
+    encoder_keys: tuple[Tensor, ...]  # per encoder layer [1, H, S, D / H]
+    encoder_values: tuple[Tensor, ...]
+    audio_keys: tuple[Tensor, ...]  # per decoder layer, of its attention to the audio [1, H, S, D / H]
+    audio_values: tuple[Tensor, ...]
+
+
+def _behind(heard: Tensor, padding: Tensor, is_heard: Tensor) -> Tensor:
+    """`heard` [B, H, T, .] where `is_heard` [B, 1, T, 1], the `padding` [1, H, S, .] after it."""
+    n_steps = heard.shape[2]
+    rest = padding[:, :, n_steps:].expand(heard.shape[0], -1, -1, -1)
+    return torch.cat([torch.where(is_heard, heard, padding[:, :, :n_steps]), rest], dim=2)
+
+
 class AudioEncoder(nn.Module):
     """Mel frames to encoder positions, 50 a second."""
 
@@ -61,20 +85,64 @@ class AudioEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Encode windows.
+        """Encode full windows, padding and all, as Whisper was trained.
 
         Args:
-            mel: [B, M, T], T even and at most a full window. Stock weights know full windows only.
+            mel: [B, M, 2 S], S positions of a full window.
 
         Returns:
-            [B, T / 2, D].
+            [B, S, D].
         """
-        x = F.gelu(self.conv1(mel))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)  # [B, T / 2, D]
-        x = x + self.embed_positions.weight[: x.shape[1]]
+        x = self._embed(mel)
         for layer in self.layers:
             x = layer(x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
+
+    def forward_heard(self, mel: Tensor, n_heard: Tensor, padding: Padding) -> Tensor:
+        """Encode what was heard; what lies behind it is remembered padding, not computed.
+
+        Args:
+            mel: [B, M, 2 T], T positions, at least each row's.
+            n_heard: [B] int64, positions of each row that count.
+            padding: Of a full window.
+
+        Returns:
+            [B, T, D]. Positions of a row after its own last are not to be read.
+        """
+        x = self._embed(mel)
+        n_steps = x.shape[1]
+        positions = torch.arange(n_steps, device=x.device)
+        is_heard = (positions < n_heard[:, None])[:, None, :, None]  # [B, 1, T, 1]
+        for layer, pad_keys, pad_values in zip(
+            self._layers, padding.encoder_keys, padding.encoder_values, strict=True
+        ):
+            h = layer.self_attn_layer_norm(x)
+            k, v = layer.self_attn.keys_values(h)  # [B, H, T, D / H]
+            k, v = _behind(k, pad_keys, is_heard), _behind(v, pad_values, is_heard)  # [B, H, S, D / H]
+            x = x + layer.self_attn.attend(layer.self_attn.queries(h), k, v)
+            x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+        return self.layer_norm(x)  # type: ignore[no-any-return]
+
+    def remember_padding(self, mel: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """Keys and values of every layer, [1, H, S, D / H] each, and the output, for `mel` [1, M, 2 S]."""
+        x = self._embed(mel)
+        keys, values = [], []
+        for layer in self._layers:
+            k, v = layer.self_attn.keys_values(layer.self_attn_layer_norm(x))
+            keys.append(k.contiguous())
+            values.append(v.contiguous())
+            x = layer(x)
+        return tuple(keys), tuple(values), self.layer_norm(x)
+
+    def _embed(self, mel: Tensor) -> Tensor:
+        """Convolutions and positions: [B, M, 2 T] to [B, T, D]."""
+        x = F.gelu(self.conv1(mel))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        return x + self.embed_positions.weight[: x.shape[1]]
+
+    @property
+    def _layers(self) -> list[EncoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]
 
 
 class DecoderLayer(nn.Module):
@@ -141,11 +209,29 @@ class TextDecoder(nn.Module):
 
     def new_cache(self, encoded: Tensor, n_tokens: int) -> DecoderCache:
         """A cache for sequences of at most `n_tokens` tokens over `encoded` audio [B, S, D]."""
-        audio = [layer.encoder_attn.keys_values(encoded) for layer in self._layers]
-        first = self._layers[0]
-        batch, width = encoded.shape[0], encoded.shape[2]
-        n_heads = first.self_attn.n_heads
-        keys = encoded.new_zeros(len(audio), batch, n_heads, n_tokens, width // n_heads)
+        return self._cache([layer.encoder_attn.keys_values(encoded) for layer in self._layers], n_tokens)
+
+    def new_cache_heard(
+        self, encoded: Tensor, n_heard: Tensor, padding: Padding, n_tokens: int
+    ) -> DecoderCache:
+        """As `new_cache`, for the output of `forward_heard` [B, T, D]: padding lies behind it."""
+        is_heard = (torch.arange(encoded.shape[1], device=encoded.device) < n_heard[:, None])[
+            :, None, :, None
+        ]
+        audio = []
+        for layer, pad_keys, pad_values in zip(
+            self._layers, padding.audio_keys, padding.audio_values, strict=True
+        ):
+            k, v = layer.encoder_attn.keys_values(encoded)
+            audio.append((_behind(k, pad_keys, is_heard), _behind(v, pad_values, is_heard)))
+        return self._cache(audio, n_tokens)
+
+    def _cache(self, audio: Sequence[tuple[Tensor, Tensor]], n_tokens: int) -> DecoderCache:
+        """An empty cache over keys and values of the audio, each [B, H, S, D / H]."""
+        # Read once a token: laid out head by head, a step costs half.
+        audio = [(k.contiguous(), v.contiguous()) for k, v in audio]
+        batch, n_heads, _, head_width = audio[0][0].shape
+        keys = audio[0][0].new_zeros(len(audio), batch, n_heads, n_tokens, head_width)
         return DecoderCache(
             keys, torch.zeros_like(keys), tuple(k for k, _ in audio), tuple(v for _, v in audio), [0] * batch
         )
@@ -211,3 +297,13 @@ class Whisper(nn.Module):
         self.config = config
         self.encoder = AudioEncoder(config)
         self.decoder = TextDecoder(config)
+
+    @torch.inference_mode()
+    def remember_padding(self, level: float) -> Padding:
+        """The padding of a window whose silence has the normalised log-mel value `level`."""
+        config = self.config
+        weight = self.encoder.conv1.weight
+        mel = torch.full((1, config.n_mels, config.n_frames), level, dtype=weight.dtype, device=weight.device)
+        keys, values, encoded = self.encoder.remember_padding(mel)
+        cache = self.decoder.new_cache(encoded, n_tokens=1)
+        return Padding(keys, values, cache.audio_keys, cache.audio_values)

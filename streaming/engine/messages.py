@@ -14,6 +14,7 @@ import msgspec
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
 _LENGTH = struct.Struct("<I")
+HEADER_BYTES = _LENGTH.size
 
 MarkKind = Literal["started", "stopped", "flush"]
 PointKind = Literal["tick", "stopped", "flush"]
