@@ -12,3 +12,7 @@ def main() -> None:
     except ModuleNotFoundError as exc:
         sys.exit(f"moss-live needs {exc.name}: pip install 'moss-live[clients]' (or [server])")
     group(prog_name="moss-live")
+
+
+if __name__ == "__main__":
+    main()
