@@ -119,8 +119,8 @@ async def _send(
                 break
             n_bytes += len(chunk)
             audio_s = n_bytes / bytes_of_ms(1000)
-            if paced:
-                await asyncio.sleep(start + audio_s - time.perf_counter())
+            # Sending alone need not let the event loop run: messages are read at least once a chunk.
+            await asyncio.sleep(start + audio_s - time.perf_counter() if paced else 0)
             await connection.send(chunk)
             progress.sent_s = audio_s
         progress.flush_sent_at = time.perf_counter()
