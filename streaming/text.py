@@ -6,6 +6,10 @@ import unicodedata
 from collections.abc import Iterable
 
 
+_CLOSING = "\"')]\u00bb\u201d\u2019"  # quotes and brackets that may close behind a full stop
+_SENTENCE_ENDS = (".", "?", "!", "\u3002", "\uff1f", "\uff01", "\u0964")  # Latin, full-width, danda
+
+
 def join_words(words: Iterable[str]) -> str:
     """Words as running text: a space between them, but none between two words of an unspaced script."""
     text = ""
@@ -24,7 +28,7 @@ def comparable(word: str) -> str:
 
 def ends_sentence(word: str) -> bool:
     """Whether a sentence ends with this word."""
-    return word.rstrip("\"')]»”’").endswith((".", "?", "!", "。", "？", "！", "।"))
+    return word.rstrip(_CLOSING).endswith(_SENTENCE_ENDS)
 
 
 def _is_unspaced(char: str) -> bool:

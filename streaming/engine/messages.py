@@ -141,6 +141,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     consumed: int  # audio before this was taken from the buffer, ticks inside it are decided
     needed_from: int  # a restart needs the audio from here on
     window_start: int
+    language: str | None = None  # as set, or detected and settled; a restart opens with it
 
 
 class Skipped(msgspec.Struct, frozen=True, tag=True):
