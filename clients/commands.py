@@ -73,11 +73,8 @@ def _unavailable(name: str, why: str) -> click.Command:
 
 @click.group(cls=CommandGroup)
 @click.version_option(package_name="moss-live")
-@click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
-def group(verbose: bool) -> None:
+def group() -> None:
     """Live captions: run a server, send it audio, read what it hears."""
-    level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def _stream_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -268,6 +265,8 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     from clients.sources import SourceError
     from clients.subscriber import SubscriptionFailed
 
+    # Here and not in the group: `serve` sets up logging of its own.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         asyncio.run(work)
     except (ConnectFailed, StreamFailed, SourceError, SubscriptionFailed) as exc:

@@ -12,6 +12,7 @@ from streaming.protocol import CloseCode, Envelope, ProtocolError, decode
 logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 10.0
+PING_INTERVAL_S = 20.0  # and as long for the answer
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # of one server message; a larger one ends the connection
 
 
@@ -24,14 +25,24 @@ class ConnectFailed(RuntimeError):
         self.is_lasting = is_lasting  # trying again would not help
 
 
-async def open_connection(url: str) -> ClientConnection:
+async def open_connection(url: str, *, ping_interval_s: float | None = PING_INTERVAL_S) -> ClientConnection:
     """A connection to `url`; close it by `async with`.
+
+    Args:
+        url: With its query.
+        ping_interval_s: Seconds between pings, which find a dead peer; None sends none.
 
     Raises:
         ConnectFailed: it could not be opened.
     """
     try:
-        return await connect(url, open_timeout=OPEN_TIMEOUT_S, max_size=MAX_MESSAGE_BYTES)
+        return await connect(
+            url,
+            open_timeout=OPEN_TIMEOUT_S,
+            max_size=MAX_MESSAGE_BYTES,
+            ping_interval=ping_interval_s,
+            ping_timeout=ping_interval_s,
+        )
     except InvalidStatus as exc:
         status = exc.response.status_code
         body = (exc.response.body or b"").decode("utf-8", "replace").strip()

@@ -86,7 +86,9 @@ async def stream_audio(
     """
     progress = progress or Progress()
     stop = stop or asyncio.Event()
-    async with await open_connection(url) as connection:
+    # No pings: they would wait behind the audio that the server does not read yet. A dead server
+    # is found by its missing acknowledgements.
+    async with await open_connection(url, ping_interval_s=None) as connection:
         reading = asyncio.create_task(_read(connection, on_message, progress), name="stream.read")
         sending = asyncio.create_task(
             _send(connection, chunks, progress, stop, paced=paced), name="stream.send"
