@@ -87,6 +87,11 @@ class Server:
         self._stopping = asyncio.Event()
         self._finalised = asyncio.Event()
 
+    @property
+    def n_connections(self) -> int:
+        """WebSocket connections that are open."""
+        return len(self._connections)
+
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
         """Serve; gives the port. On exit every stream is finalised and every connection closed."""

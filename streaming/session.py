@@ -86,7 +86,8 @@ class Session:
         self._number = number  # the engine's name for this stream
         self._format = audio_format
         self._language = language  # None: detect
-        self._told_language = language  # what the engine goes by
+        self._told_language = language  # what the engine was told
+        self._settled_language: str | None = None  # what the engine detected and stays with
         self._ingest = Ingest(audio_format)
         self._vad = Vad(vad)
         self._ring = Ring(int(ingest.ring_s * SAMPLE_RATE_HZ))
@@ -159,6 +160,7 @@ class Session:
     def set_language(self, language: str | None) -> None:
         """Decode in this language, or detect it, beginning with the audio that is sent next."""
         self._language = language
+        self._settled_language = None
 
     async def finish(self, reason: str) -> None:
         """Finalise what was said and close the stream; waits for the engine unless it is lost.
@@ -215,6 +217,7 @@ class Session:
             case messages.Progress():
                 self._consume(message.consumed)
                 self._window_start = max(self._window_start, message.window_start)
+                self._settled_language = message.language
                 self._ring.forget(message.needed_from)
             case messages.Skipped(start=start, end=end, n_points=n_points):
                 text = f"{n_points} decode points skipped"
@@ -247,7 +250,7 @@ class Session:
         self._engine.send(
             messages.Open(
                 stream=self._number,
-                language=self._language,
+                language=self._language or self._settled_language,
                 start=self._ring.start,
                 consumed=self._consumed,
                 window_start=self._window_start,

@@ -57,11 +57,21 @@ class Subscriber:
     async def run(self) -> None:
         """Converse until it is over, and close."""
         with self._hub.subscription() as reader:
-            over = await self._converse(reader)
-            await wire.close(self._connection, reader, over)
+            sender = asyncio.create_task(self._send(reader), name="send subscriber")
+            discarding: asyncio.Task[None] | None = None
+            try:
+                over = await self._converse(reader, sender)
+                discarding = asyncio.create_task(wire.discard(self._connection), name="discard subscriber")
+                if over is None or isinstance(over, SlowReader):
+                    await wire.cancel(sender)
+                else:
+                    await wire.send_rest(self._connection, reader, sender)
+                await wire.close(self._connection, reader, over)
+            finally:
+                await wire.cancel(sender, *([] if discarding is None else [discarding]))
 
-    async def _converse(self, reader: Subscription) -> ConnectionOver | None:
-        sender = asyncio.create_task(self._send(reader), name="send subscriber")
+    async def _converse(self, reader: Subscription, sender: asyncio.Task[None]) -> ConnectionOver | None:
+        """What ended it, if not the client or the streams."""
         try:
             await wire.race(
                 self._receive(reader),
@@ -74,11 +84,7 @@ class Subscriber:
         except ConnectionOver as over:
             for envelope in wire.fatal_error("", 0, over):
                 reader.put(envelope)
-            if not isinstance(over, SlowReader):
-                await wire.send_rest(self._connection, reader, sender)
             return over
-        finally:
-            await wire.cancel(sender)
         return None
 
     async def _send(self, reader: Subscription) -> None:
@@ -110,10 +116,10 @@ class Subscriber:
                 return
             self._over.clear()
             self._hub.subscribe(reader, message)
-            for name in reader.streams:
-                if not self._log.has(name):
-                    text = f"no stream {name} yet; its messages come when it begins"
-                    reader.put(Envelope(name, 0, Error("unknown_stream", text, fatal=False)))
+            unknown = [name for name in reader.streams if not self._log.has(name)]
+            if unknown:
+                text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
+                reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))
 
     async def _next_frame(self, *, is_listening: bool) -> str | bytes:
         try:
