@@ -49,6 +49,7 @@ def main() -> int:
     console = Console(highlight=False, force_terminal=False if os.environ.get("CI") else None)
     log = ROOT / ".demo" / "server.log"
     log.parent.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     try:
         with running_server(log) as port:
             console.print(
@@ -92,7 +93,7 @@ def report(console: Console, committed: str, flush_s: float | None, reference: P
     if not committed:
         print("demo: no word was committed", file=sys.stderr)
         return 1
-    console.print(f"\nTranscript:\n{committed}", markup=False)
+    console.print(f"\nTranscript:\n{committed}", markup=False, soft_wrap=True)
     if flush_s is not None:
         console.print(f"\nEverything was final {flush_s:.2f} s after the last audio.")
     if reference.suffix == ".txt" and reference.is_file():
@@ -100,7 +101,10 @@ def report(console: Console, committed: str, flush_s: float | None, reference: P
         console.print(
             f"Against what was said ({reference}): {wer(said, committed):.1%} word errors.", markup=False
         )
-    console.print("Next: make serve, and in other terminals moss-live stream FILE, moss-live captions NAME.")
+    console.print(
+        "Next: make serve, and in other terminals moss-live stream FILE, moss-live captions NAME.",
+        soft_wrap=True,
+    )
     return 0
 
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 import wave
-from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.metadata import EntryPoint, EntryPoints
@@ -18,9 +17,7 @@ from click.testing import CliRunner
 
 from clients import commands
 from streaming.protocol import SpeechStarted
-from tests.clients.conftest import CLOSED, FakeServer
-
-Serving = Callable[[Any], Any]
+from tests.clients.fake_server import CLOSED, FakeServer, running
 
 
 @dataclass(frozen=True)
@@ -58,32 +55,32 @@ def recording(tmp_path: Path) -> str:
     return str(path)
 
 
-async def test_stream_prints_the_committed_words(serving: Serving, recording: str) -> None:
+async def test_stream_prints_the_committed_words(recording: str) -> None:
     """The transcript on stdout, the way to its captions on stderr."""
-    async with serving(FakeServer.transcribe) as fake:
+    async with running(FakeServer.transcribe) as fake:
         ended = await moss_live("stream", recording, "--server", fake.url, "--name", "test", "--fast")
     assert ended == Ended(0, "Hello world.\n", "stream test; read it with: moss-live captions test\n")
     assert fake.n_audio_bytes == 32_000
 
 
-async def test_stream_shows_captions(serving: Serving, recording: str) -> None:
+async def test_stream_shows_captions(recording: str) -> None:
     """Without a terminal they are lines."""
-    async with serving(FakeServer.transcribe) as fake:
+    async with running(FakeServer.transcribe) as fake:
         ended = await moss_live("stream", recording, "--server", fake.url, "--fast", "--captions")
     assert ended.status == 0, ended.err
     assert "[00:00.1]-[00:00.9] Hello world." in ended.out
 
 
-async def test_stream_fails_with_the_servers_text(serving: Serving, recording: str) -> None:
+async def test_stream_fails_with_the_servers_text(recording: str) -> None:
     """One line, exit status 1."""
-    async with serving(FakeServer.transcribe) as fake:
+    async with running(FakeServer.transcribe) as fake:
         fake.refusal = (HTTPStatus.CONFLICT, "stream test is live")
         ended = await moss_live("stream", recording, "--server", fake.url, "--name", "test")
     assert ended.status == 1
     assert ended.err.splitlines()[-1] == "Error: the server refused with 409: stream test is live"
 
 
-async def test_subscribe_prints_lines_of_json(serving: Serving) -> None:
+async def test_subscribe_prints_lines_of_json() -> None:
     """A line a message, of the types that were asked for."""
 
     async def handler(fake: FakeServer, connection: Any) -> None:
@@ -91,7 +88,7 @@ async def test_subscribe_prints_lines_of_json(serving: Serving) -> None:
         await fake.send(connection, 8, SpeechStarted(100))
         await fake.send(connection, 9, CLOSED)
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         arguments = ["--server", fake.url, "--types", "speech.started", "--after", "7"]
         ended = await moss_live("subscribe", "test", *arguments)
     assert ended.status == 0, ended.err
@@ -101,14 +98,14 @@ async def test_subscribe_prints_lines_of_json(serving: Serving) -> None:
     assert fake.requests[0]["after"] == 7
 
 
-async def test_captions_show_a_stream_from_its_beginning(serving: Serving) -> None:
+async def test_captions_show_a_stream_from_its_beginning() -> None:
     """The log is asked for after 0, so that earlier words are seen too."""
 
     async def handler(fake: FakeServer, connection: Any) -> None:
         fake.requests.append(json.loads(await connection.recv()))
         await fake.send(connection, 9, CLOSED)
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         ended = await moss_live("captions", "test", "--server", fake.url)
     assert ended.status == 0, ended.err
     assert ended.out == "-- stream closed (closed): 1.0 s, 2 words in 1 segments\n"

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
 import pytest
 from websockets.asyncio.server import ServerConnection
 
 from clients.subscriber import Backoff, SubscriptionFailed, subscribe
 from streaming.protocol import Error, SessionClosed, SpeechStarted, TranscriptInterim
-from tests.clients.conftest import CLOSED, CREATED, FakeServer
+from tests.clients.fake_server import CLOSED, CREATED, FakeServer, running
 
-Serving = Callable[[Any], Any]
 QUICK = Backoff(first_s=0.01, longest_s=0.02, max_attempts=3)
 
 
-async def test_messages_end_with_the_stream(serving: Serving) -> None:
+async def test_messages_end_with_the_stream() -> None:
     """Every message is given, and the iteration ends after session.closed."""
-    async with serving(_whole_stream) as fake:
+    async with running(_whole_stream) as fake:
         types = [envelope.message.type async for envelope in subscribe(fake.url, "test", after=0)]
     assert types == ["session.created", "speech.started", "transcript.interim", "session.closed"]
     assert fake.paths == ["/v1/subscribe"]
     assert fake.requests == [{"type": "subscribe", "streams": ["test"], "types": [], "after": 0}]
 
 
-async def test_types_filter_but_the_end_is_always_seen(serving: Serving) -> None:
+async def test_types_filter_but_the_end_is_always_seen() -> None:
     """session.closed is asked for and ends the iteration, though the caller did not want it."""
-    async with serving(_whole_stream) as fake:
+    async with running(_whole_stream) as fake:
         messages = [m async for m in subscribe(fake.url, "test", types=["speech.started"], after=0)]
     assert [envelope.message.type for envelope in messages] == ["speech.started"]
     assert fake.requests[0]["types"] == ["speech.started", "session.closed"]
 
 
-async def test_a_lost_connection_is_resumed_after_the_last_seq(serving: Serving) -> None:
+async def test_a_lost_connection_is_resumed_after_the_last_seq() -> None:
     """No logged message is missed or given twice, even where the server sends one again."""
 
     async def handler(fake: FakeServer, connection: ServerConnection) -> None:
@@ -49,7 +46,7 @@ async def test_a_lost_connection_is_resumed_after_the_last_seq(serving: Serving)
             await fake.send(connection, 2, TranscriptInterim("hello", 100, 200))
             await fake.send(connection, 3, CLOSED)
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         messages = [m async for m in subscribe(fake.url, "test", backoff=QUICK)]
     assert [request["after"] for request in fake.requests] == [None, 2]
     assert [m.message.type for m in messages] == [
@@ -61,29 +58,29 @@ async def test_a_lost_connection_is_resumed_after_the_last_seq(serving: Serving)
     ]
 
 
-async def test_attempts_are_limited(serving: Serving) -> None:
+async def test_attempts_are_limited() -> None:
     """A server that only ever drops the connection is given up on."""
 
     async def handler(fake: FakeServer, connection: ServerConnection) -> None:
         connection.transport.abort()
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         with pytest.raises(SubscriptionFailed, match="lost"):
             _ = [m async for m in subscribe(fake.url, "test", backoff=QUICK)]
     assert len(fake.paths) == QUICK.max_attempts
 
 
-async def test_a_refusal_for_good_is_not_tried_again(serving: Serving) -> None:
+async def test_a_refusal_for_good_is_not_tried_again() -> None:
     """400 stays 400; 503 may pass."""
     for status, n_attempts in ((HTTPStatus.BAD_REQUEST, 1), (HTTPStatus.SERVICE_UNAVAILABLE, 3)):
-        async with serving(_whole_stream) as fake:
+        async with running(_whole_stream) as fake:
             fake.refusal = (status, "no")
             with pytest.raises(SubscriptionFailed, match=f"{status.value}: no"):
                 _ = [m async for m in subscribe(fake.url, "test", backoff=QUICK)]
         assert len(fake.paths) == n_attempts
 
 
-async def test_an_unknown_stream_is_waited_for(serving: Serving) -> None:
+async def test_an_unknown_stream_is_waited_for() -> None:
     """The captions may be started before the audio; without patience it is an error."""
 
     async def handler(fake: FakeServer, connection: ServerConnection) -> None:
@@ -94,18 +91,16 @@ async def test_an_unknown_stream_is_waited_for(serving: Serving) -> None:
         else:
             await fake.send(connection, 1, CLOSED)
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         messages = [m async for m in subscribe(fake.url, "test", wait_s=60.0, backoff=QUICK)]
     assert isinstance(messages[-1].message, SessionClosed)
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         with pytest.raises(SubscriptionFailed, match="no stream test"):
             _ = [m async for m in subscribe(fake.url, "test", backoff=QUICK)]
 
 
-async def test_messages_of_a_newer_server_are_left_out(
-    serving: Serving, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_messages_of_a_newer_server_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     """An unknown type is warned about and does not end the subscription."""
 
     async def handler(fake: FakeServer, connection: ServerConnection) -> None:
@@ -113,7 +108,7 @@ async def test_messages_of_a_newer_server_are_left_out(
         await connection.send('{"type": "video.frame", "stream": "test", "seq": 1}')
         await fake.send(connection, 2, CLOSED)
 
-    async with serving(handler) as fake:
+    async with running(handler) as fake:
         messages = [m async for m in subscribe(fake.url, "test")]
     assert [m.message for m in messages] == [CLOSED]
     assert "video.frame" in caplog.text

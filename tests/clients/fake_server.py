@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
-import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
@@ -78,23 +77,18 @@ class FakeServer:
         await self.send(connection, 5, CLOSED)
 
 
-@pytest.fixture
-def serving() -> Callable[[Handler], Any]:
-    """A context manager around a running server whose connections `handler` answers."""
+@asynccontextmanager
+async def running(handler: Handler) -> AsyncIterator[FakeServer]:
+    """A running server whose connections `handler` answers."""
+    fake = FakeServer()
 
-    @asynccontextmanager
-    async def run(handler: Handler) -> AsyncIterator[FakeServer]:
-        fake = FakeServer()
+    async def on_connection(connection: ServerConnection) -> None:
+        await handler(fake, connection)
 
-        async def on_connection(connection: ServerConnection) -> None:
-            await handler(fake, connection)
+    def on_request(connection: ServerConnection, request: Request) -> Response | None:
+        fake.paths.append(request.path)
+        return connection.respond(*fake.refusal) if fake.refusal else None
 
-        def on_request(connection: ServerConnection, request: Request) -> Response | None:
-            fake.paths.append(request.path)
-            return connection.respond(*fake.refusal) if fake.refusal else None
-
-        async with serve(on_connection, "127.0.0.1", 0, process_request=on_request) as server:
-            fake.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            yield fake
-
-    return run
+    async with serve(on_connection, "127.0.0.1", 0, process_request=on_request) as server:
+        fake.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield fake
