@@ -20,7 +20,7 @@ def test_texts_are_read_from_the_packages_list(tmp_path: Path) -> None:
 def test_without_apt_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package names are in the message, for those who get them by other means."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(script.RecordingError, match="apt-get is missing.*asterisk-core-sounds-en"):
+    with pytest.raises(script.RecordingError, match=r"apt-get is missing.*asterisk-core-sounds-en"):
         script.make(tmp_path / "call.wav", tmp_path / "packages")
     assert not (tmp_path / "call.wav").exists()
 
