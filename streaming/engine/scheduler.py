@@ -11,6 +11,7 @@ after a long silence.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -304,7 +305,7 @@ class Scheduler:
         oldest = at - self._window * 2 // 3  # cut here at the latest ...
         newest = at - self._window // 4  # ... and keep this much to look back on
         best, best_score = None, -1.0
-        for before, after in zip(words, words[1:], strict=False):
+        for before, after in itertools.pairwise(words):
             cut = (before.end + after.start) // 2
             if oldest <= cut <= newest:
                 gap_s = (after.start - before.end) / SAMPLE_RATE_HZ
