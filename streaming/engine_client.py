@@ -28,7 +28,9 @@ from streaming.errors import EngineFault, EngineLost
 logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "streaming.engine")
-END_TIMEOUT_S = 3.0  # an engine whose pipe was closed ends itself in this time, or is killed
+# An engine whose pipe was closed ends itself in this time, or is killed.
+END_TIMEOUT_S = 3.0
+FAULT_END_TIMEOUT_S = 0.5  # after a fault: streams wait for the next one
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 10.0  # before the first restart in a window, and before any
 
 
@@ -89,6 +91,7 @@ class EngineClient:
         self.state = EngineState.STARTING
         self.ready: messages.Ready | None = None  # what the model can do; None until it was ready once
         self.n_restarts = 0
+        self.pid: int | None = None  # of the running process
         self._config = config
         self._settings = settings
         self._command = tuple(command)
@@ -143,6 +146,7 @@ class EngineClient:
     async def _run_once(self) -> None:
         """One process, from its start to its death, which is always an `EngineFault`."""
         async with _engine_process(self._command) as pipe:
+            self.pid = pipe.pid
             pipe.writer.write(len(self._settings).to_bytes(4, "little") + self._settings)
             try:
                 async with asyncio.timeout(self._config.start_timeout_s):
@@ -165,6 +169,12 @@ class EngineClient:
                     owner.on_engine_up()
                 while True:
                     self._hand_on(await self._receive(pipe.frames))
+            except EngineFault:
+                # At once: the process takes its time to end, and nobody may send to it meanwhile.
+                self._move(EngineState.RESTARTING)
+                for owner in list(self._owners.values()):
+                    owner.on_engine_down()
+                raise
             finally:
                 self._writer = None
 
@@ -217,9 +227,6 @@ class EngineClient:
         # Jitter, so that several servers on one machine do not load their models at the same moment.
         delay_s = min(BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)
         logger.warning("engine down: %s; restart %d in %.2f s", fault, len(recent), delay_s)
-        self._move(EngineState.RESTARTING)
-        for owner in list(self._owners.values()):
-            owner.on_engine_down()
         await asyncio.sleep(delay_s)
 
     def _move(self, state: EngineState) -> None:
@@ -288,27 +295,32 @@ async def _engine_process(command: Sequence[str]) -> AsyncIterator[_Pipe]:
             # Ctrl-C goes to the whole group of the terminal, and the engine must outlive the flush.
             process_group=0,
         )
+        timeout_s = FAULT_END_TIMEOUT_S
         try:
             theirs.close()  # else the engine's death would not end our reading
             reader, writer = await asyncio.open_connection(sock=ours)
             try:
-                yield _Pipe(_Frames(reader), writer)
+                yield _Pipe(process.pid, _Frames(reader), writer)
+            except asyncio.CancelledError:
+                timeout_s = END_TIMEOUT_S
+                raise
             finally:
                 writer.transport.abort()
         finally:
-            await _end(process)
+            await _end(process, timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pipe:
+    pid: int
     frames: _Frames
     writer: asyncio.StreamWriter
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:
     """Wait for an engine whose pipe is closed to end itself; kill it where it does not."""
     try:
-        async with asyncio.timeout(END_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await process.wait()
     except TimeoutError:
         logger.warning("engine %d did not end by itself; killing it", process.pid)
