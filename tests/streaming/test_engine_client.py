@@ -46,8 +46,8 @@ async def test_it_is_ended_when_cancelled_before_it_is_ready() -> None:
     before = set(psutil.Process().children())
     task = asyncio.create_task(engine.run())
     async with asyncio.timeout(TIMEOUT_S):
-        while engine.pid is None:
-            await asyncio.sleep(0)  # the process is being started
+        while engine.pid is None:  # noqa: ASYNC110  no event tells of a process that is not ready
+            await asyncio.sleep(0)  # it is being started
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

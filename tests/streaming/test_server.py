@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
 from streaming.protocol import (
     MAX_SUBSCRIBED_STREAMS,
@@ -38,8 +36,6 @@ from tests.streaming.support import (
     running_server,
     s16,
     said,
-    silence,
-    tone_speech,
     utterances,
 )
 
@@ -160,16 +156,19 @@ async def test_a_bad_query_is_refused_with_what_was_expected(query: str, expecte
 
 async def test_names_and_slots_are_taken_once() -> None:
     """A live name is a conflict; with all slots taken, every name is refused, until one is free."""
-    async with running_server("[engine]\nn_slots = 2") as running:
-        async with running.stream("a") as first, running.stream("b"):
-            for name, status in (("a", 409), ("c", 503)):
-                with pytest.raises(InvalidStatus) as refused:
-                    await running.stream(name)
-                assert refused.value.response.status_code == status
-            await first.send(encode_client(Close()))
-            await receive_until(first, SessionClosed)
-            async with running.stream("a") as again:
-                assert isinstance((await receive(again)).message, SessionCreated)
+    async with (
+        running_server("[engine]\nn_slots = 2") as running,
+        running.stream("a") as first,
+        running.stream("b"),
+    ):
+        for name, status in (("a", 409), ("c", 503)):
+            with pytest.raises(InvalidStatus) as refused:
+                await running.stream(name)
+            assert refused.value.response.status_code == status
+        await first.send(encode_client(Close()))
+        await receive_until(first, SessionClosed)
+        async with running.stream("a") as again:
+            assert isinstance((await receive(again)).message, SessionCreated)
 
 
 async def test_connections_are_limited() -> None:
@@ -180,8 +179,8 @@ async def test_connections_are_limited() -> None:
                 await running.subscribe()
             assert refused.value.response.status_code == 429
         async with asyncio.timeout(TIMEOUT_S):
-            while running.server.n_connections:
-                await asyncio.sleep(0)  # the loss of a connection is noticed by the event loop
+            while running.server.n_connections:  # noqa: ASYNC110  no event tells of a loss
+                await asyncio.sleep(0)  # it is noticed by the event loop
         async with running.subscribe():
             pass
 
@@ -248,11 +247,12 @@ async def test_an_idle_producer_is_closed() -> None:
 
 async def test_acks_come_without_further_audio() -> None:
     """A little audio that is followed by nothing is acknowledged too."""
-    async with running_server("[ingest]\nack_interval_s = 0.05") as running:
-        async with running.stream("a", "rate=8000&format=mulaw") as connection:
-            await connection.send(bytes(80))
-            ack = (await receive_until(connection, Ack))[-1].message
-            assert ack == Ack(80, 10)
+    async with (
+        running_server("[ingest]\nack_interval_s = 0.05") as running,
+        running.stream("a", "rate=8000&format=mulaw") as connection,
+    ):
+        await connection.send(bytes(80))
+        assert (await receive_until(connection, Ack))[-1].message == Ack(80, 10)
 
 
 async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:
@@ -285,18 +285,22 @@ async def test_a_subscriber_may_come_before_its_stream() -> None:
 
 async def test_a_subscription_is_replaced_by_the_next() -> None:
     """Only the newest counts."""
-    async with running_server() as running, running.subscribe() as subscriber:
-        async with running.stream("a") as a, running.stream("b") as b:
-            await receive(a)
-            await receive(b)
-            await subscriber.send(encode_client(Subscribe(("a",), after=0)))
-            assert (await receive(subscriber)).stream == "a"
-            await subscriber.send(encode_client(Subscribe(("b",), after=0)))
-            assert (await receive(subscriber)).stream == "b"
-            await a.send(encode_client(Flush("a")))
-            await receive_until(a, Flushed)
-            await b.send(encode_client(Flush("b")))
-            assert {e.stream for e in await receive_until(subscriber, Flushed)} == {"b"}
+    async with (
+        running_server() as running,
+        running.subscribe() as subscriber,
+        running.stream("a") as a,
+        running.stream("b") as b,
+    ):
+        await receive(a)
+        await receive(b)
+        await subscriber.send(encode_client(Subscribe(("a",), after=0)))
+        assert (await receive(subscriber)).stream == "a"
+        await subscriber.send(encode_client(Subscribe(("b",), after=0)))
+        assert (await receive(subscriber)).stream == "b"
+        await a.send(encode_client(Flush("a")))
+        await receive_until(a, Flushed)
+        await b.send(encode_client(Flush("b")))
+        assert {e.stream for e in await receive_until(subscriber, Flushed)} == {"b"}
 
 
 async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None:
@@ -310,9 +314,9 @@ async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None
         async with running.subscribe() as fast, running.stream("a") as producer:
             await fast.send(encode_client(Subscribe(("a",), after=0)))
             whole = await stream_whole(producer, AUDIO, 3200)
-            assert [e for e in await receive_until(fast, SessionClosed) if e.message.type not in UNLOGGED] == [
-                e for e in whole if e.message.type not in UNLOGGED
-            ]
+            assert [
+                e for e in await receive_until(fast, SessionClosed) if e.message.type not in UNLOGGED
+            ] == [e for e in whole if e.message.type not in UNLOGGED]
         slow.transport.resume_reading()
         lag = (await receive_until(slow, Lag))[-1].message
         assert lag == Lag(100)
