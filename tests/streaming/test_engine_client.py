@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from streaming import engine_client
 from streaming.config import parse_config
 from streaming.engine_client import EngineClient, EngineState, engine_settings
 from streaming.errors import EngineLost
@@ -40,8 +41,9 @@ async def test_it_becomes_ready_and_ends_its_process() -> None:
     assert engine.state is EngineState.STOPPED
 
 
-async def test_it_is_ended_when_cancelled_before_it_is_ready() -> None:
+async def test_it_is_ended_when_cancelled_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that ignores its pipe is killed."""
+    monkeypatch.setattr(engine_client, "END_TIMEOUT_S", 0.1)
     engine = client_of(command=(sys.executable, "-c", "import time; time.sleep(3600)"))
     before = set(psutil.Process().children())
     task = asyncio.create_task(engine.run())

@@ -63,7 +63,7 @@ async def throw(connection: ClientConnection, garbage: list[str | bytes]) -> Non
     assert connection.close_code in ALLOWED_ENDS, (connection.close_code, connection.close_reason)
 
 
-def fuzz(case: Case) -> None:
+def fuzz(case: Case, n_cases: int = N_CASES) -> None:
     """Run many cases against one server, while another stream goes on undisturbed."""
     with asyncio.Runner() as runner:
         context = running_server("[server]\nmax_bad_messages = 4\nmax_message_bytes = 2048")
@@ -72,7 +72,7 @@ def fuzz(case: Case) -> None:
             bystander = runner.run(open_bystander(running))
 
             @settings(
-                max_examples=N_CASES,
+                max_examples=n_cases,
                 phases=[Phase.explicit, Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )
@@ -151,4 +151,4 @@ def test_garbage_instead_of_a_handshake_stays_there() -> None:
                 await reader.read()
             writer.close()
 
-    fuzz(case)
+    fuzz(case, n_cases=100)

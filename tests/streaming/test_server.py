@@ -8,6 +8,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
+from streaming.engine.messages import Result
 from streaming.protocol import (
     MAX_SUBSCRIBED_STREAMS,
     UNLOGGED,
@@ -29,6 +30,7 @@ from streaming.protocol import (
     TranscriptFinal,
     encode_client,
 )
+from streaming.timeline import Applied, Timeline
 from tests.streaming.support import (
     TIMEOUT_S,
     receive,
@@ -218,6 +220,32 @@ async def test_a_frame_that_is_too_big_closes_the_connection() -> None:
     ):
         await connection.send(bytes(4096))
         assert await close_code(connection) == CloseCode.TOO_BIG
+
+
+async def test_a_fault_of_ours_ends_one_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeline fails on one stream's result; that one is closed as internal, the other goes on."""
+    apply = Timeline.apply
+
+    def fail_once(self: Timeline, result: Result) -> Applied:
+        monkeypatch.setattr(Timeline, "apply", apply)
+        raise AssertionError(result.point)
+
+    async with (
+        running_server() as running,
+        running.stream("a") as a,
+        running.stream("b") as b,
+        running.subscribe() as subscriber,
+    ):
+        await receive(a)
+        await subscriber.send(encode_client(Subscribe(("a",), after=0)))
+        monkeypatch.setattr(Timeline, "apply", fail_once)
+        await a.send(AUDIO)
+        closed = (await receive_until(subscriber, SessionClosed))[-1].message
+        assert isinstance(closed, SessionClosed)
+        assert closed.reason == "internal"
+        assert await close_code(a) == CloseCode.INTERNAL
+        assert len(said(await stream_whole(b, AUDIO, 3200))) > 8
+        assert running.engine.n_restarts == 0
 
 
 async def test_what_the_model_cannot_do_is_said() -> None:
