@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-
 _CLOSING = "\"')]\u00bb\u201d\u2019"  # quotes and brackets that may close behind a full stop
 _SENTENCE_ENDS = (".", "?", "!", "\u3002", "\uff1f", "\uff01", "\u0964")  # Latin, full-width, danda
 
