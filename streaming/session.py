@@ -335,6 +335,7 @@ class Session:
 
     def _on_result(self, result: messages.Result) -> None:
         self._consume(result.point)
+        self._window_start = max(self._window_start, result.window_start)
         answered: _PendingMark | None = None
         if result.kind != "tick":
             answered = self._answered(result)

@@ -249,6 +249,7 @@ class Scheduler:
                     no_speech=hypothesis.no_speech,
                     n_loops_cut=hypothesis.n_loops_cut,
                     compute_s=compute_s,
+                    window_start=stream.window_start,
                 )
             )
         return results
@@ -402,6 +403,7 @@ class Scheduler:
             no_speech=1.0,
             n_loops_cut=0,
             compute_s=0.0,
+            window_start=stream.window_start,
         )
 
 
