@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,7 +148,8 @@ def read_ct2(blob: bytes) -> dict[str, Tensor]:
     """The variables of a CTranslate2 model file, by name; aliases resolved.
 
     Raises:
-        CheckpointError: another version, an unknown type, or the file ends early or late.
+        CheckpointError: another version, an unknown type, data of another shape than declared, an
+            alias of nothing, or the file ends early or late.
     """
     reader = _Ct2Reader(blob)
     version = reader.number("I")
@@ -158,6 +160,8 @@ def read_ct2(blob: bytes) -> dict[str, Tensor]:
     tensors = dict(reader.variable() for _ in range(reader.number("I")))
     for _ in range(reader.number("I")):
         alias, name = reader.text(), reader.text()
+        if name not in tensors:
+            raise CheckpointError(f"CTranslate2 file with an alias {alias} of {name}, which it does not hold")
         tensors[alias] = tensors[name]
     if reader.n_left:
         raise CheckpointError(f"CTranslate2 file with {reader.n_left} bytes after its end")
@@ -189,7 +193,10 @@ class _Ct2Reader:
             raise CheckpointError(f"{name}: CTranslate2 type {kind}; expected 0 to {len(_CT2_DTYPES) - 1}")
         # A copy: torch wants memory it may write to.
         data = bytearray(self._take(self.number("I")))
-        return name, torch.frombuffer(data, dtype=_CT2_DTYPES[kind]).reshape(shape)
+        dtype = _CT2_DTYPES[kind]
+        if len(data) != math.prod(shape) * dtype.itemsize or not data:
+            raise CheckpointError(f"{name}: {len(data)} bytes of {dtype} for the shape {shape}")
+        return name, torch.frombuffer(data, dtype=dtype).reshape(shape)
 
     def _take(self, n_bytes: int) -> memoryview:
         if n_bytes > self.n_left:

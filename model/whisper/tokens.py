@@ -85,7 +85,8 @@ def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None
     first = 0
     for last in range(1, len(ids) + 1):
         text = vocabulary.decode(ids[first:last])
-        if "\ufffd" not in text or last == len(ids):
+        # An invalid byte stays U+FFFD for good: only one at the end may still become a character.
+        if not text.endswith("\ufffd") or last == len(ids):
             pieces.append((text.replace("\ufffd", ""), first, last))
             first = last
     words: list[TokenWord] = []
