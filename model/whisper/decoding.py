@@ -6,6 +6,7 @@ token, and kept as far as it is what greedy decoding says anyway: it saves time 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -132,9 +133,20 @@ class Decoder:
 
     def _row(self, request: DecodeRequest, language: tuple[int, float]) -> _Row:
         vocabulary = self._vocabulary
+        request = self._fitting(request)
         context = [vocabulary.previous, *request.context] if request.context else []
         start = [vocabulary.start, language[0], vocabulary.transcribe, vocabulary.no_timestamps]
         return _Row(request, *language, prompt=[*context, *start, *request.prefix], start_idx=len(context))
+
+    def _fitting(self, request: DecodeRequest) -> DecodeRequest:
+        """The request, of whose context and prefix the newest tokens that leave room for an answer."""
+        n_answer = min(request.max_tokens, self._max_tokens // 4)
+        room = self._max_tokens - n_answer - 5  # special tokens of a prompt
+        if len(request.context) + len(request.prefix) <= room:
+            return request
+        prefix = request.prefix[-room:]
+        context = request.context[max(0, len(request.context) + len(prefix) - room) :]
+        return dataclasses.replace(request, context=context, prefix=prefix)
 
     def _prefill(self, rows: Sequence[_Row], cache: DecoderCache) -> None:
         """Read every prompt and its draft in one pass; keep of the draft what holds."""
@@ -237,7 +249,7 @@ def loop_length(tokens: Sequence[int]) -> int:
     for n in range(1, MAX_LOOP_TOKENS + 1):
         n_times = 5 if n <= 2 else 3
         if len(tokens) < n * n_times:
-            break
+            continue  # not the end: five times two is more than three times three
         phrase = list(tokens[-n:])
         if all(list(tokens[-n * (k + 1) : -n * k]) == phrase for k in range(1, n_times)):
             return n * (n_times - 1)
