@@ -6,6 +6,7 @@ tokens. The weights are large enough that what is said depends on the audio.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -124,8 +125,12 @@ def save_hugging_face(folder: Path, seed: int = 0) -> None:
         decoder_start_token_id=end + 1,
     )
     model = WhisperForConditionalGeneration(config)
-    model.generation_config.suppress_tokens = list(ours.suppressed_ids)
-    model.generation_config.begin_suppress_tokens = list(ours.suppressed_first_ids)
-    model.generation_config.update(alignment_heads=[list(pair) for pair in ours.alignment_heads])
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) | {
+        "suppress_tokens": ours.suppressed_ids,
+        "begin_suppress_tokens": ours.suppressed_first_ids,
+        "alignment_heads": ours.alignment_heads,
+    }
+    path.write_text(json.dumps(generation))

@@ -1,0 +1,156 @@
+"""Encoder and decoder: remembered padding, the cache, batches of rows of different lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.whisper.modeling import DecoderCache, Padding
+from tests.tiny_whisper import N_AUDIO_POSITIONS, tiny_checkpoint
+
+MODEL = tiny_checkpoint().model
+PADDING = MODEL.remember_padding(-0.6)
+VOCAB = MODEL.config.vocab_size
+
+
+def assert_close(ours: object, theirs: object) -> None:
+    """Equal, but for the rounding of float32."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def random_mel(n_positions: int, seed: int = 0) -> Tensor:
+    """[1, 80, 2 n]."""
+    return torch.randn(1, 80, 2 * n_positions, generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Any tokens."""
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heard(*lengths: int) -> Tensor:
+    """As `forward_heard` takes it."""
+    return torch.tensor(lengths)
+
+
+def test_a_window_heard_in_full_is_encoded_exactly() -> None:
+    """Where nothing is padding, remembering it changes no bit."""
+    mel = random_mel(N_AUDIO_POSITIONS)
+    encoded = MODEL.encoder(mel)
+    assert torch.equal(MODEL.encoder.forward_heard(mel, heard(N_AUDIO_POSITIONS), PADDING), encoded)
+    full = MODEL.decoder.new_cache(encoded, 4)
+    same = MODEL.decoder.new_cache_heard(encoded, heard(N_AUDIO_POSITIONS), PADDING, 4)
+    for ours, theirs in zip(
+        same.audio_keys + same.audio_values, full.audio_keys + full.audio_values, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_padding_alone_is_remembered_as_it_is_computed() -> None:
+    """A window of silence, heard in part or in full, has the keys and values that were remembered."""
+    mel = torch.full((1, 80, 2 * N_AUDIO_POSITIONS), -0.6)
+    full = MODEL.decoder.new_cache(MODEL.encoder(mel), 1)
+    n_heard = 20
+    encoded = MODEL.encoder.forward_heard(mel, heard(n_heard), PADDING)
+    part = MODEL.decoder.new_cache_heard(encoded, heard(n_heard), PADDING, 1)
+    assert_close(part.audio_keys, full.audio_keys)
+    assert_close(PADDING.audio_values, full.audio_values)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_rows_of_different_lengths_are_encoded_as_alone(lengths: list[int], seed: int) -> None:
+    """What lies behind a row's own audio, or in other rows, changes nothing in it."""
+    n_steps = max(lengths) + 1  # the first convolutions look one position ahead
+    mel = torch.cat([random_mel(n_steps, seed + row) for row in range(len(lengths))])
+    encoded = MODEL.encoder.forward_heard(mel, heard(*lengths), PADDING)
+    cache = MODEL.decoder.new_cache_heard(encoded, heard(*lengths), PADDING, 1)
+    for row, n_heard in enumerate(lengths):
+        own_mel = mel[row : row + 1, :, : 2 * (n_heard + 1)]
+        own = MODEL.encoder.forward_heard(own_mel, heard(n_heard), PADDING)
+        assert_close(encoded[row, :n_heard], own[0, :n_heard])
+        own_cache = MODEL.decoder.new_cache_heard(own, heard(n_heard), PADDING, 1)
+        for ours, theirs in zip(cache.audio_keys, own_cache.audio_keys, strict=True):
+            assert_close(ours[row], theirs[0])
+
+
+def new_cache(n_rows: int = 1, n_tokens: int = 16) -> DecoderCache:
+    """A cache over random audio, another for each row."""
+    mel = torch.cat([random_mel(N_AUDIO_POSITIONS, row) for row in range(n_rows)])
+    return MODEL.decoder.new_cache(MODEL.encoder(mel), n_tokens)
+
+
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5))
+@settings(max_examples=20)
+def test_tokens_in_pieces_are_as_at_once(lengths: list[int]) -> None:
+    """However a sequence is cut, its hidden states and its attention are the same."""
+    tokens = random_tokens(1, sum(lengths))
+    n = sum(lengths)
+    whole, attention = MODEL.decoder(tokens, [n], new_cache(n_tokens=20))
+    cache = new_cache(n_tokens=20)
+    pieces = [MODEL.decoder(piece, [piece.shape[1]], cache) for piece in tokens.split(lengths, dim=1)]
+    assert cache.lengths == [n]
+    assert_close(torch.cat([hidden for hidden, _ in pieces], dim=1), whole)
+    assert_close(torch.cat([a for _, a in pieces], dim=2), attention)
+
+
+def test_a_rollback_forgets() -> None:
+    """After it, a row goes on as if the tokens behind had never been; its neighbour keeps its own."""
+    cache = new_cache(2)
+    tokens = random_tokens(2, 6)
+    MODEL.decoder(tokens, [6, 6], cache)
+    cache.rollback(0, 2)
+    assert cache.lengths == [2, 6]
+    more = random_tokens(2, 3, seed=1)
+    hidden, _ = MODEL.decoder(more, [3, 3], cache)
+    for row, kept in enumerate((2, 6)):
+        sequence = torch.cat([tokens[row, :kept], more[row]])[None]
+        expected, _ = MODEL.decoder(sequence, [kept + 3], new_cache(2).select([row]))
+        assert_close(hidden[row], expected[0, kept:])
+
+
+def test_a_rollback_beyond_the_end_is_an_error() -> None:
+    """There is nothing there to go back to."""
+    with pytest.raises(AssertionError, match=r"\(1, 0\)"):
+        new_cache().rollback(0, 1)
+
+
+def test_selected_rows_go_on_alone() -> None:
+    """A smaller cache is a copy of its rows, in the order asked for."""
+    cache = new_cache(3)
+    tokens = random_tokens(3, 4)
+    MODEL.decoder(tokens, [4, 2, 3], cache)
+    smaller = cache.select([2, 0])
+    assert smaller.lengths == [3, 4]
+    more = random_tokens(2, 1, seed=1)
+    hidden, _ = MODEL.decoder(more, [1, 1], smaller)
+    assert cache.lengths == [4, 2, 3]
+    for i, (row, n) in enumerate([(2, 3), (0, 4)]):
+        sequence = torch.cat([tokens[row, :n], more[i]])[None]
+        expected, _ = MODEL.decoder(sequence, [n + 1], new_cache(3).select([row]))
+        assert_close(hidden[i, 0], expected[0, -1])
+
+
+def test_a_full_cache_is_an_error() -> None:
+    """It is made with room for the longest sequence; more is a fault of the caller's."""
+    cache = new_cache(n_tokens=3)
+    MODEL.decoder(random_tokens(1, 3), [3], cache)
+    with pytest.raises(AssertionError):
+        MODEL.decoder(random_tokens(1, 1), [1], cache)
+
+
+def test_the_attention_is_that_of_the_alignment_heads() -> None:
+    """A distribution over the audio for each of the three heads and each token."""
+    _, attention = MODEL.decoder(random_tokens(1, 5), [5], new_cache())
+    assert attention.shape == (1, 3, 5, N_AUDIO_POSITIONS)
+    assert_close(attention.sum(dim=-1), torch.ones(1, 3, 5))
+
+
+def test_padding_is_of_every_layer() -> None:
+    """As many keys and values as there are layers, for a full window."""
+    assert isinstance(PADDING, Padding)
+    assert [k.shape for k in PADDING.encoder_keys] == [(1, 2, N_AUDIO_POSITIONS, 16)] * 2
+    assert [v.shape for v in PADDING.audio_values] == [(1, 4, N_AUDIO_POSITIONS, 8)] * 2
