@@ -108,6 +108,7 @@ class Session:
         self._pending: deque[_PendingMark] = deque()  # in order; a mark per 0.1 s of the ring at most
         self._n_marks_sent = 0  # how many of them this engine has
         self._speech_edge: int | None = None  # at `_consumed`: where the running speech began
+        self._last_stop = 0  # at `_consumed`: where the speech before ended
         self._inbox: deque[FromEngine] = deque()  # one result at most, and a progress per 0.5 s sent
         self._has_mail = asyncio.Event()
         self._changed = asyncio.Event()
@@ -278,6 +279,7 @@ class Session:
                 context=context,
                 is_speech=self._speech_edge is not None,
                 speech_edge=self._speech_edge or 0,
+                last_stop=self._last_stop,
             )
         )
         self._told_language = self._language
@@ -341,6 +343,7 @@ class Session:
             answered = self._answered(result)
             if answered.mark.kind == "stopped":
                 self._speech_edge = None
+                self._last_stop = answered.mark.edge
                 self._publish(self._timeline.speech_stopped(answered.mark.edge))
         applied = self._timeline.apply(result)
         self._engine.send(messages.Commit(self._number, result.point, result.kind, applied.n_committed))

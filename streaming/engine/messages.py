@@ -57,6 +57,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     context: str = ""  # the end of the committed text before the window
     is_speech: bool = False  # endpointing state at `consumed`, after the marks that were answered
     speech_edge: int = 0  # where the running speech began, if `is_speech`
+    last_stop: int = 0  # where the speech before ended
 
 
 class Audio(msgspec.Struct, frozen=True, tag=True):

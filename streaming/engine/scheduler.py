@@ -37,6 +37,7 @@ from streaming.text import ends_sentence, join_words
 
 GRID = 320  # samples; windows begin on the encoder's 20 ms grid
 MARGIN = 480  # samples before a window that its first mel frames look at, rounded up to hops
+START_DELAY = 3 * SAMPLE_RATE_HZ  # from a beginning of speech to its mark, at most: vad.start_ms + pad_ms
 MAX_CONTEXT_CHARS = 224  # of committed text before the window
 MIN_SPEECH = SAMPLE_RATE_HZ * 2 // 5  # a tick needs this much speech: less is guessed at
 SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
@@ -63,7 +64,7 @@ class _Stream:
     number: int
     slot_idx: int
     language: str | None  # set by the client, or detected and settled
-    opened_at: float  # on the scheduler's clock
+    due: float  # on the scheduler's clock: when `received` came, or would have at the pace of speech
     start: int  # audio before this never came
     received: int
     consumed: int  # everything before this is decided
@@ -76,7 +77,7 @@ class _Stream:
     last_stop: int  # where speech last ended; the window may go on if it begins again soon
     pieces: deque[tuple[int, Pcm]] = field(default_factory=deque)  # audio the runner has not got
     marks: deque[Mark] = field(default_factory=deque)
-    arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, when
+    arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, `due` there
     awaiting: _Point | None = None
     hypothesis: tuple[Heard, ...] = ()  # of the awaited point
     reported: int = 0  # `consumed` as the server knows it
@@ -140,7 +141,7 @@ class Scheduler:
             number=message.stream,
             slot_idx=self._free.pop(),
             language=message.language,
-            opened_at=self._clock() - message.consumed / SAMPLE_RATE_HZ,
+            due=self._clock() - (message.consumed - message.start) / SAMPLE_RATE_HZ,
             start=message.start,
             received=message.start,
             consumed=message.consumed,
@@ -150,7 +151,7 @@ class Scheduler:
             context=message.context,
             is_speech=message.is_speech,
             speech_edge=message.speech_edge,
-            last_stop=message.committed[-1].end if message.committed else message.window_start,
+            last_stop=message.last_stop,
             reported=message.consumed,
         )
 
@@ -177,7 +178,8 @@ class Scheduler:
         if len(pcm):
             stream.pieces.append((message.start, pcm))
             stream.received += len(pcm)
-            stream.arrivals.append((stream.received, self._clock()))
+            stream.due = max(self._clock(), stream.due + len(pcm) / SAMPLE_RATE_HZ)
+            stream.arrivals.append((stream.received, stream.due))
         stream.marks.extend(message.marks)
 
     def commit(self, message: Commit) -> None:
@@ -262,12 +264,14 @@ class Scheduler:
             self._begin_speech(stream, mark)
             stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
-        mark_at = stream.marks[0].at if stream.marks else None
+        mark = stream.marks[0] if stream.marks else None
         left_out = None
         if stream.is_speech:
             first = max(stream.consumed, stream.speech_edge + MIN_SPEECH - 1)
             tick = (first // self._tick + 1) * self._tick
-            last = stream.received if mark_at is None else min(stream.received, mark_at - 1)
+            last = stream.received
+            if mark is not None:  # a stop is decoded instead of a tick at its sample, a flush after it
+                last = min(last, mark.at - 1 if mark.kind == "stopped" else mark.at)
             if tick <= last:
                 if self._is_late(stream, tick):
                     newest = last // self._tick * self._tick
@@ -277,9 +281,9 @@ class Scheduler:
                         tick = newest
                 stream.consumed = tick
                 return _Point(tick, "tick"), left_out
-        if mark_at is not None:
-            mark = stream.marks.popleft()
+        if mark is not None:
             assert mark.kind != "started", mark
+            stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
             if mark.kind == "stopped":
                 stream.last_stop = mark.edge
@@ -287,6 +291,7 @@ class Scheduler:
         if not stream.is_speech:
             stream.consumed = max(stream.consumed, stream.received)
             self._drop_silence(stream)
+        stream.due = min(stream.due, self._clock())  # caught up: no lead is owed to what comes next
         return None, left_out
 
     def _begin_speech(self, stream: _Stream, mark: Mark) -> None:
@@ -320,7 +325,7 @@ class Scheduler:
         """Begin the window at `start`; committed words before it become context."""
         stream.window_start = max(stream.start, start // GRID * GRID)
         gone = []
-        while stream.committed and (stream.committed[0].start + stream.committed[0].end) // 2 < start:
+        while stream.committed and _middle(stream.committed[0]) < stream.window_start:
             gone.append(stream.committed.popleft().text)
         stream.context = join_words([stream.context, *gone] if stream.context else gone)[-MAX_CONTEXT_CHARS:]
 
@@ -356,11 +361,10 @@ class Scheduler:
 
     def _needed_from(self, stream: _Stream) -> int:
         """A restart, or the next window, needs the audio from here on."""
-        look_back = max(stream.start, stream.consumed - 3 * SAMPLE_RATE_HZ)
-        is_open = stream.is_speech or stream.consumed - stream.last_stop <= self._join_gap + SAMPLE_RATE_HZ
-        if is_open:
-            return max(stream.start, min(look_back, stream.window_start - MARGIN))
-        return look_back // GRID * GRID
+        needed = (stream.consumed - START_DELAY) // GRID * GRID - MARGIN
+        if stream.is_speech or stream.consumed - stream.last_stop <= self._join_gap + START_DELAY:
+            needed = min(needed, stream.window_start - MARGIN)
+        return max(stream.start, needed)
 
     def _drop_silence(self, stream: _Stream) -> None:
         """Forget audio nobody will look at: of a long silence only the last seconds are kept."""
@@ -379,16 +383,18 @@ class Scheduler:
         if not self._shed_after_s:
             return False
         now = self._clock()
-        came = next((when for end, when in stream.arrivals if end >= at), now)
-        due = max(came, stream.opened_at + at / SAMPLE_RATE_HZ)
+        due = next((due for end, due in stream.arrivals if end >= at), now)
         return now - due > self._shed_after_s
 
     def _progress(self, stream: _Stream) -> Progress | None:
-        if stream.consumed - stream.reported < SAMPLE_RATE_HZ // 2:
+        consumed = stream.consumed
+        if stream.awaiting is not None and stream.awaiting.kind == "tick":
+            consumed -= 1  # not answered yet: after a crash it is due again
+        if consumed - stream.reported < SAMPLE_RATE_HZ // 2:
             return None
-        stream.reported = stream.consumed
+        stream.reported = consumed
         return Progress(
-            stream.number, stream.consumed, self._needed_from(stream), stream.window_start, stream.language
+            stream.number, consumed, self._needed_from(stream), stream.window_start, stream.language
         )
 
     @staticmethod
@@ -405,6 +411,11 @@ class Scheduler:
             compute_s=0.0,
             window_start=stream.window_start,
         )
+
+
+def _middle(word: Heard) -> int:
+    """Which window a word belongs to; `Timeline.window` has the same rule."""
+    return (word.start + word.end) // 2
 
 
 def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:
