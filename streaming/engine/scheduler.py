@@ -259,11 +259,10 @@ class Scheduler:
     def _next_point(self, stream: _Stream) -> tuple[_Point | None, Skipped | None]:
         """Go on to the stream's next decode point if its audio is there; `consumed` moves with it."""
         while stream.marks and stream.marks[0].kind == "started":
-            mark = stream.marks[0]
             # A tick before the mark cannot be due: nobody speaks before it.
-            self._begin_speech(stream, mark)
-            stream.marks.popleft()
-            stream.consumed = max(stream.consumed, mark.at)
+            started = stream.marks.popleft()
+            self._begin_speech(stream, started)
+            stream.consumed = max(stream.consumed, started.at)
         mark = stream.marks[0] if stream.marks else None
         left_out = None
         if stream.is_speech:
