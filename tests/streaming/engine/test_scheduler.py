@@ -1,0 +1,446 @@
+"""What is due and when: the same for any timing, on any neighbours' side, after any crash."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from streaming.engine.messages import Audio, Commit, Configure, Mark, Open
+from streaming.engine.scheduler import EngineFull, Scheduler
+from streaming.protocol import SAMPLE_RATE_HZ, TranscriptFinal
+from tests.streaming.engine.harness import (
+    CONFIG,
+    GRID,
+    TICK,
+    Script,
+    Stream,
+    Utterance,
+    World,
+    alone,
+    make_script,
+    scripts,
+)
+
+SECOND = SAMPLE_RATE_HZ
+TEN_WORDS = Utterance(30, ((4000, 1000),) * 10)  # 3.1 s
+LONG = make_script([TEN_WORDS, TEN_WORDS], flushes=[0.3])
+
+# What happens next: audio arrives, the engine has a turn, the server reads some of what it said.
+cuts = st.sampled_from([GRID, TICK, 2 * TICK, 5 * TICK, SECOND]) | st.integers(0, 40_000)
+actions = st.lists(
+    st.tuples(st.just("arrive"), cuts)
+    | st.tuples(st.just("tick"), st.just(0))
+    | st.tuples(st.just("take"), st.integers(0, 4)),
+    max_size=60,
+)
+
+
+def act(world: World, stream: Stream, action: str, n: int, *, holds_flush: bool = False) -> None:
+    """Do one of the things that can happen next."""
+    match action:
+        case "arrive":
+            world.arrive(stream, n, holds_flush=holds_flush)
+        case "tick":
+            world.tick()
+        case "take":
+            world.take(n)
+
+
+def assert_same(ours: Stream, theirs: Stream) -> None:
+    """The same questions were asked, answered and committed."""
+    assert ours.answered == theirs.answered
+    assert ours.asked == theirs.asked
+    assert ours.messages == theirs.messages
+
+
+@given(script=scripts, actions=actions, holds_flush=st.booleans())
+@settings(max_examples=120)
+def test_no_timing_changes_anything(
+    script: Script, actions: list[tuple[str, int]], holds_flush: bool
+) -> None:
+    """However audio is cut, in however many messages, whenever the engine has its turns."""
+    world = World(1)
+    stream = world.open(1, script)
+    for action, n in actions:
+        act(world, stream, action, n, holds_flush=holds_flush)
+    world.finish(1)
+    assert_same(stream, alone(script))
+
+
+def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
+    """Whether it comes with the audio, or when the tick there has been decided already."""
+    script = make_script([TEN_WORDS])
+    at = 5 * TICK
+    marks = (
+        *(m for m in script.marks if m.at < at),
+        Mark("flush", at, at),
+        *(m for m in script.marks if m.at > at),
+    )
+    script = Script(script.pcm, marks, script.n_words)
+    world = World(1)
+    stream = world.open(1, script)
+    world.arrive(stream, at, holds_flush=True)
+    while world.tick():
+        world.take()
+    world.finish(1)
+    assert_same(stream, alone(script))
+
+
+@given(
+    mine=scripts,
+    others=st.lists(scripts, min_size=1, max_size=3),
+    order=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(["arrive", "join", "leave", "tick", "take"]), cuts),
+        max_size=60,
+    ),
+)
+@settings(max_examples=60)
+def test_neighbours_change_nothing(
+    mine: Script, others: list[Script], order: list[tuple[int, str, int]]
+) -> None:
+    """Streams that join, speak and leave, in any order, in slots that change hands."""
+    world = World(len(others) + 1)
+    stream = world.open(0, mine)
+    next_number = 1
+    for who, action, n in order:
+        numbers = list(world.streams)
+        if action == "join":
+            if len(numbers) <= len(others):
+                world.open(next_number, others[who % len(others)])
+                next_number += 1
+        elif action == "leave":
+            if who and who < len(numbers):
+                world.close(numbers[who])
+        else:
+            act(world, world.streams[numbers[who % len(numbers)]], action, n % 7 if action == "take" else n)
+    world.finish(*world.streams)
+    for number, other in world.streams.items():
+        assert_same(other, alone(other.script))
+        assert number != 0 or other is stream
+
+
+@given(script=scripts)
+@settings(max_examples=60)
+def test_every_mark_is_answered_once_and_in_order(script: Script) -> None:
+    """Stops and flushes each have a result, at their place; ticks lie on the grid between them."""
+    stream = alone(script)
+    marks = [(mark.at, mark.kind) for mark in script.marks if mark.kind != "started"]
+    assert [(at, kind) for at, kind in stream.answered if kind != "tick"] == marks
+    points = [at for at, _ in stream.answered]
+    assert points == sorted(points)
+    assert all(at % TICK == 0 for at, kind in stream.answered if kind == "tick")
+
+
+def numbers_of(words: list[str]) -> list[int]:
+    """The words' numbers, whole or not."""
+    return [int(re.findall(r"\d+", word)[0]) for word in words]
+
+
+@given(script=scripts)
+@settings(max_examples=60)
+def test_every_word_is_committed_once(script: Script) -> None:
+    """In order, from the first to the last, through cut windows and closed segments."""
+    stream = alone(script)
+    # A flush in the middle of a word leaves a part before it and may leave one after it.
+    numbers = [number for number, _ in itertools.groupby(numbers_of(stream.committed))]
+    assert numbers == list(range(1, script.n_words + 1))
+    finals = [w.text for m in stream.messages if isinstance(m, TranscriptFinal) for w in m.words]
+    assert finals == stream.committed
+
+
+@given(
+    script=scripts,
+    order=st.lists(
+        st.tuples(st.just("arrive"), cuts)
+        | st.tuples(st.just("tick"), st.just(0))
+        | st.tuples(st.just("take"), st.integers(0, 4))
+        | st.tuples(st.just("crash"), st.just(0)),
+        max_size=50,
+    ),
+)
+@settings(max_examples=200)
+def test_a_crash_at_any_point_changes_nothing(script: Script, order: list[tuple[str, int]]) -> None:
+    """The next engine asks what the dead one would have asked, and what was committed goes on."""
+    world = World(1)
+    stream = world.open(1, script)
+    for action, n in order:
+        if action == "crash":
+            world.crash()
+        else:
+            act(world, stream, action, n)
+    world.crash()
+    world.finish(1)
+    assert_same(stream, alone(script))
+
+
+@pytest.mark.parametrize("n_taken", range(8))
+def test_a_crash_in_mid_speech_asks_again(n_taken: int) -> None:
+    """After every message of the engine, of a stream in the middle of its speech."""
+    world = World(1)
+    stream = world.open(1, LONG)
+    for _ in range(6):
+        world.arrive(stream, 12_000)
+        world.tick()
+        world.take()
+    world.arrive(stream, 12_000)
+    for _ in range(n_taken):
+        world.tick()
+        world.take(1)
+    world.tick()
+    world.crash()
+    world.finish(1)
+    assert_same(stream, alone(LONG))
+
+
+@pytest.mark.parametrize("pause", range(0, 60, 4))
+def test_a_crash_in_a_pause_changes_nothing(pause: int) -> None:
+    """Whether the window goes on behind the pause is decided as if nothing had happened."""
+    speech = Utterance(20, ((4000, 0), (4000, 3000)))
+    script = make_script([speech, Utterance(pause, speech.words)])
+    crash_at = next(mark.at for mark in script.marks if mark.kind == "stopped") + GRID
+    world = World(1)
+    stream = world.open(1, script)
+    world.arrive(stream, crash_at)
+    while world.tick():
+        world.take()
+    world.crash()
+    world.finish(1)
+    assert_same(stream, alone(script))
+
+
+@pytest.mark.parametrize("pause", [10, 49, 55, 150, 260])
+def test_speech_that_is_known_late_is_heard_from_its_beginning(pause: int) -> None:
+    """Endpointing may take 2 s to decide and pad with 1 s: the silence before is kept so long."""
+    script = make_script(
+        [Utterance(20, ((4000, 0),) * 9), Utterance(pause, ((4000, 0),) * 9)],
+        start_delay=100,
+        pad=50,
+        stop_delay=6,
+    )
+    world = World(1)
+    stream = world.open(1, script)
+    while stream.arrived < len(script.pcm):
+        world.arrive(stream, GRID)
+        while world.tick() or world.outbox:
+            world.take()
+    assert_same(stream, alone(script))
+
+
+def test_it_waits_for_the_commit() -> None:
+    """A stream is not decoded again before the timeline answered, however much audio there is."""
+    world = World(1)
+    stream = world.open(1, LONG)
+    world.arrive(stream, 3 * SECOND)
+    assert world.tick()
+    for _ in range(3):
+        assert not world.tick()
+    world.take()
+    assert world.tick()
+
+
+def test_a_commit_of_another_point_is_an_error() -> None:
+    """The two sides are out of step: better to end than to go on."""
+    world = World(1)
+    world.arrive(world.open(1, LONG), 3 * SECOND)
+    world.tick()
+    with pytest.raises(AssertionError):
+        world.scheduler.commit(Commit(1, 7, "tick", 0))
+
+
+def test_the_window_stays_within_its_limit() -> None:
+    """A minute of speech without a pause; the runner of the harness checks every window."""
+    script = make_script([Utterance(0, ((4000, 0),) * 240)])
+    stream = alone(script)
+    assert numbers_of(stream.committed) == list(range(1, 241))
+    assert len({asked.fork.window_start for _, asked in stream.asked}) > 10
+
+
+def test_a_window_with_nothing_committed_is_cut_as_well() -> None:
+    """One word for a minute: what is too long is given up, and it goes on."""
+    stream = alone(make_script([Utterance(0, ((60 * SECOND, 0),))]))
+    assert stream.answered[-1][1] == "flush"
+    assert len({asked.fork.window_start for _, asked in stream.asked}) > 10
+
+
+def test_context_is_given_only_where_it_is_wanted() -> None:
+    """And it is the end of the committed text before the window."""
+    script = make_script([Utterance(0, ((4000, 0),) * 100)])
+    stream = alone(script)
+    fork = stream.asked[-1][1].fork
+    assert len(fork.context) > 100
+    assert " ".join([fork.context, *fork.prefix]) in " ".join(stream.committed)
+    without = Scheduler(
+        CONFIG.model_copy(update={"use_context": False}), n_slots=1, tick=TICK, shed_after_s=0.0, clock=float
+    )
+    without.open(Open(1, "en", context="before", is_speech=True))
+    without.push(Audio(1, 0, bytes(4 * 2 * TICK)))
+    assert [s.forks[0].context for s in without.schedule().plan.slots] == [""]
+
+
+@pytest.mark.parametrize("chunk", [GRID, SECOND, 10 * SECOND])
+def test_little_is_kept_of_a_long_silence(chunk: int) -> None:
+    """After an hour, some seconds of audio: neither pieces nor arrival times pile up."""
+    world = World(1)
+    n_chunks = 3600 * SECOND // chunk if chunk > GRID else 3000
+    silence = np.zeros(chunk, np.float32).tobytes()
+    world.open(1, LONG)
+    for i in range(n_chunks):
+        world.scheduler.push(Audio(1, i * chunk, silence))
+        schedule = world.scheduler.schedule()
+        assert not schedule.plan.slots
+    state = world.scheduler._streams[1]
+    assert sum(len(pcm) for _, pcm in state.pieces) <= 5 * SECOND + chunk
+    assert len(state.arrivals) <= 5 * SECOND // chunk + 2
+
+
+def test_progress_comes_at_least_once_a_second() -> None:
+    """Flow control needs it, in silence as in speech."""
+    world = World(1)
+    stream = world.open(1, LONG)
+    while stream.arrived < len(LONG.pcm):
+        world.arrive(stream, 1600)
+        while world.tick() or world.outbox:
+            world.take()
+        assert stream.arrived - stream.consumed <= SECOND
+
+
+def test_more_streams_than_slots_are_refused() -> None:
+    """And a slot that is given back is given out again."""
+    world = World(2)
+    world.open(1, LONG)
+    world.open(2, LONG)
+    with pytest.raises(EngineFull, match="stream 3: all 2 slots are taken"):
+        world.open(3, LONG)
+    world.close(1)
+    world.open(4, LONG)
+    assert world.scheduler.n_streams == 2
+
+
+def test_messages_for_a_closed_stream_are_ignored() -> None:
+    """They were on their way when it closed."""
+    scheduler = World(1).scheduler
+    scheduler.push(Audio(9, 0, bytes(4000)))
+    scheduler.commit(Commit(9, 0, "tick", 0))
+    scheduler.configure(Configure(9, "en"))
+    assert scheduler.close(9) is None
+    schedule = scheduler.schedule()
+    assert not [*schedule.plan.slots, *schedule.results, *schedule.progress]
+
+
+def test_a_result_for_a_slot_that_changed_hands_is_dropped() -> None:
+    """The stream closed, and another took its slot, while the step ran."""
+    world = World(1)
+    world.arrive(world.open(1, LONG), 3 * SECOND)
+    schedule = world.scheduler.schedule()
+    answers = world.runner.step(schedule.plan)
+    world.scheduler.close(1)
+    world.scheduler.open(Open(2, "en"))
+    assert world.scheduler.apply(schedule, answers, 0.0) == []
+
+
+def test_the_language_may_change() -> None:
+    """From the next question on."""
+    world = World(1)
+    stream = world.open(1, LONG)
+    world.arrive(stream, 3 * SECOND)
+    world.tick()
+    world.scheduler.configure(Configure(1, "de"))
+    world.take()
+    world.tick()
+    world.take()
+    assert [asked.fork.language for _, asked in stream.asked] == ["en", "de"]
+
+
+# --- load ----------------------------------------------------------------------------------
+
+
+def send(world: World, stream: Stream, end: int) -> None:
+    """Everything up to `end`, in messages of a second at most, as a session sends it."""
+    end = min(end, len(stream.script.pcm))
+    while stream.arrived < end:
+        world.arrive(stream, min(SECOND, end - stream.arrived))
+
+
+def live(world: World, stream: Stream, step_s: float, lead_s: float = 0.0) -> float:
+    """Send at the pace of speech, `lead_s` ahead of it, to an engine that needs `step_s` a step.
+
+    Returns how far behind the engine was at worst, in seconds of audio that had come.
+    """
+    worst = 0
+    start_s = world.now_s
+    while not stream.is_done:
+        send(world, stream, int((world.now_s - start_s + lead_s) * SECOND))
+        worst = max(worst, stream.arrived - stream.consumed)
+        worked = world.tick()
+        world.now_s += step_s if worked else 0.02
+        world.take()
+    return worst / SECOND
+
+
+MINUTE = make_script([Utterance(10, ((4000, 400),) * 200)])
+
+
+def test_an_engine_that_keeps_up_leaves_nothing_out() -> None:
+    """Steps that take most of a tick."""
+    world = World(1, shed_after_s=1.0)
+    stream = world.open(1, MINUTE)
+    live(world, stream, 0.28)
+    assert not stream.skipped
+    assert_same(stream, alone(MINUTE))
+
+
+def test_a_slow_engine_leaves_points_out_and_says_so() -> None:
+    """Steps of three ticks: it stays near the live edge, tells which points, and loses no word."""
+    world = World(1, shed_after_s=1.0)
+    stream = world.open(1, MINUTE)
+    worst_s = live(world, stream, 0.96)
+    assert worst_s < 4.0
+    ticks = {at for at, kind in stream.answered if kind == "tick"}
+    every = {at for at, kind in alone(MINUTE).answered if kind == "tick"}
+    left_out = {at for s in stream.skipped for at in range(s.start, s.end, TICK)}
+    assert sum(s.n_points for s in stream.skipped) == len(left_out) > 50
+    assert ticks | left_out == every
+    assert not ticks & left_out
+    assert numbers_of(stream.committed) == list(range(1, MINUTE.n_words + 1))
+
+
+def test_nothing_is_left_out_where_shedding_is_off() -> None:
+    """However far behind it falls."""
+    world = World(1)
+    stream = world.open(1, MINUTE)
+    assert live(world, stream, 0.96) > 20.0
+    assert not stream.skipped
+
+
+@pytest.mark.parametrize("waits_s", [0.0, 60.0])
+@pytest.mark.parametrize("lead_s", [5.0, 1000.0])
+def test_a_client_faster_than_real_time_is_never_shed(waits_s: float, lead_s: float) -> None:
+    """Its audio has to wait, but it is not late: not even where the client said nothing at first."""
+    world = World(1, shed_after_s=1.0)
+    stream = world.open(1, MINUTE)
+    world.now_s += waits_s
+    live(world, stream, 0.28, lead_s)
+    assert not stream.skipped
+    assert_same(stream, alone(MINUTE))
+
+
+@example(pauses=[3, 30, 3])
+@given(pauses=st.lists(st.integers(0, 30), min_size=1, max_size=4))
+@settings(max_examples=10)
+def test_a_client_that_stalls_is_not_shed_for_it(pauses: list[int]) -> None:
+    """What was held up on its way comes in a burst; the engine, which keeps up, is not the cause."""
+    world = World(1, shed_after_s=1.0)
+    stream = world.open(1, MINUTE)
+    for pause_s in pauses:
+        send(world, stream, stream.arrived + 12 * SECOND)
+        while world.tick():
+            world.now_s += 0.2
+            world.take()
+        world.now_s += pause_s
+    live(world, stream, 0.2, lead_s=stream.arrived / SECOND)
+    assert not stream.skipped
