@@ -90,11 +90,13 @@ class EngineConfig(_Section):
 class TranscriptConfig(_Section):
     """How much is listened to at once, when words are committed, when segments are closed."""
 
-    window_s: Annotated[float, Field(ge=4, le=29)] = 24.0
+    window_s: Annotated[float, Field(ge=4, le=29)] = 12.0
     join_gap_s: Annotated[float, Field(ge=0, le=10)] = 2.0
     use_context: bool = False
     agreement: Annotated[int, Field(ge=1, le=5)] = 2
-    edge_s: Annotated[float, Field(ge=0, le=5)] = 0.4
+    edge_s: Annotated[float, Field(ge=0, le=5)] = 1.0
+    sure_score: Annotated[float, Field(ge=0, le=1)] = 0.5
+    patience_s: Annotated[float, Field(ge=0, le=10)] = 3.0
     max_segment_s: Annotated[float, Field(ge=5, le=300)] = 20.0
     max_tokens_per_s: Annotated[float, Field(ge=3, le=50)] = 12.0
 

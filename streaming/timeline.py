@@ -47,6 +47,7 @@ class Timeline:
     def __init__(self, config: TranscriptConfig) -> None:
         self._config = config
         self._edge = int(config.edge_s * SAMPLE_RATE_HZ)
+        self._patience = max(self._edge, int(config.patience_s * SAMPLE_RATE_HZ))
         self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
         self._guesses: deque[list[str]] = deque(
             maxlen=config.agreement - 1
@@ -112,7 +113,8 @@ class Timeline:
         n = 0
         for word in words[:-1]:
             agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
-            if not agree or word.end > point - self._edge:
+            edge = self._edge if word.score >= self._config.sure_score else self._patience
+            if not agree or word.end > point - edge:
                 break
             n += 1
         return n

@@ -54,8 +54,13 @@ class Vocabulary:
         return text
 
     def east_asian_ids(self) -> list[int]:
-        """Text tokens with a character that Chinese, Japanese and Korean alone are written with."""
-        return [i for i in range(self.end) if any(_is_east_asian(c) for c in self.decode([i]))]
+        """Text tokens with a byte that begins a kana, Han or Hangul character in UTF-8.
+
+        Rare characters are said byte by byte, so looking for whole characters would miss them. The
+        tokenizer writes these bytes, 0xE3 to 0xED, as the Latin-1 characters of the same number.
+        """
+        tokens = (str(self._tokenizer.id_to_token(i)) for i in range(self.end))
+        return [i for i, token in enumerate(tokens) if any("\u00e3" <= c <= "\u00ed" for c in token)]
 
     def _id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -103,8 +108,3 @@ def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None
 def is_punctuation(text: str) -> bool:
     """Whether nothing in `text` could be spoken."""
     return all(unicodedata.category(c)[0] in "PSZC" for c in text)
-
-
-def _is_east_asian(char: str) -> bool:
-    """Kana, Hangul or Han."""
-    return "\u3041" <= char <= "\u30ff" or "\u3400" <= char <= "\u9fff" or "\uac00" <= char <= "\ud7af"

@@ -42,6 +42,7 @@ MAX_CONTEXT_CHARS = 224  # of committed text before the window
 MIN_SPEECH = SAMPLE_RATE_HZ * 2 // 5  # a tick needs this much speech: less is guessed at
 SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
 SETTLE_SCORE = 0.5
+LOST_SPEECH = SAMPLE_RATE_HZ * 3 // 2  # so much after the last committed word is not silence
 EXTRA_TOKENS = 8  # of a fork's budget, whatever the length of its audio
 
 
@@ -80,6 +81,8 @@ class _Stream:
     arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, `due` there
     awaiting: _Point | None = None
     hypothesis: tuple[Heard, ...] = ()  # of the awaited point
+    retry: _Point | None = None  # decode this point again, in a shorter window
+    speech_end: int = 0  # at a `stopped` point: where speech ended
     reported: int = 0  # `consumed` as the server knows it
 
 
@@ -205,9 +208,11 @@ class Scheduler:
         for stream in self._streams.values():
             if stream.awaiting is not None:
                 continue
-            point, left_out = self._next_point(stream)
-            if left_out is not None:
-                skipped.append(left_out)
+            point, stream.retry = stream.retry, None
+            if point is None:
+                point, left_out = self._next_point(stream)
+                if left_out is not None:
+                    skipped.append(left_out)
             if point is None:
                 continue
             stream.awaiting = point
@@ -233,6 +238,10 @@ class Scheduler:
             if stream is None or hypothesis.owner != number:
                 continue  # the slot changed hands meanwhile
             stream.hypothesis = _words_after(stream, hypothesis)
+            if _lost_its_place(stream, at, kind):
+                self._move_window(stream, stream.committed[-1].end + GRID)  # else a short last word stays in it
+                stream.awaiting, stream.retry = None, _Point(at, kind)
+                continue
             if (
                 stream.language is None
                 and hypothesis.language_score >= SETTLE_SCORE
@@ -285,7 +294,7 @@ class Scheduler:
             stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
             if mark.kind == "stopped":
-                stream.last_stop = mark.edge
+                stream.last_stop = stream.speech_end = mark.edge
             return _Point(mark.at, mark.kind), left_out
         if not stream.is_speech:
             stream.consumed = max(stream.consumed, stream.received)
@@ -410,6 +419,18 @@ class Scheduler:
             compute_s=0.0,
             window_start=stream.window_start,
         )
+
+
+def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
+    """Whether the model took the text for finished while speech went on.
+
+    Whisper does that after a pause inside a long window, and then stays silent. In a window that
+    begins after the committed words it hears again; so this is true once at most for a point.
+    """
+    if stream.hypothesis or not stream.committed:
+        return False
+    end = stream.speech_end if kind == "stopped" else at
+    return end - stream.committed[-1].end >= LOST_SPEECH
 
 
 def _middle(word: Heard) -> int:
