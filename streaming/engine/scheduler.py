@@ -42,7 +42,10 @@ MAX_CONTEXT_CHARS = 224  # of committed text before the window
 MIN_SPEECH = SAMPLE_RATE_HZ * 2 // 5  # a tick needs this much speech: less is guessed at
 SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
 SETTLE_SCORE = 0.5
-LOST_SPEECH = SAMPLE_RATE_HZ * 3 // 2  # so much after the last committed word is not silence
+# Speech after the last committed word in which a word must have been heard: at a tick the model may
+# yet find it, when speech has stopped it is the last chance.
+LOST_AT_TICK = 3 * SAMPLE_RATE_HZ
+LOST_AT_STOP = SAMPLE_RATE_HZ * 3 // 5
 EXTRA_TOKENS = 8  # of a fork's budget, whatever the length of its audio
 
 
@@ -239,7 +242,8 @@ class Scheduler:
                 continue  # the slot changed hands meanwhile
             stream.hypothesis = _words_after(stream, hypothesis)
             if _lost_its_place(stream, at, kind):
-                self._move_window(stream, stream.committed[-1].end + GRID)  # else a short last word stays in it
+                # A step of the grid further: else a very short last word would stay in it, for ever.
+                self._move_window(stream, stream.committed[-1].end + GRID)
                 stream.awaiting, stream.retry = None, _Point(at, kind)
                 continue
             if (
@@ -429,8 +433,10 @@ def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
     """
     if stream.hypothesis or not stream.committed:
         return False
-    end = stream.speech_end if kind == "stopped" else at
-    return end - stream.committed[-1].end >= LOST_SPEECH
+    begin = max(stream.committed[-1].end, stream.speech_edge)
+    if kind == "stopped":
+        return stream.speech_end - begin >= LOST_AT_STOP
+    return at - begin >= LOST_AT_TICK
 
 
 def _middle(word: Heard) -> int:

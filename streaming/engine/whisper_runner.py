@@ -191,7 +191,11 @@ class WhisperRunner:
         config = self._model.config
         requests = [item.request for item in due]
         n_heard = [min(r.n_positions + GUARD_POSITIONS, config.n_audio_positions) for r in requests]
-        n_frames = config.n_frames if self._padding is None else max(n_heard) * FRAMES_PER_POSITION
+        n_frames = config.n_frames
+        if self._padding is not None:
+            # One position more: the convolutions of the longest window too must see silence behind it,
+            # as those of the others do, or what a stream says would depend on its neighbours.
+            n_frames = min(n_frames, (max(n_heard) + 1) * FRAMES_PER_POSITION)
         mel = torch.full((len(due), n_frames, config.n_mels), SILENCE)
         for row, item in enumerate(due):
             part = item.frames[:n_frames]
