@@ -1,0 +1,1 @@
+"""Measurements over real recordings; each program ends with one line of JSON."""
