@@ -194,10 +194,17 @@ class RollingCache:
 
     # --- writing ----------------------------------------------------------------------------
 
-    def reset(self, slots: Iterable[int]) -> None:
-        """Forget all but the prompt. The other slots are untouched."""
+    def reset(self, slots: Iterable[int], first_block: int = 0) -> None:
+        """Forget all but the prompt. The other slots are untouched.
+
+        Args:
+            slots: Whom to forget.
+            first_block: The number of the block that comes next: above 0 for a stream that is taken
+                up again in its middle, so that absolute markers go on where they were.
+        """
         for slot_idx in slots:
-            self._slots[slot_idx] = _Slot(origin=len(self._prefix))
+            zero = first_block if self.settings.markers == "restart" else 0
+            self._slots[slot_idx] = _Slot(len(self._prefix), first_block=first_block, marker_zero=zero)
             self._place_prefix(slot_idx, 0)
 
     @torch.inference_mode()
@@ -407,8 +414,9 @@ class RollingCache:
         rows = [[segment for segment in segments if segment.slot_idx == idx] for idx in slots]
         device = self.model.device
         n_batch, n_tokens = len(rows), max(sum(len(s.entries) for s in row) for row in rows)
-        n_read = 1 + max(max(s.entries[-1], *(run.stop - 1 for run in s.visible), 0) for s in segments)
-        n_read = max(n_read, self._prefix.stop)
+        # Only as far as something is read or written: the scratch is the larger part, and mostly empty.
+        read = [run.stop for segment in segments for run in segment.visible]
+        n_read = max([*read, *(1 + max(segment.entries) for segment in segments)])
         hidden = self.model.config.language.hidden_size
         x = self.buffers.k.new_zeros(n_batch, n_tokens, hidden)
         added = x.new_zeros(self.model.config.n_deepstack, n_batch, n_tokens, hidden)
