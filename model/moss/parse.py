@@ -71,12 +71,15 @@ class Voice:
 # 12, 12.34, 1:02.5, 1:00:02
 _TIME = r"\d{1,9}(?:\.\d{1,9})?(?::\d{1,9}(?:\.\d{1,9})?){0,2}"
 # A time in a sentence needs a bracket on one side at least: "2.01" alone may be a word.
-_TAG = re.compile(rf"\[\s*({_TIME})\s*s?\s*\]?|({_TIME})\s*s?\s*\]")
+_TAG = re.compile(rf"\[ ?({_TIME}) ?s? ?\]?|(?<![\w.])({_TIME}) ?s? ?\]")
+# Lines come with single spaces: runs of them between optional parts would take for ever to refuse.
 _EVENT = re.compile(
-    rf"^\W*?({_TIME})\s*(?:s|sec|seconds)?\s*\]?\s*(?:-|–|—|~|to|until)\s*\[?\s*"  # noqa: RUF001 (models write them)
-    rf"({_TIME})?\s*(?:s|sec|seconds)?\s*[\])]?\s*[:,-]?\s*(\S.*)$",
+    rf"^\W*?(?:\d{{1,3}}[.)] )?\[?({_TIME}) ?(?:(?:seconds|sec|s)\b)? ?\]? ?(?:-|–|—|~|to|until) ?\[?"  # noqa: RUF001 (models write them)
+    rf"({_TIME})? ?(?:(?:seconds|sec|s)\b)? ?[\])]? ?[:,-]? ?(\S.*)$",
     re.IGNORECASE,
 )
+# At the end of an answer cut short: a time counts only if it has its two decimals.
+_CUT_TIME = re.compile(r"\[(?! ?(?:\d+:)*\d+\.\d\d ?$)[\d.: ]*$")
 _FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
 _PAIR = re.compile(r'"(\w{1,40})"\s*:\s*(?:"((?:[^"\\]|\\.)*)|([^",}\]\s][^,}\]\n]*))')
 
@@ -102,6 +105,7 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
         where the one before it ends.
     """
     sentences: list[Sentence] = []
+    text = _CUT_TIME.sub("", " ".join(text.split()))
     at = window.start_s  # nothing begins before this
     start = at
     before = 0
@@ -112,8 +116,7 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
             sentences.append(Sentence(words, Span(start, at), is_closed=True))
         start = max(at, time_s)
         before = match.end()
-    # An answer cut inside a time, "[0.00]hello[2.", leaves a bracket with some digits.
-    if words := _clean(re.sub(r"\[[\d.:\s]*$", "", text[before:])):
+    if words := _clean(text[before:]):
         sentences.append(Sentence(words, Span(start, window.end_s), is_closed=False))
     return tuple(sentences)
 
@@ -131,7 +134,7 @@ def parse_events(text: str, window: Span, offset_s: float = 0.0) -> tuple[SoundE
     """
     events = []
     for line in text.splitlines():
-        if not (match := _EVENT.match(line)):
+        if not (match := _EVENT.match(" ".join(line.split()))):
             continue
         first = seconds(match[1]) + offset_s
         last = seconds(match[2]) + offset_s if match[2] else window.end_s
@@ -166,6 +169,8 @@ def parse_voice(text: str) -> Voice:
 
 def _take(found: dict[str, str], pairs: Iterable[tuple[str, object]]) -> None:
     for key, value in pairs:
+        if value is None:
+            continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         if (name := key.strip().lower()) in VOICE_KEYS and name not in found and (clean := _clean(text)):
             found[name] = clean[:MAX_VALUE]
@@ -182,4 +187,5 @@ def _unescaped(text: str) -> str:
 def _clean(text: str) -> str:
     """One line, single spaces, no stray brackets at the ends, nothing that is no character."""
     text = "".join(char if char.isprintable() else " " for char in text)
-    return " ".join(text.split()).strip("[] ")
+    text = " ".join(text.split()).lstrip("] ").rstrip("[ ")
+    return text if "[" in text else text.rstrip("] ")
