@@ -172,10 +172,13 @@ def test_a_tail_rolled_back_leaves_the_cache_bit_identical() -> None:
     for n_tokens in (1, 24, 25, 26, 50, 7):
         cache.set_tail({0: random_audio(MODEL, n_tokens, n_tokens)})
         assert cache.n_tail(0) == n_tokens
+    twin.set_tail({0: random_audio(MODEL, 7, 7)})  # a tail replaces the longer one before it
+    assert torch.equal(logits_of(cache, 0), logits_of(twin, 0))
     cache.drop_tail([0])
-    for other in (cache, twin):
+    for other in (cache, twin):  # the twin's tail goes when its block is complete
         other.append({0: random_audio(MODEL, 77)})
     assert cache.ids(0) == twin.ids(0)
+    assert cache.n_tail(0) == twin.n_tail(0) == 0
     assert torch.equal(cache.read(0).k, twin.read(0).k)
     assert torch.equal(cache.read(0).v, twin.read(0).v)
     assert torch.equal(logits_of(cache, 0), logits_of(twin, 0))
