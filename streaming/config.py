@@ -6,6 +6,7 @@ Components receive their own section, never the whole.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,6 +65,7 @@ class ModelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     language: str = "auto"
+    short_context: bool = True
 
 
 class EngineConfig(_Section):
@@ -86,9 +88,12 @@ class EngineConfig(_Section):
 
 
 class TranscriptConfig(_Section):
-    """When words are committed and segments closed."""
+    """How much is listened to at once, when words are committed, when segments are closed."""
 
     window_s: Annotated[float, Field(ge=4, le=29)] = 24.0
+    join_gap_s: Annotated[float, Field(ge=0, le=10)] = 2.0
+    use_context: bool = False
+    agreement: Annotated[int, Field(ge=1, le=5)] = 2
     edge_s: Annotated[float, Field(ge=0, le=5)] = 0.4
     max_segment_s: Annotated[float, Field(ge=5, le=300)] = 20.0
     max_tokens_per_s: Annotated[float, Field(ge=3, le=50)] = 12.0
@@ -151,6 +156,22 @@ def load_config(path: Path) -> Config:
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
     return parse_config(text, str(path))
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Mapping[str, object]]) -> Config:
+    """A configuration with some keys of some sections replaced, as a command line does.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    values = config.model_dump()
+    for section, keys in overrides.items():
+        values[section] |= keys
+    try:
+        return Config.model_validate(values)
+    except ValidationError as exc:
+        lines = [f"command line: {_problem(error)}" for error in exc.errors()]
+        raise ConfigError("\n".join(lines)) from exc
 
 
 def _problem(error: object) -> str:

@@ -108,7 +108,8 @@ class SessionClosed:
     """A stream ended; nothing follows."""
 
     type: ClassVar[str] = "session.closed"
-    reason: str  # "closed", "disconnected", "server_stopping", "bad_input", "engine_lost"
+    # "closed", "disconnected", "idle", "server_stopping", "bad_input", "engine_lost", "internal"
+    reason: str
     duration_ms: int
     n_words: int
     n_segments: int
@@ -354,15 +355,17 @@ def decode(text: str | bytes) -> Envelope:
             values[item.name] = body[item.name]
         elif item.default is dataclasses.MISSING:
             raise ProtocolError("bad_message", f"{cls.type} without {item.name!r}")
-    if "words" in values:
-        values["words"] = tuple(Word(**word) for word in values["words"])
-    for name in ("tasks", "languages"):
-        if name in values:
-            values[name] = tuple(values[name])
     try:
+        if "words" in values:
+            values["words"] = tuple(Word(**word) for word in values["words"])
+        for name in ("tasks", "languages"):
+            if name in values:
+                values[name] = tuple(values[name])
         return Envelope(str(body["stream"]), int(body["seq"]), cls(**values))
     except KeyError as exc:
         raise ProtocolError("bad_message", f"{cls.type} without {exc.args[0]!r}") from exc
+    except (TypeError, ValueError) as exc:
+        raise ProtocolError("bad_message", f"{cls.type} that cannot be read: {exc}") from exc
 
 
 # --- what a client sends -----------------------------------------------------------------
@@ -453,6 +456,8 @@ class _Fields:
         value = self._body.get(name)
         if not isinstance(value, str) or not 0 < len(value) <= max_chars:
             raise self._wrong(name, f"a text of 1 to {max_chars} characters")
+        if not _is_text(value):
+            raise self._wrong(name, "a text without half a surrogate pair")
         return value
 
     def optional_text(self, name: str, max_chars: int) -> str | None:
@@ -533,6 +538,11 @@ def _json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ProtocolError("bad_json", f"got JSON of type {type(body).__name__}; expected an object")
     return body
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be sent: JSON can write half a surrogate pair, UTF-8 cannot."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _shown(value: object) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
 _LENGTH = struct.Struct("<I")
+HEADER_BYTES = _LENGTH.size
 
 MarkKind = Literal["started", "stopped", "flush"]
 PointKind = Literal["tick", "stopped", "flush"]
@@ -140,6 +141,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     consumed: int  # audio before this was taken from the buffer, ticks inside it are decided
     needed_from: int  # a restart needs the audio from here on
     window_start: int
+    language: str | None = None  # as set, or detected and settled; a restart opens with it
 
 
 class Skipped(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,58 @@
+# Everything a developer or a first user runs. The environment is made once, in .venv, and again
+# when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# What `make demo` streams: by default a call made of Debian's sounds (scripts/make_demo_recording.py).
+RECORDING ?=
+DEMO_CALL := .demo/call.wav
+
+# What `make bench` measures: a manifest of recordings with reference words, and where they lie.
+MANIFEST ?=
+ROOT ?=
+FILTER ?=
+STREAMS ?= 1
+SERVER ?= ws://127.0.0.1:8765
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve check test bench
+
+help:
+	@echo "make demo    live captions of a recording, end to end (RECORDING=path for your own)"
+	@echo "make serve   the server alone, with config.toml"
+	@echo "make check   format, lint, types and the fast tests"
+	@echo "make test    make check, then every other test"
+	@echo "make bench   quality on a virtual clock, then STREAMS live clients of SERVER, if one runs (MANIFEST=, ROOT=, FILTER=)"
+	@echo "make setup   only the environment, in $(VENV)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + " (make PYTHON=python3.11)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[server,clients,dev]'
+	touch $@
+
+demo: $(STAMP)
+	@test -n "$(RECORDING)" -o -f "$(DEMO_CALL)" || $(BIN)/python scripts/make_demo_recording.py $(DEMO_CALL)
+	@$(BIN)/python scripts/demo.py "$(or $(RECORDING),$(DEMO_CALL))"
+
+serve: $(STAMP)
+	@$(BIN)/moss-live serve --config config.toml
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test: check
+	$(BIN)/python -m pytest -q -m slow
+
+bench: $(STAMP)
+	@test -n "$(MANIFEST)" -a -n "$(ROOT)" || { echo "make bench MANIFEST=path/manifest.jsonl ROOT=path [FILTER=part of a path] [STREAMS=n]"; exit 2; }
+	$(BIN)/python bench/quality.py --manifest "$(MANIFEST)" --root "$(ROOT)" --filter "$(FILTER)"
+	$(BIN)/python bench/live.py "$(SERVER)" --streams $(STREAMS) --manifest "$(MANIFEST)" --root "$(ROOT)" --filter "$(FILTER)"

@@ -1,0 +1,143 @@
+"""The real engine and timeline with a virtual clock, in this process.
+
+Audio arrives at the pace of speech on the virtual clock; a step takes as long on it as it took on
+the real one. So a run needs no real time while the engine idles, and still shows true lags.
+Sockets, rings and the process boundary are left out: `bench/live.py` measures with them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming.config import Config
+from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result
+from streaming.engine.plan import Runner
+from streaming.engine.scheduler import Scheduler
+from streaming.protocol import SAMPLE_RATE_HZ, Flushed, Message, ms_of
+from streaming.timeline import Timeline
+from streaming.vad import Vad
+
+CHUNK = SAMPLE_RATE_HZ // 50  # samples that arrive at a time, 20 ms
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualRun:
+    """What one stream heard back."""
+
+    arrivals: tuple[tuple[float, Message], ...]  # virtual seconds since the stream began
+    flush_s: float  # from the last sample to `flushed`
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualRuns:
+    """Streams that ran at once."""
+
+    runs: tuple[VirtualRun, ...]
+    cpu_s: float  # core-seconds of all steps
+    wall_s: float  # of all steps
+    n_steps: int
+
+
+class _Stream:
+    def __init__(self, number: int, audio: NDArray[np.float32], config: Config) -> None:
+        self.number = number
+        self.audio = audio
+        self.sent = 0
+        self.vad = Vad(config.vad)
+        self.timeline = Timeline(config.transcript)
+        self.arrivals: list[tuple[float, Message]] = []
+        self.flushed_s: float | None = None
+
+    def arrive(self, now_s: float, scheduler: Scheduler) -> None:
+        """Push what has come by now; after the last sample, a flush."""
+        have = min(len(self.audio), round(now_s * SAMPLE_RATE_HZ) // CHUNK * CHUNK)
+        if now_s >= len(self.audio) / SAMPLE_RATE_HZ:
+            have = len(self.audio)
+        while self.sent < have:
+            pcm = self.audio[self.sent : min(self.sent + CHUNK, have)]
+            marks = self.vad.push(pcm)
+            at_s = (self.sent + len(pcm)) / SAMPLE_RATE_HZ
+            for mark in marks:
+                say = self.timeline.speech_started if mark.kind == "started" else self.timeline.speech_stopped
+                self.arrivals += [(at_s, message) for message in say(mark.edge)]
+            start = self.sent
+            self.sent += len(pcm)
+            if self.sent == len(self.audio):
+                marks.append(Mark("flush", self.sent, self.sent))
+            scheduler.push(Audio(self.number, start, pcm.tobytes(), tuple(marks)))
+
+    def answer(self, result: Result, now_s: float, scheduler: Scheduler) -> None:
+        """Give a result to the timeline and its commit back to the scheduler."""
+        applied = self.timeline.apply(result)
+        self.arrivals += [(now_s, message) for message in applied.messages]
+        if result.kind == "flush":
+            self.flushed_s = now_s
+            self.arrivals.append((now_s, Flushed("end", ms_of(result.point))))
+        scheduler.commit(Commit(self.number, result.point, result.kind, applied.n_committed))
+
+
+def run(
+    audio: Sequence[NDArray[np.float32]],
+    runner: Runner,
+    config: Config,
+    language: str | None = None,
+    speed: float = 1.0,
+) -> VirtualRuns:
+    """Stream every recording at once, from virtual second 0, until each is flushed.
+
+    Args:
+        audio: [n_samples] each, 16 kHz mono.
+        runner: With at least as many slots.
+        config: Endpointing, ticks and commit policy.
+        language: Set for every stream; None: detected.
+        speed: How many times faster than measured a step counts; for what-if runs.
+    """
+    now_s = 0.0
+    scheduler = Scheduler(
+        config.transcript,
+        n_slots=len(audio),
+        tick=config.engine.tick_ms * SAMPLE_RATE_HZ // 1000,
+        shed_after_s=config.engine.shed_after_s,
+        clock=lambda: now_s,
+    )
+    streams = [_Stream(number, pcm, config) for number, pcm in enumerate(audio)]
+    for stream in streams:
+        scheduler.open(Open(stream.number, language))
+    cpu_s = wall_s = 0.0
+    n_steps = 0
+    while any(stream.flushed_s is None for stream in streams):
+        for stream in streams:
+            stream.arrive(now_s, scheduler)
+        schedule = scheduler.schedule()
+        for result in schedule.results:
+            streams[result.stream].answer(result, now_s, scheduler)
+        if schedule.plan.slots:
+            wall, cpu = time.perf_counter(), time.process_time()
+            answers = runner.step(schedule.plan)
+            took_s = time.perf_counter() - wall
+            cpu_s += time.process_time() - cpu
+            wall_s += took_s
+            n_steps += 1
+            now_s += took_s / speed
+            for result in scheduler.apply(schedule, answers, took_s):
+                streams[result.stream].answer(result, now_s, scheduler)
+        elif not schedule.results:
+            now_s = (round(now_s * SAMPLE_RATE_HZ) // CHUNK + 1) * CHUNK / SAMPLE_RATE_HZ
+    for stream in streams:
+        slot_idx = scheduler.close(CloseStream(stream.number).stream)
+        assert slot_idx is not None
+        runner.reset([slot_idx])
+    return VirtualRuns(
+        tuple(
+            VirtualRun(tuple(s.arrivals), (s.flushed_s or 0.0) - len(s.audio) / SAMPLE_RATE_HZ)
+            for s in streams
+        ),
+        cpu_s,
+        wall_s,
+        n_steps,
+    )

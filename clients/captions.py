@@ -1,0 +1,256 @@
+"""Captions in a terminal: committed words firm, interim words grey, with times.
+
+`CaptionState` holds what is on the screen and knows no terminal; `LiveCaptions` draws it where
+there is one, `PlainCaptions` prints lines where there is none. Neither knows a socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from streaming.protocol import (
+    Ack,
+    AnswerDelta,
+    AnswerFinal,
+    Degraded,
+    EmotionUpdate,
+    Envelope,
+    Error,
+    EventEnded,
+    EventStarted,
+    Flushed,
+    Lag,
+    Message,
+    SessionClosed,
+    SessionCreated,
+    SpeechStarted,
+    SpeechStopped,
+    TranscriptDelta,
+    TranscriptFinal,
+    TranscriptInterim,
+)
+
+REDRAWS_PER_S = 8
+MAX_OPEN_CHARS = 2_000  # of a segment that is not closed: the screen shows its last ones
+
+# Where the audio is now, seconds since the stream's first sample; None where it is not known.
+Position = Callable[[], float | None]
+
+
+class Captions(Protocol):
+    """Shows one stream's messages; a context manager around their time on the screen."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, envelope: Envelope) -> None:
+        """Take in one message and show what it changes."""
+
+
+def clock(time_ms: int) -> str:
+    """A time as [mm:ss.s]."""
+    tenths = time_ms // 100
+    return f"[{tenths // 600:02d}:{tenths // 10 % 60:02d}.{tenths % 10}]"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey instead of show."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+@dataclass(slots=True)
+class CaptionState:
+    """The open segment, whether somebody speaks, and how far the captions are behind."""
+
+    position: Position = lambda: None
+    committed: str = ""
+    interim: str = ""
+    start_ms: int | None = None  # of the open segment
+    is_speech: bool = False
+    heard_ms: int = 0  # the latest time any message spoke of
+    lag_s: float | None = None  # how far the newest words were behind the audio when they came
+    open_events: dict[str, str] = field(default_factory=dict)  # id -> label, as many as the server has open
+
+    def apply(self, message: Message) -> None:
+        """Take in one message."""
+        self.heard_ms = max(self.heard_ms, getattr(message, "end_ms", 0))
+        match message:
+            case TranscriptDelta():
+                self._open(message.start_ms)
+                self.committed = f"{self.committed} {message.text}".strip()[-MAX_OPEN_CHARS:]
+                self.interim = ""
+                self._measure_lag(message.end_ms)
+            case TranscriptInterim():
+                if message.text:
+                    self._open(message.start_ms)
+                    self._measure_lag(message.end_ms)
+                self.interim = message.text[-MAX_OPEN_CHARS:]
+            case TranscriptFinal():
+                self.committed, self.interim, self.start_ms = "", "", None
+            case SpeechStarted():
+                self.is_speech = True
+            case SpeechStopped():
+                self.is_speech = False
+            case EventStarted():
+                self.open_events[message.id] = message.label
+            case EventEnded():
+                self.open_events.pop(message.id, None)
+            case SessionClosed():
+                self.is_speech = False
+
+    def _open(self, start_ms: int) -> None:
+        if self.start_ms is None:
+            self.start_ms = start_ms
+
+    def _measure_lag(self, end_ms: int) -> None:
+        position_s = self.position()
+        if position_s is not None:
+            self.lag_s = max(0.0, position_s - end_ms / 1000)
+
+
+class LiveCaptions:
+    """Captions that are redrawn in place: closed segments scroll up, the open one stays below."""
+
+    def __init__(self, console: Console, position: Position) -> None:
+        self._state = CaptionState(position)
+        self._live = Live(
+            console=console, refresh_per_second=REDRAWS_PER_S, get_renderable=self._draw, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, envelope: Envelope) -> None:
+        """Take in one message; what is settled is printed above the open segment."""
+        message = envelope.message
+        self._state.apply(message)
+        match message:
+            case TranscriptFinal(text=text, start_ms=start_ms) if text:
+                self._live.console.print(Text.assemble((clock(start_ms), "cyan"), " ", printable(text)))
+            case Error() | Degraded():
+                self._live.console.print(Text(describe(message) or "", "yellow"))
+            case _:
+                line = describe(message)
+                if line:
+                    self._live.console.print(Text(line, "magenta"))
+
+    def _draw(self) -> Group:
+        state = self._state
+        caption = Text()
+        if state.start_ms is not None:
+            caption.append(clock(state.start_ms), "cyan")
+        if state.committed:
+            caption.append(" " + printable(state.committed), "bold")
+        if state.interim:
+            caption.append(" " + printable(state.interim), "grey50")
+        status = Text("● speech " if state.is_speech else "○ silence", "green" if state.is_speech else "dim")
+        status.append(f"  heard {clock(state.heard_ms)}", "dim")
+        if state.lag_s is not None:
+            status.append(f"  {state.lag_s:.1f} s behind", "dim")
+        for label in state.open_events.values():
+            status.append(f"  ♪ {printable(label)}", "magenta")
+        return Group(caption, status)
+
+
+class PlainCaptions:
+    """One line a message, for pipes and logs: committed words as they come, then their segment."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, envelope: Envelope) -> None:
+        """Print the line of one message, if it has one."""
+        match envelope.message:
+            case TranscriptDelta(text=text, start_ms=start_ms):
+                line: str | None = f"{clock(start_ms)}   + {printable(text)}"
+            case TranscriptFinal(text=text, start_ms=start_ms, end_ms=end_ms):
+                line = f"{clock(start_ms)}-{clock(end_ms)} {printable(text)}"
+            case message:
+                line = describe(message)
+        if line:
+            # As it is: no markup, no wrapping, nothing coloured.
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+def describe(message: Message) -> str | None:
+    """The line of a message that is no transcript; None for those that are not worth one."""
+    match message:
+        case SessionCreated():
+            line = f"-- stream open, model {message.model}"
+        case SessionClosed():
+            line = (
+                f"-- stream closed ({message.reason}): {message.duration_ms / 1000:.1f} s, "
+                f"{message.n_words} words in {message.n_segments} segments"
+            )
+        case EventStarted():
+            line = f"{clock(message.start_ms)} ♪ {message.label} begins ({message.score:.2f})"
+        case EventEnded():
+            line = (
+                f"{clock(message.start_ms)}-{clock(message.end_ms)} ♪ {message.label} ({message.score:.2f})"
+            )
+        case EmotionUpdate():
+            score = message.scores.get(message.label)
+            detail = message.description or ("" if score is None else f"{score:.2f}")
+            line = f"{clock(message.start_ms)} ~ {message.label} {detail}".rstrip()
+        case AnswerFinal():
+            line = f"{clock(message.start_ms)} > {message.text}"
+        case Degraded():
+            line = f"{clock(message.start_ms)} ! {message.reason}: {message.message}"
+        case Lag():
+            line = f"! {message.n_waiting} messages wait for this reader"
+        case Error():
+            line = f"! {message.code}: {message.message}"
+        case Ack() | Flushed() | AnswerDelta() | SpeechStarted() | SpeechStopped():
+            return None
+        case TranscriptInterim() | TranscriptDelta() | TranscriptFinal():
+            return None
+    return printable(line)
+
+
+def captions_for(console: Console, position: Position = lambda: None) -> Captions:
+    """The captions that suit `console`: redrawn on a terminal, lines elsewhere."""
+    return LiveCaptions(console, position) if console.is_terminal else PlainCaptions(console)
+
+
+class WallPosition:
+    """Where a stream's audio is by its epoch and this machine's clock.
+
+    Only right while the audio comes in real time and the two clocks agree.
+    """
+
+    def __init__(self) -> None:
+        self._epoch_ms: int | None = None
+
+    def see(self, message: Message) -> None:
+        """Take the epoch from `session.created`."""
+        if isinstance(message, SessionCreated):
+            self._epoch_ms = message.epoch_ms
+
+    def __call__(self) -> float | None:
+        """Seconds since the stream's first sample."""
+        return None if self._epoch_ms is None else time.time() - self._epoch_ms / 1000

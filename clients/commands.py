@@ -1,0 +1,275 @@
+"""The commands of `moss-live`.
+
+Further ones, such as `serve`, come from the entry points `moss_live.commands`, so that an
+install of the clients alone needs neither torch nor the server's code. What a command needs is
+imported when it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import click
+
+from streaming.protocol import (
+    DEFAULT_PORT,
+    MESSAGE_TYPES,
+    STREAM_NAME,
+    Envelope,
+    TranscriptDelta,
+    encode,
+)
+
+COMMANDS = "moss_live.commands"
+DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"
+DEFAULT_WAIT_S = 30.0
+
+
+class CommandGroup(click.Group):
+    """The commands here and those of the entry points, each loaded when it is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every name, whether or not what it needs is installed."""
+        return sorted({*super().list_commands(ctx), *entry_points(group=COMMANDS).names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or one that says what is missing."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for entry in entry_points(group=COMMANDS, name=cmd_name):
+            return _load(entry)
+        return None
+
+
+def _load(entry: EntryPoint) -> click.Command:
+    try:
+        command = entry.load()
+    except ModuleNotFoundError as exc:
+        return _unavailable(entry.name, f"needs {exc.name}: pip install 'moss-live[server]'")
+    if not isinstance(command, click.Command):
+        raise click.ClickException(f"{entry.value} is no click command")
+    return command
+
+
+def _unavailable(name: str, why: str) -> click.Command:
+    """A command that cannot run here, and says so when it is called."""
+
+    @click.command(name, short_help=f"({why})", context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1)
+    def command(arguments: tuple[str, ...]) -> None:
+        raise click.ClickException(f"{name} {why}")
+
+    return command
+
+
+@click.group(cls=CommandGroup)
+@click.version_option(package_name="moss-live")
+def group() -> None:
+    """Live captions: run a server, send it audio, read what it hears."""
+
+
+def _stream_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not STREAM_NAME.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no stream name: letters, digits and ._-, at most 64")
+    return value
+
+
+server_option = click.option(
+    "--server", default=DEFAULT_SERVER, envvar="MOSS_LIVE_SERVER", show_default=True, help="Where it listens."
+)
+name_option = click.option("--name", callback=_stream_name, help="The stream's name; by default a new one.")
+name_argument = click.argument("name", callback=_stream_name)
+language_option = click.option("--language", help="Such as en; by default the server's setting.")
+captions_option = click.option("--captions", "with_captions", is_flag=True, help="Show the captions here.")
+after_option = click.option("--after", type=click.IntRange(min=0), help="Begin after this seq of the log.")
+wait_option = click.option(
+    "--wait", "wait_s", type=click.FloatRange(min=0), default=DEFAULT_WAIT_S, show_default=True,
+    help="Seconds to wait for a stream that is not there yet.",
+)  # fmt: skip
+
+
+@group.command()
+@click.argument("source", metavar="FILE_OR_URL")
+@server_option
+@name_option
+@language_option
+@captions_option
+@click.option("--fast", is_flag=True, help="As fast as the server accepts, not in real time.")
+def stream(
+    source: str, server: str, name: str | None, language: str | None, with_captions: bool, fast: bool
+) -> None:
+    """Send a recording or a URL's audio, as if it were live."""
+    with _missing_extra():
+        from clients.sources import file_chunks
+
+        _run(_produce(file_chunks(source), server, name, language, with_captions, paced=not fast))
+
+
+@group.command()
+@server_option
+@name_option
+@language_option
+@captions_option
+@click.option("--device", help="An input's name or number; `python -m sounddevice` lists them.")
+def mic(server: str, name: str | None, language: str | None, with_captions: bool, device: str | None) -> None:
+    """Send the microphone until Ctrl-C."""
+    with _missing_extra():
+        _run(_produce_microphone(device, server, name, language, with_captions))
+
+
+@group.command()
+@name_argument
+@server_option
+@click.option("--types", help="Only these message types, by commas, such as transcript.final.")
+@after_option
+@wait_option
+def subscribe(name: str, server: str, types: str | None, after: int | None, wait_s: float) -> None:
+    """Print a stream's messages, one line of JSON each."""
+    wanted = tuple(part.strip() for part in types.split(",") if part.strip()) if types else ()
+    for part in wanted:
+        if part not in MESSAGE_TYPES:
+            raise click.BadParameter(
+                f"{part!r}: expected some of {', '.join(MESSAGE_TYPES)}", param_hint="--types"
+            )
+    with _missing_extra():
+        from clients.subscriber import subscribe as messages
+
+        async def run() -> None:
+            async for envelope in messages(server, name, types=wanted, after=after, wait_s=wait_s):
+                click.echo(encode(envelope))
+
+        _run(run())
+
+
+@group.command()
+@name_argument
+@server_option
+@click.option("--after", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Begin after this seq of the log; 0 shows what is kept of the past too.")  # fmt: skip
+@wait_option
+def captions(name: str, server: str, after: int, wait_s: float) -> None:
+    """Show a stream's captions: firm when committed, grey while they may change."""
+    with _missing_extra():
+        from rich.console import Console
+
+        from clients.captions import WallPosition, captions_for
+        from clients.subscriber import subscribe as messages
+
+        async def run() -> None:
+            position = WallPosition()
+            with captions_for(Console(), position) as shown:
+                async for envelope in messages(server, name, after=after, wait_s=wait_s):
+                    position.see(envelope.message)
+                    shown.show(envelope)
+
+        _run(run())
+
+
+async def _produce_microphone(
+    device: str | None, server: str, name: str | None, language: str | None, with_captions: bool
+) -> None:
+    from clients.sources import CHUNK_MS, microphone
+
+    number_or_name = int(device) if device and device.isdecimal() else device
+    async with microphone(number_or_name) as queue:
+        click.echo("listening; Ctrl-C ends the stream", err=True)
+        await _produce(aiter(queue), server, name, language, with_captions, paced=False)
+        if queue.n_dropped:
+            lost_s = queue.n_dropped * CHUNK_MS / 1000
+            click.echo(f"{lost_s:.1f} s of audio were lost: the connection was too slow", err=True)
+
+
+async def _produce(
+    chunks: AsyncIterator[bytes],
+    server: str,
+    name: str | None,
+    language: str | None,
+    with_captions: bool,
+    *,
+    paced: bool,
+) -> None:
+    """Send `chunks` and show the captions, or where they can be read."""
+    from clients.producer import Progress, stream_audio, stream_url
+
+    stream_name = name or datetime.now(UTC).strftime("live-%Y%m%d-%H%M%S")
+    progress = Progress()
+    with contextlib.ExitStack() as stack:
+        on_message: Callable[[Envelope], None] = _print_committed
+        if with_captions:
+            from rich.console import Console
+
+            from clients.captions import captions_for
+
+            on_message = stack.enter_context(captions_for(Console(), lambda: progress.sent_s)).show
+        else:
+            click.echo(f"stream {stream_name}; read it with: moss-live captions {stream_name}", err=True)
+        stop = stack.enter_context(_first_interrupt())
+        url = stream_url(server, stream_name, language)
+        await stream_audio(url, chunks, on_message, paced=paced, progress=progress, stop=stop)
+
+
+def _print_committed(envelope: Envelope) -> None:
+    """The transcript and nothing else on stdout, for pipes."""
+    if isinstance(envelope.message, TranscriptDelta):
+        click.echo(envelope.message.text)
+
+
+@contextlib.contextmanager
+def _first_interrupt() -> Iterator[asyncio.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts as ever."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_interrupt() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+        click.echo("ending the stream; Ctrl-C again leaves at once", err=True)
+
+    try:
+        loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    except NotImplementedError:  # Windows: Ctrl-C leaves at once
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _missing_extra() -> Iterator[None]:
+    """Say what to install where a package that only some commands need is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        raise click.ClickException(f"this needs {exc.name}: pip install 'moss-live[clients]'") from exc
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a client to its end; what goes wrong is one line and exit status 1.
+
+    Raises:
+        click.ClickException: with the text of the server, the network or the source.
+    """
+    from clients.connection import ConnectFailed
+    from clients.producer import StreamFailed
+    from clients.sources import SourceError
+    from clients.subscriber import SubscriptionFailed
+
+    # Here and not in the group: `serve` sets up logging of its own.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        asyncio.run(work)
+    except (ConnectFailed, StreamFailed, SourceError, SubscriptionFailed) as exc:
+        raise click.ClickException(str(exc)) from exc
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,84 @@
+"""One WebSocket to the server: opened with errors a user can read, and its messages decoded."""
+
+from __future__ import annotations
+
+import logging
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+
+from streaming.protocol import CloseCode, Envelope, ProtocolError, decode
+
+logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 10.0
+PING_INTERVAL_S = 20.0  # and as long for the answer
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # of one server message; a larger one ends the connection
+
+
+class ConnectFailed(RuntimeError):
+    """No connection: says what the server or the network answered."""
+
+    def __init__(self, message: str, status: int | None = None, *, is_lasting: bool) -> None:
+        super().__init__(message)
+        self.status = status  # HTTP status, where the server answered with one
+        self.is_lasting = is_lasting  # trying again would not help
+
+
+async def open_connection(url: str, *, ping_interval_s: float | None = PING_INTERVAL_S) -> ClientConnection:
+    """A connection to `url`; close it by `async with`.
+
+    Args:
+        url: With its query.
+        ping_interval_s: Seconds between pings, which find a dead peer; None sends none.
+
+    Raises:
+        ConnectFailed: it could not be opened.
+    """
+    try:
+        return await connect(
+            url,
+            open_timeout=OPEN_TIMEOUT_S,
+            max_size=MAX_MESSAGE_BYTES,
+            ping_interval=ping_interval_s,
+            ping_timeout=ping_interval_s,
+        )
+    except InvalidStatus as exc:
+        status = exc.response.status_code
+        body = (exc.response.body or b"").decode("utf-8", "replace").strip()
+        message = f"the server refused with {status}: {body or exc.response.reason_phrase}"
+        raise ConnectFailed(message, status, is_lasting=status not in (429, 503)) from exc
+    except InvalidURI as exc:
+        raise ConnectFailed(str(exc), is_lasting=True) from exc
+    except InvalidHandshake as exc:
+        raise ConnectFailed(f"{url}: no WebSocket server: {exc}", is_lasting=True) from exc
+    except TimeoutError as exc:
+        raise ConnectFailed(f"{url}: no answer within {OPEN_TIMEOUT_S:g} s", is_lasting=False) from exc
+    except OSError as exc:
+        message = f"{url}: cannot connect: {exc}; is the server running? (moss-live serve)"
+        raise ConnectFailed(message, is_lasting=False) from exc
+
+
+async def receive(connection: ClientConnection) -> Envelope:
+    """The next message. One of a type this version does not know is left out, with a warning.
+
+    Raises:
+        ConnectionClosed: the connection is over.
+    """
+    while True:
+        text = await connection.recv()
+        try:
+            return decode(text)
+        except ProtocolError as exc:
+            logger.warning("left out a message: %s", exc)
+
+
+def closed_because(exc: ConnectionClosed) -> str:
+    """Why a connection ended, for the user to read."""
+    if exc.rcvd is None:
+        return "the connection was lost"
+    try:
+        name = CloseCode(exc.rcvd.code).name.lower().replace("_", " ")
+    except ValueError:
+        name = "unknown"
+    return f"the server closed with {exc.rcvd.code} ({name}) {exc.rcvd.reason}".rstrip()

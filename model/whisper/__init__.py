@@ -1,0 +1,1 @@
+"""Whisper in torch: its modules, its checkpoints, its text and its decode loop."""

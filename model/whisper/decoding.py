@@ -1,0 +1,236 @@
+"""Greedy decoding of many windows in one loop, with drafts, a loop guard and word times.
+
+A draft is what the same stream said a moment ago. It is checked in one pass instead of a pass per
+token, and kept as far as it is what greedy decoding says anyway: it saves time and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.whisper.alignment import token_starts
+from model.whisper.modeling import DecoderCache, Whisper
+from model.whisper.tokens import Vocabulary
+
+MAX_LOOP_TOKENS = 16  # longest phrase the loop guard looks for
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """What to decode over one window."""
+
+    language: str | None  # None: detect
+    context: tuple[int, ...]  # tokens of text before the window; the prompt's "previous text"
+    prefix: tuple[int, ...]  # tokens already agreed on inside the window
+    draft: tuple[int, ...]  # a guess at what follows the prefix
+    n_positions: int  # encoder positions that hold audio
+    max_tokens: int  # budget for what follows the prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What follows the prefix of one window."""
+
+    tokens: tuple[int, ...]
+    scores: tuple[float, ...]  # log-probability of each
+    starts: tuple[int, ...]  # encoder position where each begins, and where the last one ends
+    language: str
+    language_score: float
+    no_speech: float  # probability at the start token
+    n_loops_cut: int
+
+
+@dataclass(slots=True)
+class _Row:
+    """One window while it is being decoded."""
+
+    request: DecodeRequest
+    language_id: int
+    language_score: float
+    prompt: list[int]
+    start_idx: int  # where the start token lies in the prompt
+    no_speech: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)  # [A, t, S] each, one row per predicted token
+    is_done: bool = False
+    n_loops_cut: int = 0
+
+
+class Decoder:
+    """The decode loop of one checkpoint. Keeps nothing between calls."""
+
+    def __init__(self, model: Whisper, vocabulary: Vocabulary) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        config = model.config
+        self._max_tokens = config.n_text_positions
+        device = model.decoder.embed_tokens.weight.device
+        allowed = torch.zeros(config.vocab_size, device=device)
+        allowed[list(config.suppressed_ids)] = -math.inf
+        allowed[vocabulary.end + 1 :] = -math.inf  # no special token but the end, no timestamps
+        self._allowed = allowed
+        self._allowed_first = allowed.clone()
+        self._allowed_first[list(config.suppressed_first_ids)] = -math.inf
+
+    def n_tokens(self, requests: Sequence[DecodeRequest]) -> int:
+        """Room the longest request needs in a cache: special tokens, prompt, draft, budget."""
+        longest = max(len(r.context) + len(r.prefix) + 5 + max(r.max_tokens, len(r.draft)) for r in requests)
+        return min(self._max_tokens, longest) + 1
+
+    @torch.inference_mode()
+    def decode(self, cache: DecoderCache, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        """Decode every window greedily.
+
+        Args:
+            cache: Empty, over the audio of each request, with room for `n_tokens(requests)`. Used up.
+            requests: One for each row of the cache.
+
+        Returns:
+            One result for each request, in order.
+        """
+        rows = [
+            self._row(request, language)
+            for request, language in zip(requests, self._languages(requests, cache), strict=True)
+        ]
+        self._prefill(rows, cache)
+        live = list(range(len(rows)))  # which row each row of the cache is
+        while True:
+            keep = [i for i, idx in enumerate(live) if not rows[idx].is_done]
+            if not keep:
+                break
+            if len(keep) < len(live):
+                cache = cache.select(keep)
+                live = [live[i] for i in keep]
+            self._step([rows[idx] for idx in live], cache)
+        return [self._result(row) for row in rows]
+
+    def _languages(self, requests: Sequence[DecodeRequest], cache: DecoderCache) -> list[tuple[int, float]]:
+        """Token and probability of each row's language; one step for all rows if any asks."""
+        known = [None if r.language is None else self._vocabulary.language_id(r.language) for r in requests]
+        if None not in known:
+            return [(language_id, 1.0) for language_id in known if language_id is not None]
+        start = torch.full((len(requests), 1), self._vocabulary.start, device=self._allowed.device)
+        hidden, _ = self._model.decoder(start, [1] * len(requests), cache)
+        ids = self._vocabulary.language_ids
+        probabilities = self._model.decoder.logits(hidden[:, 0])[:, ids.start : ids.stop].softmax(dim=-1)
+        scores, best = probabilities.max(dim=-1)
+        for row in range(len(requests)):
+            cache.rollback(row, 0)
+        return [
+            (ids.start + int(best[row]), float(scores[row])) if language_id is None else (language_id, 1.0)
+            for row, language_id in enumerate(known)
+        ]
+
+    def _row(self, request: DecodeRequest, language: tuple[int, float]) -> _Row:
+        vocabulary = self._vocabulary
+        context = [vocabulary.previous, *request.context] if request.context else []
+        start = [vocabulary.start, language[0], vocabulary.transcribe, vocabulary.no_timestamps]
+        return _Row(request, *language, prompt=[*context, *start, *request.prefix], start_idx=len(context))
+
+    def _prefill(self, rows: Sequence[_Row], cache: DecoderCache) -> None:
+        """Read every prompt and its draft in one pass; keep of the draft what holds."""
+        sequences = [row.prompt + list(row.request.draft[: self._n_free(row)]) for row in rows]
+        tokens = torch.full((len(rows), max(map(len, sequences))), self._vocabulary.end)
+        for row_idx, sequence in enumerate(sequences):
+            tokens[row_idx, : len(sequence)] = torch.tensor(sequence)
+        hidden, attention = self._model.decoder(
+            tokens.to(self._allowed.device), [len(sequence) for sequence in sequences], cache
+        )
+        for row_idx, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            first = len(row.prompt) - 1  # the position that predicts the first new token
+            start_logits = self._model.decoder.logits(hidden[row_idx, row.start_idx])
+            row.no_speech = float(start_logits.softmax(dim=-1)[self._vocabulary.no_speech])
+            # The prefix's own rows, so that alignment knows where the agreed words lie.
+            begin = first - len(row.request.prefix)
+            row.attention.append(attention[row_idx, :, begin:first])
+            logits = self._model.decoder.logits(hidden[row_idx, first : len(sequence)])  # [1 + draft, V]
+            log_probabilities = logits.log_softmax(dim=-1)
+            logits = logits + self._allowed
+            if not row.request.prefix:
+                logits[0] += self._allowed_first - self._allowed.nan_to_num(neginf=0.0)
+            best = logits.argmax(dim=-1).tolist()
+            draft = sequence[len(row.prompt) :]
+            n_kept = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
+            for i in range(n_kept + 1):
+                self._say(
+                    row,
+                    best[i],
+                    float(log_probabilities[i, best[i]]),
+                    attention[row_idx, :, first + i : first + i + 1],
+                )
+                if row.is_done:
+                    break
+            if not row.is_done:
+                cache.rollback(row_idx, len(row.prompt) + n_kept)
+
+    def _step(self, rows: Sequence[_Row], cache: DecoderCache) -> None:
+        """One more token for every row."""
+        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._allowed.device)
+        hidden, attention = self._model.decoder(last, [1] * len(rows), cache)
+        logits = self._model.decoder.logits(hidden[:, 0])  # [B, V]
+        log_probabilities = logits.log_softmax(dim=-1)
+        best = (logits + self._allowed).argmax(dim=-1)
+        scores = log_probabilities.gather(1, best[:, None])[:, 0]
+        for row_idx, (row, token, score) in enumerate(zip(rows, best.tolist(), scores.tolist(), strict=True)):
+            self._say(row, token, score, attention[row_idx])
+
+    def _say(self, row: _Row, token: int, score: float, attention: Tensor) -> None:
+        """Take a predicted token, or end the row."""
+        row.attention.append(attention)
+        if token == self._vocabulary.end:
+            row.is_done = True
+            return
+        row.tokens.append(token)
+        row.scores.append(score)
+        n_cut = loop_length(row.tokens)
+        if n_cut:
+            del row.tokens[-n_cut:], row.scores[-n_cut:], row.attention[-n_cut:]
+            row.n_loops_cut += 1
+        row.is_done = bool(n_cut) or self._n_free(row) <= 0
+
+    def _n_free(self, row: _Row) -> int:
+        """Tokens the row may still say."""
+        n_said = len(row.tokens)
+        return min(row.request.max_tokens, self._max_tokens - len(row.prompt)) - n_said
+
+    def _result(self, row: _Row) -> Decoded:
+        attention = torch.cat(row.attention, dim=1)  # [A, prefix + tokens (+ end), S]
+        starts: list[int] = []
+        if row.tokens:
+            aligned = token_starts(attention.cpu(), row.request.n_positions).tolist()
+            n_prefix, n_tokens = len(row.request.prefix), len(row.tokens)
+            starts = aligned[n_prefix : n_prefix + n_tokens + 1]
+            if len(starts) == n_tokens:  # cut off before the end was said
+                starts.append(row.request.n_positions)
+        language = self._vocabulary.languages[row.language_id - self._vocabulary.language_ids.start]
+        return Decoded(
+            tuple(row.tokens),
+            tuple(row.scores),
+            tuple(starts),
+            language,
+            row.language_score,
+            row.no_speech,
+            row.n_loops_cut,
+        )
+
+
+def loop_length(tokens: Sequence[int]) -> int:
+    """How many tokens to cut from the end so that a phrase said over and over is said once; 0: no loop.
+
+    A loop is a phrase of n tokens said three times in a row, five times where n is 1 or 2: people do
+    say "no, no, no".
+    """
+    for n in range(1, MAX_LOOP_TOKENS + 1):
+        n_times = 5 if n <= 2 else 3
+        if len(tokens) < n * n_times:
+            break
+        phrase = list(tokens[-n:])
+        if all(list(tokens[-n * (k + 1) : -n * k]) == phrase for k in range(1, n_times)):
+            return n * (n_times - 1)
+    return 0

@@ -1,0 +1,194 @@
+"""The engine process: `python -m streaming.engine --fd N`.
+
+One thread. Reads what the server said, runs a tick when something is due, says what it found.
+A step that raises ends the process: the server starts another and opens the streams again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import select
+import signal
+import socket
+import sys
+import time
+
+import msgspec
+
+from model.whisper.checkpoint import CheckpointError
+from streaming.config import EngineConfig, ModelConfig, TranscriptConfig
+from streaming.engine import messages
+from streaming.engine.loader import load_runner, warm_up
+from streaming.engine.plan import Runner
+from streaming.engine.scheduler import Scheduler
+from streaming.protocol import SAMPLE_RATE_HZ
+
+logger = logging.getLogger("streaming.engine")
+
+READ_BYTES = 1 << 20
+
+
+class Pipe:
+    """Frames over a blocking socket to the server."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def send(self, message: messages.FromEngine) -> None:
+        """Hand one message to the server; waits while its pipe is full."""
+        self._sock.sendall(messages.frame(message))
+
+    def first_frame(self) -> bytes:
+        """The settings, which come before any message."""
+        while True:
+            frames = self._frames()
+            if frames:
+                assert len(frames) == 1, "nothing may follow the settings before the engine is ready"
+                return frames[0]
+            self._fill(None)
+
+    def receive(self, timeout_s: float | None) -> list[messages.ToEngine]:
+        """What the server said; waits up to `timeout_s` (None: for ever) if that is nothing yet.
+
+        Raises:
+            EOFError: the server is gone.
+        """
+        self._fill(timeout_s)
+        return [messages.decode_to_engine(body) for body in self._frames()]
+
+    def _fill(self, timeout_s: float | None) -> None:
+        while select.select([self._sock], [], [], timeout_s)[0]:
+            data = self._sock.recv(READ_BYTES)
+            if not data:
+                raise EOFError
+            self._buffer += data
+            if len(data) < READ_BYTES:
+                return
+            timeout_s = 0.0
+
+    def _frames(self) -> list[bytes]:
+        """The whole frames in the buffer, taken out of it."""
+        frames = []
+        start = 0
+        while len(self._buffer) - start >= messages.HEADER_BYTES:
+            body = start + messages.HEADER_BYTES
+            end = body + messages.frame_length(bytes(self._buffer[start:body]))
+            if len(self._buffer) < end:
+                break
+            frames.append(bytes(self._buffer[body:end]))
+            start = end
+        del self._buffer[:start]
+        return frames
+
+
+class Engine:
+    """Scheduler and runner behind a pipe."""
+
+    def __init__(self, pipe: Pipe, scheduler: Scheduler, runner: Runner) -> None:
+        self._pipe = pipe
+        self._scheduler = scheduler
+        self._runner = runner
+
+    def run(self) -> None:
+        """Serve until the server is gone.
+
+        Raises:
+            EOFError: it is.
+        """
+        while True:
+            has_work = self._tick()
+            for message in self._pipe.receive(0.0 if has_work else None):
+                self._take(message)
+
+    def _take(self, message: messages.ToEngine) -> None:
+        match message:
+            case messages.Audio():
+                self._scheduler.push(message)
+            case messages.Commit():
+                self._scheduler.commit(message)
+            case messages.Open():
+                self._scheduler.open(message)
+            case messages.Configure():
+                self._scheduler.configure(message)
+            case messages.CloseStream():
+                slot_idx = self._scheduler.close(message.stream)
+                if slot_idx is not None:
+                    self._runner.reset([slot_idx])
+
+    def _tick(self) -> bool:
+        """schedule, run, apply; whether anything was due."""
+        schedule = self._scheduler.schedule()
+        waiting: tuple[messages.FromEngine, ...] = (*schedule.skipped, *schedule.progress, *schedule.results)
+        for message in waiting:
+            self._pipe.send(message)
+        if not schedule.plan.slots:
+            return bool(schedule.results)
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = self._runner.step(schedule.plan)
+        wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+        for answer in self._scheduler.apply(schedule, result, wall_s):
+            self._pipe.send(answer)
+        self._pipe.send(messages.Tick(wall_s, cpu_s, len(schedule.plan.slots)))
+        return True
+
+
+def main() -> int:
+    """Load, warm up, serve; 0 when the server is gone, 1 after a failure."""
+    parser = argparse.ArgumentParser(prog="python -m streaming.engine")
+    parser.add_argument("--fd", type=int, required=True, help="the socket to the server, inherited")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # The server decides when the engine ends: a Ctrl-C for it must not cut off the last words.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=arguments.fd) as sock:
+        pipe = Pipe(sock)
+        try:
+            _serve(pipe)
+        except (EOFError, ConnectionError):
+            return 0
+        except (CheckpointError, msgspec.MsgspecError) as exc:
+            pipe.send(messages.Failed(str(exc)))
+            return 1
+        except Exception as exc:  # a step that raises ends the process, never the step alone
+            logger.exception("engine failed")
+            pipe.send(messages.Failed(f"{type(exc).__name__}: {exc}"))
+            return 1
+    return 0
+
+
+def _serve(pipe: Pipe) -> None:
+    settings = json.loads(pipe.first_frame())
+    model = ModelConfig.model_validate(settings["model"])
+    engine = EngineConfig.model_validate(settings["engine"])
+    transcript = TranscriptConfig.model_validate(settings["transcript"])
+    started = time.perf_counter()
+    runner = load_runner(model, engine)
+    loaded = time.perf_counter()
+    warm_up(runner, engine.n_slots)
+    warm = time.perf_counter()
+    scheduler = Scheduler(
+        transcript,
+        n_slots=engine.n_slots,
+        tick=engine.tick_ms * SAMPLE_RATE_HZ // 1000,
+        shed_after_s=engine.shed_after_s,
+        clock=time.monotonic,
+    )
+    capabilities = runner.capabilities
+    pipe.send(
+        messages.Ready(
+            model=capabilities.model,
+            tasks=capabilities.tasks,
+            languages=capabilities.languages,
+            n_slots=engine.n_slots,
+            load_s=loaded - started,
+            warm_up_s=warm - loaded,
+        )
+    )
+    Engine(pipe, scheduler, runner).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

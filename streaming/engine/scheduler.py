@@ -1,0 +1,417 @@
+"""Decides what is due, on the sample clock. Touches no tensor.
+
+A stream is decoded at points of a fixed grid while somebody speaks, and at every mark (speech
+stopped, flush). After each decode the timeline says how many words it commits, and the stream
+waits for that: so what is decoded depends on samples alone, not on how fast anything came.
+
+The window of a stream is the audio a decode looks at. It grows with the stream and is cut at a
+pause between committed words before it gets too long; a new window starts where speech begins
+after a long silence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from streaming.config import TranscriptConfig
+from streaming.engine.messages import (
+    Audio,
+    Commit,
+    Configure,
+    Heard,
+    Mark,
+    Open,
+    PointKind,
+    Progress,
+    Result,
+    Skipped,
+)
+from streaming.engine.plan import Fork, Hypothesis, Pcm, SlotStep, StepPlan, StepResult
+from streaming.protocol import SAMPLE_RATE_HZ
+from streaming.text import ends_sentence, join_words
+
+GRID = 320  # samples; windows begin on the encoder's 20 ms grid
+MARGIN = 480  # samples before a window that its first mel frames look at, rounded up to hops
+MAX_CONTEXT_CHARS = 224  # of committed text before the window
+MIN_SPEECH = SAMPLE_RATE_HZ * 2 // 5  # a tick needs this much speech: less is guessed at
+SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
+SETTLE_SCORE = 0.5
+EXTRA_TOKENS = 8  # of a fork's budget, whatever the length of its audio
+
+
+class EngineFull(RuntimeError):
+    """More streams than slots; the server admits no more than there are."""
+
+
+@dataclass(slots=True)
+class _Point:
+    """A decode point: where, and what asked for it."""
+
+    at: int
+    kind: PointKind
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What the scheduler knows of one stream. Positions are samples on its clock."""
+
+    number: int
+    slot_idx: int
+    language: str | None  # set by the client, or detected and settled
+    opened_at: float  # on the scheduler's clock
+    start: int  # audio before this never came
+    received: int
+    consumed: int  # everything before this is decided
+    given: int  # the runner has the audio before this
+    window_start: int
+    committed: deque[Heard]  # words inside the window
+    context: str
+    is_speech: bool
+    speech_edge: int
+    last_stop: int  # where speech last ended; the window may go on if it begins again soon
+    pieces: deque[tuple[int, Pcm]] = field(default_factory=deque)  # audio the runner has not got
+    marks: deque[Mark] = field(default_factory=deque)
+    arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, when
+    awaiting: _Point | None = None
+    hypothesis: tuple[Heard, ...] = ()  # of the awaited point
+    reported: int = 0  # `consumed` as the server knows it
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is due now."""
+
+    plan: StepPlan
+    points: tuple[tuple[int, PointKind, int], ...]  # per fork: position, kind, stream
+    results: tuple[Result, ...]  # points that need no model
+    skipped: tuple[Skipped, ...]
+    progress: tuple[Progress, ...]
+
+
+class Scheduler:
+    """Streams, their windows and their decode points."""
+
+    def __init__(
+        self,
+        config: TranscriptConfig,
+        *,
+        n_slots: int,
+        tick: int,
+        shed_after_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """Nothing is open.
+
+        Args:
+            config: When windows are cut.
+            n_slots: Streams at once.
+            tick: Samples between decode points.
+            shed_after_s: Wall-clock seconds a live stream may be behind before points are left out; 0: never.
+            clock: Seconds, monotonic. Only shedding looks at it.
+        """
+        self._config = config
+        self._tick = tick
+        self._shed_after_s = shed_after_s
+        self._clock = clock
+        self._window = int(config.window_s * SAMPLE_RATE_HZ)
+        self._join_gap = int(config.join_gap_s * SAMPLE_RATE_HZ)
+        self._streams: dict[int, _Stream] = {}
+        self._free = list(range(n_slots - 1, -1, -1))
+
+    @property
+    def n_streams(self) -> int:
+        """Open streams."""
+        return len(self._streams)
+
+    def open(self, message: Open) -> None:
+        """Give a stream a slot.
+
+        Raises:
+            EngineFull: no slot is free.
+        """
+        if not self._free:
+            raise EngineFull(f"stream {message.stream}: all {len(self._streams)} slots are taken")
+        self._streams[message.stream] = _Stream(
+            number=message.stream,
+            slot_idx=self._free.pop(),
+            language=message.language,
+            opened_at=self._clock() - message.consumed / SAMPLE_RATE_HZ,
+            start=message.start,
+            received=message.start,
+            consumed=message.consumed,
+            given=message.start,
+            window_start=message.window_start,
+            committed=deque(message.committed),
+            context=message.context,
+            is_speech=message.is_speech,
+            speech_edge=message.speech_edge,
+            last_stop=message.committed[-1].end if message.committed else message.window_start,
+            reported=message.consumed,
+        )
+
+    def close(self, number: int) -> int | None:
+        """Forget a stream; its slot, which the runner must reset, or None if it is not open."""
+        stream = self._streams.pop(number, None)
+        if stream is None:
+            return None
+        self._free.append(stream.slot_idx)
+        return stream.slot_idx
+
+    def configure(self, message: Configure) -> None:
+        """Change a stream's language."""
+        if stream := self._streams.get(message.stream):
+            stream.language = message.language
+
+    def push(self, message: Audio) -> None:
+        """Take audio and the marks inside it. Of a stream that is closed: nothing."""
+        stream = self._streams.get(message.stream)
+        if stream is None:
+            return
+        assert message.start == stream.received, (message.start, stream.received)
+        pcm: Pcm = np.frombuffer(message.pcm, dtype="<f4")
+        if len(pcm):
+            stream.pieces.append((message.start, pcm))
+            stream.received += len(pcm)
+            stream.arrivals.append((stream.received, self._clock()))
+        stream.marks.extend(message.marks)
+
+    def commit(self, message: Commit) -> None:
+        """Take the timeline's answer to a result; the stream may go on."""
+        stream = self._streams.get(message.stream)
+        if stream is None:
+            return
+        point = stream.awaiting
+        assert point is not None, message
+        assert (point.at, point.kind) == (message.point, message.kind), (point, message)
+        stream.committed.extend(stream.hypothesis[: message.n_words])
+        stream.hypothesis = ()
+        stream.awaiting = None
+        if point.kind == "stopped":
+            stream.is_speech = False
+
+    def schedule(self) -> Schedule:
+        """Everything that is due, at most one point of each stream."""
+        steps: list[SlotStep] = []
+        points: list[tuple[int, PointKind, int]] = []
+        results: list[Result] = []
+        skipped: list[Skipped] = []
+        for stream in self._streams.values():
+            if stream.awaiting is not None:
+                continue
+            point, left_out = self._next_point(stream)
+            if left_out is not None:
+                skipped.append(left_out)
+            if point is None:
+                continue
+            stream.awaiting = point
+            if not stream.is_speech:  # a mark with nothing open
+                results.append(self._empty_result(stream, point))
+                continue
+            self._cut_window(stream, point.at)
+            start, pcm = self._take(stream, point.at)
+            steps.append(
+                SlotStep(stream.slot_idx, stream.number, start, pcm, (self._fork(stream, point.at),))
+            )
+            points.append((point.at, point.kind, stream.number))
+        progress = [p for stream in self._streams.values() if (p := self._progress(stream)) is not None]
+        return Schedule(
+            StepPlan(tuple(steps)), tuple(points), tuple(results), tuple(skipped), tuple(progress)
+        )
+
+    def apply(self, schedule: Schedule, result: StepResult, compute_s: float) -> list[Result]:
+        """The results of a schedule's plan; each stream now waits for its `Commit`."""
+        results = []
+        for (at, kind, number), hypothesis in zip(schedule.points, result.hypotheses, strict=True):
+            stream = self._streams.get(number)
+            if stream is None or hypothesis.owner != number:
+                continue  # the slot changed hands meanwhile
+            stream.hypothesis = _words_after(stream, hypothesis)
+            if (
+                stream.language is None
+                and hypothesis.language_score >= SETTLE_SCORE
+                and at - stream.window_start >= SETTLE_AUDIO
+                and hypothesis.words
+            ):
+                stream.language = hypothesis.language
+            results.append(
+                Result(
+                    stream=number,
+                    point=at,
+                    kind=kind,
+                    words=stream.hypothesis,
+                    stable_end=hypothesis.stable_end,
+                    language=hypothesis.language,
+                    no_speech=hypothesis.no_speech,
+                    n_loops_cut=hypothesis.n_loops_cut,
+                    compute_s=compute_s,
+                )
+            )
+        return results
+
+    def _next_point(self, stream: _Stream) -> tuple[_Point | None, Skipped | None]:
+        """Go on to the stream's next decode point if its audio is there; `consumed` moves with it."""
+        while stream.marks and stream.marks[0].kind == "started":
+            mark = stream.marks[0]
+            # A tick before the mark cannot be due: nobody speaks before it.
+            self._begin_speech(stream, mark)
+            stream.marks.popleft()
+            stream.consumed = max(stream.consumed, mark.at)
+        mark_at = stream.marks[0].at if stream.marks else None
+        left_out = None
+        if stream.is_speech:
+            first = max(stream.consumed, stream.speech_edge + MIN_SPEECH - 1)
+            tick = (first // self._tick + 1) * self._tick
+            last = stream.received if mark_at is None else min(stream.received, mark_at - 1)
+            if tick <= last:
+                if self._is_late(stream, tick):
+                    newest = last // self._tick * self._tick
+                    if newest > tick:
+                        n_points = (newest - tick) // self._tick
+                        left_out = Skipped(stream.number, tick, newest, n_points)
+                        tick = newest
+                stream.consumed = tick
+                return _Point(tick, "tick"), left_out
+        if mark_at is not None:
+            mark = stream.marks.popleft()
+            assert mark.kind != "started", mark
+            stream.consumed = max(stream.consumed, mark.at)
+            if mark.kind == "stopped":
+                stream.last_stop = mark.edge
+            return _Point(mark.at, mark.kind), left_out
+        if not stream.is_speech:
+            stream.consumed = max(stream.consumed, stream.received)
+            self._drop_silence(stream)
+        return None, left_out
+
+    def _begin_speech(self, stream: _Stream, mark: Mark) -> None:
+        """Speech began: go on with the window after a short pause, else start a new one."""
+        stream.is_speech = True
+        stream.speech_edge = mark.edge
+        is_near = mark.edge - stream.last_stop <= self._join_gap
+        if not is_near or mark.at - stream.window_start > self._window // 2:
+            edge = max(mark.edge, stream.committed[-1].end if stream.committed else 0)
+            self._move_window(stream, edge)
+
+    def _cut_window(self, stream: _Stream, at: int) -> None:
+        """Shorten a window that got too long, at the best pause between committed words."""
+        if at - stream.window_start <= self._window:
+            return
+        words = list(stream.committed)
+        oldest = at - self._window * 2 // 3  # cut here at the latest ...
+        newest = at - self._window // 4  # ... and keep this much to look back on
+        best, best_score = None, -1.0
+        for before, after in itertools.pairwise(words):
+            cut = (before.end + after.start) // 2
+            if oldest <= cut <= newest:
+                gap_s = (after.start - before.end) / SAMPLE_RATE_HZ
+                score = gap_s + (1.0 if ends_sentence(before.text) else 0.0)
+                if score > best_score:
+                    best, best_score = cut, score
+        if best is None:  # nothing committed there: what was said before is given up
+            best = max(oldest, min(words[-1].end, newest) if words else oldest)
+        self._move_window(stream, best)
+
+    def _move_window(self, stream: _Stream, start: int) -> None:
+        """Begin the window at `start`; committed words before it become context."""
+        stream.window_start = max(stream.start, start // GRID * GRID)
+        gone = []
+        while stream.committed and (stream.committed[0].start + stream.committed[0].end) // 2 < start:
+            gone.append(stream.committed.popleft().text)
+        stream.context = join_words([stream.context, *gone] if stream.context else gone)[-MAX_CONTEXT_CHARS:]
+
+    def _fork(self, stream: _Stream, at: int) -> Fork:
+        last = stream.committed[-1].end if stream.committed else stream.window_start
+        open_s = max(0, at - last) / SAMPLE_RATE_HZ
+        return Fork(
+            task="transcript",
+            window_start=stream.window_start,
+            prefix=tuple(word.text for word in stream.committed),
+            context=stream.context if self._config.use_context else "",
+            language=stream.language,
+            max_tokens=EXTRA_TOKENS + int(open_s * self._config.max_tokens_per_s),
+        )
+
+    def _take(self, stream: _Stream, end: int) -> tuple[int, Pcm]:
+        """Audio from where the runner is, or from where the window needs it, to `end`."""
+        start = max(stream.given, stream.start, stream.window_start - MARGIN)
+        taken: list[Pcm] = []
+        while stream.pieces and stream.pieces[0][0] < end:
+            at, pcm = stream.pieces.popleft()
+            if at + len(pcm) > end:
+                stream.pieces.appendleft((end, pcm[end - at :]))
+                pcm = pcm[: end - at]
+            if at + len(pcm) > start:
+                taken.append(pcm[max(0, start - at) :])
+        stream.given = end
+        while stream.arrivals and stream.arrivals[0][0] < end:
+            stream.arrivals.popleft()
+        pcm = np.concatenate(taken) if taken else np.empty(0, dtype=np.float32)
+        assert len(pcm) == end - start, (len(pcm), start, end)
+        return start, pcm
+
+    def _needed_from(self, stream: _Stream) -> int:
+        """A restart, or the next window, needs the audio from here on."""
+        look_back = max(stream.start, stream.consumed - 3 * SAMPLE_RATE_HZ)
+        is_open = stream.is_speech or stream.consumed - stream.last_stop <= self._join_gap + SAMPLE_RATE_HZ
+        if is_open:
+            return max(stream.start, min(look_back, stream.window_start - MARGIN))
+        return look_back // GRID * GRID
+
+    def _drop_silence(self, stream: _Stream) -> None:
+        """Forget audio nobody will look at: of a long silence only the last seconds are kept."""
+        needed = self._needed_from(stream)
+        while stream.pieces and stream.pieces[0][0] + len(stream.pieces[0][1]) <= needed:
+            stream.pieces.popleft()
+        while stream.arrivals and stream.arrivals[0][0] < stream.consumed:
+            stream.arrivals.popleft()
+
+    def _is_late(self, stream: _Stream, at: int) -> bool:
+        """Whether a live stream is further behind than it may be.
+
+        A client that sends faster than real time is not behind just because its audio has to wait:
+        lateness counts from when the sample would have come at the pace of speech, or did come.
+        """
+        if not self._shed_after_s:
+            return False
+        now = self._clock()
+        came = next((when for end, when in stream.arrivals if end >= at), now)
+        due = max(came, stream.opened_at + at / SAMPLE_RATE_HZ)
+        return now - due > self._shed_after_s
+
+    def _progress(self, stream: _Stream) -> Progress | None:
+        if stream.consumed - stream.reported < SAMPLE_RATE_HZ // 2:
+            return None
+        stream.reported = stream.consumed
+        return Progress(
+            stream.number, stream.consumed, self._needed_from(stream), stream.window_start, stream.language
+        )
+
+    @staticmethod
+    def _empty_result(stream: _Stream, point: _Point) -> Result:
+        return Result(
+            stream=stream.number,
+            point=point.at,
+            kind=point.kind,
+            words=(),
+            stable_end=point.at,
+            language=stream.language,
+            no_speech=1.0,
+            n_loops_cut=0,
+            compute_s=0.0,
+        )
+
+
+def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:
+    """The hypothesis' words, none of them before what is committed or before anybody spoke."""
+    floor = stream.committed[-1].end if stream.committed else stream.window_start
+    words: list[Heard] = []
+    for word in hypothesis.words:
+        start = max(word.start, floor)
+        words.append(Heard(word.text, start, max(word.end, start), word.score))
+        floor = start
+    return tuple(words)

@@ -1,0 +1,89 @@
+"""What can go wrong with one connection or with the engine, and how it ends.
+
+MossLiveError
+├── BadQuery          a connection's URL asks for what cannot be; HTTP 400
+├── EngineFault       the engine is gone, silent, or said what it must not; it is restarted
+└── ConnectionOver    ends one connection; each kind knows its close code
+    ├── BadAudio          4401, the stream ends with "bad_input"
+    ├── BadMessages       4400, "bad_input"
+    ├── IdleConnection    4408, "idle"
+    ├── SlowReader        4410, "disconnected"
+    ├── EngineLost        4503, "engine_lost"
+    └── ServerStopping    1001, "server_stopping"
+
+Beside them `protocol.ProtocolError` (one unreadable message) and `config.ConfigError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from streaming.protocol import CloseCode, ErrorCode
+
+
+class MossLiveError(Exception):
+    """The root of the errors listed above."""
+
+
+class BadQuery(MossLiveError):
+    """A query parameter cannot be used: says which, what came and what was expected."""
+
+
+class EngineFault(MossLiveError):
+    """The engine process cannot be used any more; says why."""
+
+
+class ConnectionOver(MossLiveError):
+    """The connection ends for a reason of the server's."""
+
+    close_code: ClassVar[CloseCode]
+    error_code: ClassVar[ErrorCode | None]  # of the `error` message sent first; None: none is sent
+    reason: ClassVar[str]  # of the stream's `session.closed`
+
+
+class BadAudio(ConnectionOver):
+    """Bytes that cannot be audio of the declared format."""
+
+    close_code = CloseCode.BAD_AUDIO
+    error_code = "bad_audio"
+    reason = "bad_input"
+
+
+class BadMessages(ConnectionOver):
+    """More unreadable messages than the server puts up with."""
+
+    close_code = CloseCode.BAD_MESSAGE
+    error_code = "bad_message"
+    reason = "bad_input"
+
+
+class IdleConnection(ConnectionOver):
+    """Nothing arrived for too long."""
+
+    close_code = CloseCode.IDLE
+    error_code = None
+    reason = "idle"
+
+
+class SlowReader(ConnectionOver):
+    """The reader would lose a logged message."""
+
+    close_code = CloseCode.TOO_SLOW
+    error_code = None
+    reason = "disconnected"
+
+
+class EngineLost(ConnectionOver):
+    """The engine could not be brought back."""
+
+    close_code = CloseCode.ENGINE_LOST
+    error_code = "engine_lost"
+    reason = "engine_lost"
+
+
+class ServerStopping(ConnectionOver):
+    """The server was asked to stop."""
+
+    close_code = CloseCode.GOING_AWAY
+    error_code = None
+    reason = "server_stopping"

@@ -1,0 +1,275 @@
+"""The server's sockets: who is let in, where, and how everything ends.
+
+HTTP answers and admission are here; what a connection says is in `producer` and `subscriber`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from websockets.asyncio.server import Server as SocketServer
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from streaming.config import Config
+from streaming.engine_client import EngineClient
+from streaming.errors import BadQuery
+from streaming.hub import Hub
+from streaming.ingest import AudioFormat, parse_query
+from streaming.log import Log
+from streaming.producer import Producer, ProducerLimits
+from streaming.protocol import (
+    HEALTH_PATH,
+    READY_PATH,
+    STREAM_NAME,
+    STREAM_PATH,
+    SUBSCRIBE_PATH,
+    CloseCode,
+    Envelope,
+    HttpStatus,
+    Message,
+    SessionClosed,
+    Subscribe,
+)
+from streaming.session import Outlets, Session
+from streaming.subscriber import Subscriber
+from streaming.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0  # for the peer's part of the closing handshake
+MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any more
+
+
+@dataclass(frozen=True, slots=True)
+class _Admission:
+    """A stream that was let in: its name and slot are taken."""
+
+    name: str
+    audio_format: AudioFormat
+    language: str | None
+
+
+class _Connection(ServerConnection):
+    """A connection that gives back what it was admitted with, however it is lost."""
+
+    admission: _Admission | None = None  # until the handler takes it over
+    on_lost: Callable[[_Connection], None] | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost(self)
+
+
+class Server:
+    """All connections of one server process. Belongs to the event loop."""
+
+    def __init__(
+        self, config: Config, engine: EngineClient, clock_ms: Callable[[], int] | None = None
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._clock_ms = clock_ms or _unix_ms
+        self._log = Log(config.log)
+        self._hub = Hub(self._log, config.server.subscriber_queue)
+        self._connections: set[_Connection] = set()  # WebSockets, from their admission to their loss
+        self._live: set[str] = set()  # names of streams, from their admission to `session.closed`
+        self._numbers = itertools.count(1)
+        self._stopping = asyncio.Event()
+        self._finalised = asyncio.Event()
+
+    @property
+    def n_connections(self) -> int:
+        """WebSocket connections that are open."""
+        return len(self._connections)
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        """Serve; gives the port. On exit every stream is finalised and every connection closed."""
+        config = self._config.server
+        sockets = await serve(
+            self._handle,
+            config.host,
+            config.port,
+            process_request=self._answer_http,
+            process_response=self._admit,
+            create_connection=_Connection,
+            compression=None,  # audio does not compress, and captions are small
+            max_size=config.max_message_bytes,
+            max_queue=MAX_FRAMES_WAITING,
+            ping_interval=config.ping_interval_s,
+            ping_timeout=config.ping_interval_s,
+            close_timeout=CLOSE_TIMEOUT_S,
+            server_header=None,
+        )
+        port = int(sockets.sockets[0].getsockname()[1])
+        logger.info("listening on %s:%d", config.host, port)
+        try:
+            yield port
+        finally:
+            await self._stop(sockets)
+
+    async def _stop(self, sockets: SocketServer) -> None:
+        """Let nobody in, finalise all streams, then let the subscribers have it and close."""
+        logger.info("stopping: %d streams live", len(self._live))
+        self._stopping.set()
+        self._check_finalised()
+        sockets.close(close_connections=False)
+        try:
+            # Finalising stops after stop_timeout_s; what follows has its own limits.
+            async with asyncio.timeout(self._config.server.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
+                await sockets.wait_closed()
+        except TimeoutError:
+            logger.warning("stopping: %d connections did not close in time", len(self._connections))
+            for connection in list(self._connections):
+                connection.transport.abort()
+            await sockets.wait_closed()
+
+    # --- who is let in -------------------------------------------------------------------
+
+    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+        path = urlsplit(request.path).path
+        if path == HEALTH_PATH:
+            return connection.respond(HttpStatus.OK, "ok\n")
+        if path == READY_PATH:
+            if self._engine.is_ready:
+                return connection.respond(HttpStatus.OK, "ready\n")
+            return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
+        if path != SUBSCRIBE_PATH and not path.startswith(STREAM_PATH):
+            return connection.respond(HttpStatus.NOT_FOUND, "no such path\n")
+        return None
+
+    def _admit(self, connection: ServerConnection, request: Request, response: Response) -> Response | None:
+        """Take a place, name and slot for a handshake that succeeded, or say what there is none of."""
+        if response.status_code != 101:
+            return None
+        assert isinstance(connection, _Connection), connection
+        n_max = self._config.server.max_connections
+        if len(self._connections) >= n_max:
+            return connection.respond(HttpStatus.TOO_MANY, f"all {n_max} connections are taken\n")
+        url = urlsplit(request.path)
+        if url.path != SUBSCRIBE_PATH:
+            refusal = self._admit_stream(connection, url.path.removeprefix(STREAM_PATH), url.query)
+            if refusal is not None:
+                return refusal
+        self._connections.add(connection)
+        connection.on_lost = self._on_lost
+        return None
+
+    def _admit_stream(self, connection: _Connection, name: str, query: str) -> Response | None:
+        try:
+            _check_name(name)
+            audio_format = parse_query(query)
+            language = self._language(audio_format)
+        except BadQuery as exc:
+            return connection.respond(HttpStatus.BAD_REQUEST, f"{exc}\n")
+        ready = self._engine.ready
+        if ready is None or not self._engine.is_ready:
+            return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
+        if name in self._live:
+            return connection.respond(HttpStatus.CONFLICT, f"stream {name} is live\n")
+        if len(self._live) >= ready.n_slots:
+            return connection.respond(HttpStatus.UNAVAILABLE, f"all {ready.n_slots} slots are taken\n")
+        self._live.add(name)
+        connection.admission = _Admission(name, audio_format, language)
+        # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
+        connection.ping_timeout = None
+        return None
+
+    def _language(self, audio_format: AudioFormat) -> str | None:
+        """The language a stream is set to; None to detect it."""
+        asked = audio_format.language
+        language = self._config.model.language if asked is None else asked
+        if language == "auto":
+            return None
+        known = () if self._engine.ready is None else self._engine.ready.languages
+        if asked is not None and self._engine.ready is not None and asked not in known:
+            raise BadQuery(f"language is {asked!r}; expected one of {', '.join(('auto', *known))}")
+        return language
+
+    def _on_lost(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        if connection.admission is not None:  # its handler never ran
+            self._release(connection.admission.name)
+
+    def _release(self, name: str) -> None:
+        self._live.remove(name)
+        self._check_finalised()
+
+    def _check_finalised(self) -> None:
+        if self._stopping.is_set() and not self._live:
+            self._finalised.set()
+
+    # --- conversations -------------------------------------------------------------------
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        """One connection, to its end; a fault of ours ends it and nothing else."""
+        assert isinstance(connection, _Connection), connection
+        admission, connection.admission = connection.admission, None
+        try:
+            if admission is None:
+                subscriber = Subscriber(
+                    connection, self._hub, self._log, self._config.server, self._finalised
+                )
+                await subscriber.run()
+            else:
+                await self._produce(connection, admission)
+        except ConnectionClosed:
+            logger.debug("a connection was lost while it was being closed")
+        except Exception:
+            logger.exception("connection failed: %s", admission or "subscriber")
+            await connection.close(CloseCode.INTERNAL, "a fault of the server's")
+
+    async def _produce(self, connection: _Connection, admission: _Admission) -> None:
+        """A stream's whole life; its name and slot are free again once `session.closed` is out."""
+        name = admission.name
+        self._log.open(name)
+        ready = self._engine.ready
+        assert ready is not None
+        limits = ProducerLimits(self._config.server, self._config.ingest.ack_interval_s, ready.languages)
+        with self._hub.subscription() as reader:
+            self._hub.subscribe(reader, Subscribe((name,)))
+            session = Session(
+                name,
+                next(self._numbers),
+                admission.audio_format,
+                admission.language,
+                ingest=self._config.ingest,
+                vad=self._config.vad,
+                timeline=Timeline(self._config.transcript),
+                engine=self._engine,
+                outlets=Outlets(
+                    publish=lambda message: self._publish(name, message),
+                    tell=lambda message: reader.put(Envelope(name, self._log.last_seq(name), message)),
+                ),
+            )
+            try:
+                session.open(self._clock_ms())
+                await Producer(connection, session, reader, self._log, limits, self._stopping).run()
+            finally:
+                session.abandon("internal")  # changes nothing unless something above failed
+
+    def _publish(self, name: str, message: Message) -> None:
+        envelope = self._log.append(name, message)
+        if isinstance(message, SessionClosed):
+            self._log.close(name)
+            self._release(name)
+        self._hub.publish(envelope)
+
+
+def _check_name(name: str) -> None:
+    if not STREAM_NAME.fullmatch(name):
+        raise BadQuery(f"{name[:80]!r} is no stream name; expected {STREAM_NAME.pattern}")
+
+
+def _unix_ms() -> int:
+    return time.time_ns() // 1_000_000

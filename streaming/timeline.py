@@ -1,0 +1,164 @@
+"""From hypotheses to messages: what is shown, what is committed, when a segment closes.
+
+Pure: no socket, no tensor, no clock but the sample count. Interim text may be replaced; committed
+words never change and are never taken back.
+
+A word is committed when enough updates in a row agree on it and on all before it, and its end lies
+far enough behind the live edge; everything is committed when speech stops or a client flushes.
+What was measured to choose this is in docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streaming.config import TranscriptConfig
+from streaming.engine.messages import Heard, Result
+from streaming.protocol import (
+    SAMPLE_RATE_HZ,
+    Message,
+    SpeechStarted,
+    SpeechStopped,
+    TranscriptDelta,
+    TranscriptFinal,
+    TranscriptInterim,
+    Word,
+    ms_of,
+)
+from streaming.text import comparable, ends_sentence, join_words
+
+KEPT = 120 * SAMPLE_RATE_HZ  # committed words stay so long, for a restart's window; longer than any window
+MAX_CONTEXT_CHARS = 224  # of the committed text before a window
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a result led to."""
+
+    messages: tuple[Message, ...]
+    n_committed: int  # of the result's words, from the first on
+
+
+class Timeline:
+    """One stream's text, from its first sample to its last."""
+
+    def __init__(self, config: TranscriptConfig) -> None:
+        self._config = config
+        self._edge = int(config.edge_s * SAMPLE_RATE_HZ)
+        self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
+        self._guesses: deque[list[str]] = deque(
+            maxlen=config.agreement - 1
+        )  # of the last updates, uncommitted
+        self._interim = ""  # as last sent
+        self._segment: list[Heard] = []  # committed words of the open segment
+        self._kept: deque[Heard] = deque()  # committed words of the last KEPT samples
+        self._context = ""  # the end of the committed text before them
+        self._language: str | None = None
+        self._speech_edge = 0
+        self.n_words = 0  # committed
+        self.n_segments = 0  # closed
+
+    def speech_started(self, edge: int) -> list[Message]:
+        """Somebody speaks since sample `edge`."""
+        self._speech_edge = edge
+        return [SpeechStarted(ms_of(edge))]
+
+    def speech_stopped(self, edge: int) -> list[Message]:
+        """Nobody speaks since sample `edge`."""
+        return [SpeechStopped(ms_of(self._speech_edge), ms_of(edge))]
+
+    def apply(self, result: Result) -> Applied:
+        """Take a hypothesis: show it, commit of it what is sure."""
+        self._language = result.language or self._language
+        words = result.words
+        n_committed = len(words) if result.kind != "tick" else self._n_sure(words, result.point)
+        messages: list[Message] = []
+        if n_committed:
+            messages.append(self._commit(words[:n_committed]))
+        rest = words[n_committed:]
+        guesses = [[comparable(word.text) for word in words], *self._guesses]
+        self._guesses.clear()
+        if result.kind == "tick":
+            # Every guess now goes on from the words just committed.
+            self._guesses.extend(guess[n_committed:] for guess in guesses[: self._config.agreement - 1])
+        messages += self._show(rest, result.point)
+        if result.kind != "tick":
+            messages += self._close(len(self._segment))
+        else:
+            messages += self._close_long(result.point)
+        return Applied(tuple(messages), n_committed)
+
+    def finish(self, end: int) -> list[Message]:
+        """Nothing follows after sample `end`: what is not committed is dropped, the segment closed."""
+        self._guesses.clear()
+        return [*self._show((), end), *self._close(len(self._segment))]
+
+    def window(self, window_start: int) -> tuple[tuple[Heard, ...], str]:
+        """The committed words inside a window, and the end of the committed text before it.
+
+        A word belongs to the window that holds its middle.
+        """
+        inside = [word for word in self._kept if (word.start + word.end) // 2 >= window_start]
+        before = [word.text for word in self._kept][: len(self._kept) - len(inside)]
+        context = join_words([self._context, *before] if self._context else before)
+        return tuple(inside), context[-MAX_CONTEXT_CHARS:]
+
+    def _n_sure(self, words: Sequence[Heard], point: int) -> int:
+        """How many words may be committed at a tick. Never the last: it may have been cut in two."""
+        if len(self._guesses) < self._config.agreement - 1:
+            return 0
+        n = 0
+        for word in words[:-1]:
+            agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
+            if not agree or word.end > point - self._edge:
+                break
+            n += 1
+        return n
+
+    def _commit(self, words: Sequence[Heard]) -> Message:
+        self._segment.extend(words)
+        self._kept.extend(words)
+        self.n_words += len(words)
+        gone = []
+        while self._kept[-1].end - self._kept[0].end > KEPT:
+            gone.append(self._kept.popleft().text)
+        if gone:
+            self._context = join_words([self._context, *gone] if self._context else gone)[-MAX_CONTEXT_CHARS:]
+        return TranscriptDelta(
+            join_words(word.text for word in words), _wire(words), ms_of(words[0].start), ms_of(words[-1].end)
+        )
+
+    def _show(self, words: Sequence[Heard], point: int) -> list[Message]:
+        """An interim message, if what is shown changes."""
+        text = join_words(word.text for word in words)
+        if text == self._interim:
+            return []
+        self._interim = text
+        start = words[0].start if words else point
+        return [TranscriptInterim(text, ms_of(start), ms_of(point))]
+
+    def _close_long(self, point: int) -> list[Message]:
+        """Close a segment that goes on and on: at its last sentence, or, much later, wherever it is."""
+        if not self._segment or point - self._segment[0].start <= self._max_segment:
+            return []
+        n_words = max((i + 1 for i, word in enumerate(self._segment) if ends_sentence(word.text)), default=0)
+        if not n_words and point - self._segment[0].start > self._max_segment * 3 // 2:
+            n_words = len(self._segment)
+        return self._close(n_words)
+
+    def _close(self, n_words: int) -> list[Message]:
+        """Close a segment of the first words of the open one."""
+        words, self._segment = self._segment[:n_words], self._segment[n_words:]
+        if not words:
+            return []
+        self.n_segments += 1
+        text = join_words(word.text for word in words)
+        start, end = ms_of(words[0].start), ms_of(words[-1].end)
+        return [TranscriptFinal(text, _wire(words), self._language, None, start, end)]
+
+
+def _wire(words: Sequence[Heard]) -> tuple[Word, ...]:
+    """Words as they are sent."""
+    return tuple(Word(w.text, ms_of(w.start), ms_of(w.end), round(w.score, 3)) for w in words)

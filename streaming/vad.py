@@ -1,0 +1,78 @@
+"""Endpointing: where speech begins and ends, decided on the sample clock.
+
+Pure: the marks depend on the samples alone, not on how they were cut or when they came.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import webrtcvad
+
+from streaming.config import VadConfig
+from streaming.engine.messages import Mark
+from streaming.engine.plan import Pcm
+from streaming.protocol import SAMPLE_RATE_HZ
+
+FRAME_MS = 20
+FRAME = SAMPLE_RATE_HZ * FRAME_MS // 1000  # samples
+# So many speech frames in a row end a pause; fewer are clicks, which would otherwise keep it open.
+RESUME_FRAMES = 3
+
+
+class Vad:
+    """The endpointing state of one stream.
+
+    A frame counts as speech if webrtcvad says so and its level reaches the minimum.
+    """
+
+    def __init__(self, config: VadConfig) -> None:
+        self.is_speech = False
+        self._detector = webrtcvad.Vad(config.aggressiveness)
+        self._n_start = math.ceil(config.start_ms / FRAME_MS)
+        self._n_stop = math.ceil(config.stop_ms / FRAME_MS)
+        self._pad = config.pad_ms * SAMPLE_RATE_HZ // 1000
+        self._min_power = 10.0 ** (config.min_level_dbfs / 10)  # of a full-scale square wave
+        self._rest: Pcm = np.zeros(0, np.float32)  # less than a frame
+        self._n_frames = 0
+        self._n_run = 0  # speech frames in a row, up to the newest one
+        self._speech_end = 0  # after the last frame of the running speech
+        self._last_stop = 0
+
+    def push(self, pcm: Pcm) -> list[Mark]:
+        """The decisions that these samples bring, in order."""
+        joined = np.concatenate([self._rest, pcm])
+        n_whole = len(joined) - len(joined) % FRAME
+        self._rest = joined[n_whole:].copy()
+        frames = joined[:n_whole].reshape(-1, FRAME)  # [n_frames, FRAME]
+        is_loud = np.square(frames.astype(np.float64)).mean(axis=1) >= self._min_power  # [n_frames]
+        quantised = np.rint(frames * 32767).astype("<i2")
+        marks = []
+        for frame, loud in zip(quantised, is_loud, strict=True):
+            # Asked for quiet frames too: the detector follows the noise floor.
+            voiced = self._detector.is_speech(frame.tobytes(), SAMPLE_RATE_HZ)
+            mark = self._decide(bool(voiced and loud))
+            if mark is not None:
+                marks.append(mark)
+        return marks
+
+    def _decide(self, is_voiced: bool) -> Mark | None:
+        self._n_frames += 1
+        at = self._n_frames * FRAME
+        self._n_run = self._n_run + 1 if is_voiced else 0
+        if not self.is_speech:
+            if self._n_run < self._n_start:
+                return None
+            self.is_speech = True
+            self._speech_end = at
+            began = at - self._n_run * FRAME
+            return Mark("started", at, max(began - self._pad, self._last_stop))
+        if self._n_run >= RESUME_FRAMES:
+            self._speech_end = at
+        if at - self._speech_end < self._n_stop * FRAME:
+            return None
+        self.is_speech = False
+        self._n_run = 0
+        self._last_stop = self._speech_end
+        return Mark("stopped", at, self._speech_end)

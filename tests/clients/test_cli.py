@@ -1,0 +1,143 @@
+"""`moss-live` as a user calls it: its own process, a real file, a real WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import wave
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from clients import commands
+from streaming.protocol import SpeechStarted
+from tests.clients.fake_server import CLOSED, FakeServer, running
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+async def moss_live(*arguments: str) -> Ended:
+    """Run the command line in a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "clients.cli",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return Ended(process.returncode, out.decode(), err.decode())
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> str:
+    """A second of silence."""
+    path = tmp_path / "silence.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(32_000))
+    return str(path)
+
+
+async def test_stream_prints_the_committed_words(recording: str) -> None:
+    """The transcript on stdout, the way to its captions on stderr."""
+    async with running(FakeServer.transcribe) as fake:
+        ended = await moss_live("stream", recording, "--server", fake.url, "--name", "test", "--fast")
+    assert ended == Ended(0, "Hello world.\n", "stream test; read it with: moss-live captions test\n")
+    assert fake.n_audio_bytes == 32_000
+
+
+async def test_stream_shows_captions(recording: str) -> None:
+    """Without a terminal they are lines."""
+    async with running(FakeServer.transcribe) as fake:
+        ended = await moss_live("stream", recording, "--server", fake.url, "--fast", "--captions")
+    assert ended.status == 0, ended.err
+    assert "[00:00.1]-[00:00.9] Hello world." in ended.out
+
+
+async def test_stream_fails_with_the_servers_text(recording: str) -> None:
+    """One line, exit status 1."""
+    async with running(FakeServer.transcribe) as fake:
+        fake.refusal = (HTTPStatus.CONFLICT, "stream test is live")
+        ended = await moss_live("stream", recording, "--server", fake.url, "--name", "test")
+    assert ended.status == 1
+    assert ended.err.splitlines()[-1] == "Error: the server refused with 409: stream test is live"
+
+
+async def test_subscribe_prints_lines_of_json() -> None:
+    """A line a message, of the types that were asked for."""
+
+    async def handler(fake: FakeServer, connection: Any) -> None:
+        fake.requests.append(json.loads(await connection.recv()))
+        await fake.send(connection, 8, SpeechStarted(100))
+        await fake.send(connection, 9, CLOSED)
+
+    async with running(handler) as fake:
+        arguments = ["--server", fake.url, "--types", "speech.started", "--after", "7"]
+        ended = await moss_live("subscribe", "test", *arguments)
+    assert ended.status == 0, ended.err
+    assert [json.loads(line) for line in ended.out.splitlines()] == [
+        {"type": "speech.started", "stream": "test", "seq": 8, "start_ms": 100}
+    ]
+    assert fake.requests[0]["after"] == 7
+
+
+async def test_captions_show_a_stream_from_its_beginning() -> None:
+    """The log is asked for after 0, so that earlier words are seen too."""
+
+    async def handler(fake: FakeServer, connection: Any) -> None:
+        fake.requests.append(json.loads(await connection.recv()))
+        await fake.send(connection, 9, CLOSED)
+
+    async with running(handler) as fake:
+        ended = await moss_live("captions", "test", "--server", fake.url)
+    assert ended.status == 0, ended.err
+    assert ended.out == "-- stream closed (closed): 1.0 s, 2 words in 1 segments\n"
+    assert fake.requests[0]["after"] == 0
+
+
+def test_wrong_arguments_say_what_is_expected() -> None:
+    """A name and a type are checked before anything is opened."""
+    runner = CliRunner()
+    assert "no stream name" in runner.invoke(commands.group, ["subscribe", "a/b"]).output
+    result = runner.invoke(commands.group, ["subscribe", "a", "--types", "words"])
+    assert result.exit_code == 2
+    assert "transcript.delta" in result.output
+
+
+def test_a_wrong_address_is_one_line() -> None:
+    """No traceback for what the user mistyped."""
+    result = CliRunner().invoke(commands.group, ["subscribe", "a", "--server", "http://nowhere"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+
+
+def test_a_command_whose_extra_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help lists it, and calling it names the package and the extra."""
+    entry = EntryPoint("serve", "no_such_package.cli:serve", commands.COMMANDS)
+
+    def found(*, group: str, name: str = entry.name) -> EntryPoints:
+        return EntryPoints((entry,) if (group, name) == (entry.group, entry.name) else ())
+
+    monkeypatch.setattr(commands, "entry_points", found)
+    runner = CliRunner()
+    assert "serve" in runner.invoke(commands.group, ["--help"]).output
+    result = runner.invoke(commands.group, ["serve", "--port", "1"])
+    assert result.exit_code == 1
+    assert result.output == "Error: serve needs no_such_package: pip install 'moss-live[server]'\n"

@@ -1,0 +1,109 @@
+"""The producer, against a real WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+
+import pytest
+from websockets.asyncio.server import ServerConnection
+
+from clients.connection import ConnectFailed
+from clients.producer import Progress, StreamFailed, stream_audio, stream_url
+from clients.sources import bytes_of_ms
+from streaming.protocol import Envelope, Error, SessionClosed, TranscriptDelta
+from tests.clients.fake_server import CLOSED, CREATED, FakeServer, running
+
+
+async def silence(n_chunks: int, chunk_ms: int = 20) -> AsyncIterator[bytes]:
+    """Digital zeros."""
+    for _ in range(n_chunks):
+        yield bytes(bytes_of_ms(chunk_ms))
+
+
+async def test_audio_is_sent_flushed_and_closed() -> None:
+    """Everything arrives in order, and every message is handed on."""
+    messages: list[Envelope] = []
+    progress = Progress()
+    async with running(FakeServer.transcribe) as fake:
+        url = stream_url(fake.url, "test", "en")
+        closed = await stream_audio(url, silence(10), messages.append, paced=False, progress=progress)
+    assert closed == CLOSED
+    assert fake.n_audio_bytes == bytes_of_ms(200)
+    assert [request["type"] for request in fake.requests] == ["flush", "close"]
+    assert fake.paths == ["/v1/stream/test?format=s16le&rate=16000&channels=1&language=en"]
+    assert [m.message.text for m in messages if isinstance(m.message, TranscriptDelta)] == ["Hello world."]
+    assert progress.sent_s == pytest.approx(0.2)
+    assert progress.flush_sent_at is not None
+    assert progress.flushed_at is not None
+    assert progress.flush_sent_at <= progress.flushed_at
+
+
+async def test_paced_audio_leaves_in_real_time() -> None:
+    """200 ms of audio take no less than 180 ms from the first chunk to the last."""
+    async with running(FakeServer.transcribe) as fake:
+        await stream_audio(stream_url(fake.url, "test"), silence(10), lambda _: None, paced=True)
+    assert fake.chunk_times_s[-1] - fake.chunk_times_s[0] >= 0.17
+
+
+async def test_stop_ends_the_audio_but_not_the_stream() -> None:
+    """What was heard is still flushed and closed."""
+    stop = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        async for chunk in silence(1_000_000):
+            if fake.n_audio_bytes:
+                stop.set()
+            yield chunk
+
+    async with running(FakeServer.transcribe) as fake:
+        url = stream_url(fake.url, "test")
+        closed = await stream_audio(url, endless(), lambda _: None, paced=False, stop=stop)
+    assert closed.reason == "closed"
+
+
+async def test_a_refusal_carries_the_servers_text() -> None:
+    """The body of the HTTP answer is what the user reads."""
+    async with running(FakeServer.transcribe) as fake:
+        fake.refusal = (HTTPStatus.CONFLICT, "stream test is live\n")
+        with pytest.raises(ConnectFailed, match="409: stream test is live"):
+            await stream_audio(stream_url(fake.url, "test"), silence(1), lambda _: None, paced=False)
+
+
+async def test_a_fatal_error_ends_the_stream_with_its_text() -> None:
+    """The error message, not the close code, is reported."""
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        await fake.send(connection, 1, CREATED)
+        await fake.send(connection, 1, Error("bad_audio", "3 bytes are no s16le", fatal=True))
+        await connection.close(4401)
+
+    async with running(handler) as fake:
+        with pytest.raises(StreamFailed, match="3 bytes are no s16le"):
+            await stream_audio(stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True)
+
+
+async def test_an_end_the_client_did_not_ask_for_is_a_failure() -> None:
+    """A server that stops, or a connection that breaks, is not a finished stream."""
+
+    async def stopping(fake: FakeServer, connection: ServerConnection) -> None:
+        await fake.send(connection, 1, SessionClosed("server_stopping", 0, 0, 0))
+
+    async def breaking(fake: FakeServer, connection: ServerConnection) -> None:
+        connection.transport.abort()
+
+    async with running(stopping) as fake:
+        with pytest.raises(StreamFailed, match="server_stopping"):
+            await stream_audio(stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True)
+    async with running(breaking) as fake:
+        with pytest.raises(StreamFailed, match="the connection was lost"):
+            await stream_audio(stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True)
+
+
+async def test_no_server_says_how_to_start_one() -> None:
+    """Connection refused is the most common first experience."""
+    async with running(FakeServer.transcribe) as fake:
+        url = stream_url(fake.url, "test")
+    with pytest.raises(ConnectFailed, match="moss-live serve"):
+        await stream_audio(url, silence(1), lambda _: None, paced=False)

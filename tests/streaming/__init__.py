@@ -1,0 +1,1 @@
+"""Tests of the service: pure parts, and the server with a fake engine on real sockets."""
