@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-
 _CLOSING = "\"')]\u00bb\u201d\u2019"  # quotes and brackets that may close behind a full stop
 _SENTENCE_ENDS = (".", "?", "!", "\u3002", "\uff1f", "\uff01", "\u0964")  # Latin, full-width, danda
 
@@ -18,6 +17,23 @@ def join_words(words: Iterable[str]) -> str:
             text += " "
         text += word
     return text
+
+
+def split_words(text: str) -> list[str]:
+    """Running text as words that `join_words` makes into it again, but for the width of spaces.
+
+    Scripts without spaces come apart by character, closing punctuation stays where it hangs.
+    """
+    words: list[str] = []
+    for piece in text.split():
+        start = 0
+        for idx in range(1, len(piece)):
+            is_inside = _is_unspaced(piece[idx - 1]) and _is_unspaced(piece[idx])
+            if is_inside and not unicodedata.category(piece[idx]).startswith("P"):
+                words.append(piece[start:idx])
+                start = idx
+        words.append(piece[start:])
+    return words
 
 
 def comparable(word: str) -> str:

@@ -6,6 +6,7 @@ same afterwards, bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -60,6 +61,7 @@ class Answer:
     thought: str  # what it said between `<think>` tags
     reason: Reason
     n_loops_cut: int  # repetitions taken away
+    score: float  # geometric mean of its tokens' probabilities, 0 to 1; 0 where there are none
 
 
 @dataclass(slots=True)
@@ -72,6 +74,8 @@ class _Open:
     forced: list[int] = field(default_factory=list)  # tokens it must say next
     reason: Reason | None = None
     n_loops_cut: int = 0
+    log_probability: float = 0.0  # of what was said, summed
+    n_scored: int = 0
 
 
 def ask(
@@ -128,8 +132,11 @@ def _write(cache: RollingCache, opened: Sequence[_Open], guard: LoopGuard | None
     feed: list[Sequence[int]] = [one.question.ids for one in live]
     while live:
         logits = cache.step([one.branch for one in live], feed)
-        chosen = logits.index_fill(1, never, -torch.inf).argmax(dim=1).tolist()
-        for one, token in zip(live, chosen, strict=True):
+        chosen = logits.float().index_fill(1, never, -torch.inf).log_softmax(dim=1).max(dim=1)
+        scored = zip(live, chosen.indices.tolist(), chosen.values.tolist(), strict=True)
+        for one, token, log_probability in scored:
+            one.log_probability += log_probability
+            one.n_scored += 1
             _say(one, token, cache.layout, guard)
         live = [one for one in live if one.reason is None]
         feed = [one.said[-1:] for one in live]
@@ -164,7 +171,8 @@ def _is_thinking(said: Sequence[int], layout: Layout) -> bool:
 def _finished(one: _Open, layout: Layout) -> Answer:
     thought, text = split_thought(layout.tokenizer.decode(one.said))
     assert one.reason is not None
-    return Answer(tuple(one.said), text, thought, one.reason, one.n_loops_cut)
+    score = math.exp(one.log_probability / one.n_scored) if one.said else 0.0
+    return Answer(tuple(one.said), text, thought, one.reason, one.n_loops_cut, score)
 
 
 def split_thought(text: str) -> tuple[str, str]:

@@ -28,6 +28,19 @@ VOICE_KEYS = (
     "summary",
 )
 
+# Stems by which a description in words is sorted into eight labels; the first one found in it wins.
+_EMOTION_STEMS = {
+    "neutral": ("neutral", "matter-of-fact", "unemotional", "flat"),
+    "calm": ("calm", "relaxed", "composed", "peaceful", "serene"),
+    "happy": ("happ", "joy", "cheer", "excit", "amus", "delight", "enthusias", "content", "playful"),
+    "sad": ("sad", "sorrow", "grie", "melanchol", "depress", "unhappy", "mournful"),
+    "angry": ("ang", "annoy", "irritat", "frustrat", "furious", "hostil"),
+    "fearful": ("fear", "afraid", "anxi", "nervous", "scared", "terrif", "worr"),
+    "disgust": ("disgust", "contempt", "repuls"),
+    "surprised": ("surpris", "astonish", "amaz", "shock"),
+}
+EMOTIONS = tuple(_EMOTION_STEMS)
+
 MAX_LABEL = 200  # characters of an event's description; what is longer is cut
 MAX_VALUE = 2000  # characters of one field of a voice
 
@@ -165,6 +178,17 @@ def parse_voice(text: str) -> Voice:
             ((pair[1], _unescaped(pair[2]) if pair[3] is None else pair[3]) for pair in _PAIR.finditer(text)),
         )
     return Voice({key: found[key] for key in VOICE_KEYS if key in found})
+
+
+def emotion_label(description: str) -> str | None:
+    """The label of `EMOTIONS` a description in words begins with; None where it names none of them."""
+    text = description.lower()
+    places = {
+        label: min((m.start() for stem in stems if (m := re.search(rf"\b{stem}", text))), default=len(text))
+        for label, stems in _EMOTION_STEMS.items()
+    }
+    label = min(places, key=lambda name: places[name])
+    return label if places[label] < len(text) else None
 
 
 def _take(found: dict[str, str], pairs: Iterable[tuple[str, object]]) -> None:

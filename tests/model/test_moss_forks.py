@@ -42,7 +42,11 @@ def test_many_at_once_answer_as_each_alone() -> None:
     questions = questions_of(TEXTS, [3, 0, 3, 1, 3, 0])
     cache = make_cache()
     together = ask(cache, questions, guard=None)
-    assert together == [ask(cache, [question], guard=None)[0] for question in questions]
+    for answer, question in zip(together, questions, strict=True):
+        alone = ask(cache, [question], guard=None)[0]
+        assert dataclasses.replace(answer, score=alone.score) == alone
+        assert answer.score == pytest.approx(alone.score, rel=1e-4)
+        assert 0 < answer.score < 1
     assert len({answer.ids for answer in together}) > 3  # they are different questions
     assert {answer.reason for answer in together} <= {"budget", "stop"}
 
@@ -51,7 +55,8 @@ def test_what_does_not_fit_side_by_side_waits() -> None:
     """With scratch for one question at a time the answers are the same."""
     questions = questions_of(TEXTS, [3, 3, 3, 1, 3, 0])
     narrow = make_cache(window=dataclasses.replace(WINDOW, scratch_tokens=74))
-    assert ask(narrow, questions, guard=None) == ask(make_cache(), questions, guard=None)
+    one_by_one, side_by_side = ask(narrow, questions, guard=None), ask(make_cache(), questions, guard=None)
+    assert [a.ids for a in one_by_one] == [a.ids for a in side_by_side]
     with pytest.raises(ValueError, match="scratch has 74"):
         ask(narrow, questions_of(["What?"], [0], 60))
 
