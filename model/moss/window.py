@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.moss.config import MossConfig
 from model.moss.language import Access, KvBuffers, rotary_angles, rotate
 from model.moss.network import AudioEmbeddings, MossAudio
 from model.moss.prompt import MAX_MARKER_DIGITS, SECONDS_PER_MARKER, TOKENS_PER_MARKER, Layout
@@ -102,6 +103,26 @@ class Remembered:
     v: Tensor  # [L, K, n, D]
 
 
+def n_entries(config: MossConfig, settings: WindowSettings, n_prefix: int) -> int:
+    """Entries of one slot: spare, prompt of `n_prefix` tokens, cells, scratch."""
+    return 1 + n_prefix + (settings.n_blocks + 1) * _cell_size(config) + settings.scratch_tokens
+
+
+def slot_bytes(config: MossConfig, settings: WindowSettings, n_prefix: int, dtype: torch.dtype) -> int:
+    """Memory one more stream takes, bytes, for as long as the process lives."""
+    language = config.language
+    per_entry = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
+    n_kept = (settings.n_blocks + 1) * config.encoder.block_tokens if settings.markers == "restart" else 0
+    per_kept = (1 + config.n_deepstack) * language.hidden_size
+    return (n_entries(config, settings, n_prefix) * per_entry + n_kept * per_kept) * dtype.itemsize
+
+
+def _cell_size(config: MossConfig) -> int:
+    """Entries of a block with the longest markers there can be."""
+    n_markers = config.encoder.block_tokens // TOKENS_PER_MARKER
+    return config.encoder.block_tokens + n_markers * MAX_MARKER_DIGITS
+
+
 class RollingCache:
     """Rolling windows of `n_slots` streams on one model."""
 
@@ -118,11 +139,11 @@ class RollingCache:
         self.block_tokens = model.config.encoder.block_tokens  # 50
         self._markers_per_block = self.block_tokens // TOKENS_PER_MARKER
         self.block_s = self._markers_per_block * SECONDS_PER_MARKER  # 4 s
-        self._cell = self.block_tokens + self._markers_per_block * MAX_MARKER_DIGITS
+        self._cell = _cell_size(model.config)
         self._n_cells = settings.n_blocks + 1
         self._prefix = range(1, 1 + len(layout.prefix))
         self._scratch_at = self._prefix.stop + self._n_cells * self._cell
-        n_positions = self._scratch_at + settings.scratch_tokens
+        n_positions = n_entries(model.config, settings, len(layout.prefix))
         limit = min(settings.max_position, model.config.language.max_position_embeddings)
         if n_positions > limit:
             raise ValueError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from bench.moss_parity import TOLERANCE, Case, cases, offline_errors, streamed_errors
+from bench.moss_parity import TOLERANCE, Case, cases, main, offline_errors, streamed_errors
 from model.moss import checkpoint
 from model.moss.checkpoint import Checkpoint
 from tests.model.moss_tiny import REFERENCE, TINY
@@ -59,17 +59,24 @@ def test_streaming_equals_the_published_code(folder: Path, name: str) -> None:
     assert not beyond
 
 
-def test_the_program_fails_beyond_the_tolerance(tmp_path: Path) -> None:
-    """bench/moss_parity.py exits 1 when one stored number is off by more than the tolerance."""
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize(
+    ("kind", "error"), [("encoder", 1e-3), ("logits_last32", 1e-2), ("greedy", 1), ("", 0)]
+)
+def test_the_program_fails_beyond_the_tolerance(
+    kind: str,
+    error: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """bench/moss_parity.py gives 1 when one stored number is off by more than the tolerance, else 0."""
     for path in TINY.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    stored = load_file(tmp_path / "short.safetensors")
-    stored["encoder"][3, 5] += 1e-3
-    save_file(stored, tmp_path / "short.safetensors")
-    command = [sys.executable, "-m", "bench.moss_parity", "--seeds", "1"]
-    assert subprocess.run([*command, str(TINY)], capture_output=True, check=False).returncode == 0
-    broken = subprocess.run([*command, str(tmp_path)], capture_output=True, check=False)
-    assert broken.returncode == 1
-    assert b'"ok": false' in broken.stdout
+    if kind:
+        stored = load_file(tmp_path / "short.safetensors")
+        stored[kind].view(-1)[-1] += error
+        save_file(stored, tmp_path / "short.safetensors")
+    monkeypatch.setattr("sys.argv", ["moss_parity", "--seeds", "1", str(tmp_path)])
+    assert main() == (1 if kind else 0)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["ok"] is (not kind)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from bench.moss_parity import greedy_uncached, joined
 from model.mel import log_mel
-from model.moss.checkpoint import Checkpoint
+from model.moss.checkpoint import Checkpoint, memory_need
 from model.moss.encoder import split_blocks
 from model.moss.fork import Question, ask
 from model.moss.language import Access, KvBuffers, rotary_angles, rotate
 from model.moss.network import AudioEmbeddings, MossAudio
-from model.moss.window import MarkerMode, RollingCache, WindowSettings
+from model.moss.window import MarkerMode, RollingCache, WindowSettings, slot_bytes
 from tests.model.moss_tiny import LAYOUT, Stream, feed, feed_tails, make_model, random_audio, random_pcm
 
 MODEL = make_model()
@@ -303,6 +303,18 @@ def test_positions_never_run_out() -> None:
         assert cache.end_position(0) + low.scratch_tokens <= 600
         torch.testing.assert_close(logits_of(cache, 0), logits_of(twin, 0), atol=1e-3, rtol=0)
     assert n_moves > 5
+
+
+@pytest.mark.parametrize("markers", ["absolute", "restart"])
+def test_memory_is_what_was_computed_beforehand(markers: MarkerMode) -> None:
+    """Each slot takes `slot_bytes`; beside them only the prompt's keys and values are kept."""
+    window = WindowSettings(n_blocks=3, scratch_tokens=64, markers=markers)
+    two, five = (RollingCache(MODEL, LAYOUT, window, n).n_bytes for n in (2, 5))
+    per_slot = slot_bytes(MODEL.config, window, len(LAYOUT.prefix), torch.float32)
+    assert five - two == 3 * per_slot
+    assert (
+        two - 2 * per_slot == len(LAYOUT.prefix) * memory_need(MODEL.config, torch.float32).kv_bytes_per_token
+    )
 
 
 def test_a_window_that_cannot_fit_is_refused() -> None:
