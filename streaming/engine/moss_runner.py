@@ -108,7 +108,6 @@ class MossRunner:
         self._hear(plan)
         steps = [step for step in plan.slots if step.forks]
         tails = {step.slot_idx: tail for step in steps if (tail := self._slots[step.slot_idx].ear.tail())}
-        self._cache.drop_tail(step.slot_idx for step in steps)
         self._cache.set_tail(dict(zip(tails, self._model.hear(list(tails.values())), strict=True)))
         due = [self._due(step, fork) for step in steps for fork in step.forks]
         # Nothing can be said of a slot that has not heard a single token yet.

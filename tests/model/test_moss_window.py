@@ -184,6 +184,23 @@ def test_a_tail_rolled_back_leaves_the_cache_bit_identical() -> None:
     assert torch.equal(logits_of(cache, 0), logits_of(twin, 0))
 
 
+def test_slots_that_are_not_neighbours_share_a_call() -> None:
+    """Blocks, tails and questions of slots 0 and 2, with 1 between them: as each alone."""
+    together = filled(MODEL, SMALL, 2, n_slots=3)
+    alone = filled(MODEL, SMALL, 2, n_slots=3)
+    blocks = {s: random_audio(MODEL, 50 + s) for s in (0, 2)}
+    tails = {s: random_audio(MODEL, 60 + s, 20 + s) for s in (0, 2)}
+    together.append(blocks)
+    together.set_tail(tails)
+    for slot_idx in (0, 2):
+        alone.append({slot_idx: blocks[slot_idx]})
+        alone.set_tail({slot_idx: tails[slot_idx]})
+        torch.testing.assert_close(together.read(slot_idx).k, alone.read(slot_idx).k, atol=1e-5, rtol=0)
+    logits = together.step([together.branch(s) for s in (2, 0)], [QUESTION, QUESTION])
+    for row, slot_idx in enumerate((2, 0)):
+        torch.testing.assert_close(logits[row], logits_of(alone, slot_idx), atol=1e-4, rtol=0)
+
+
 def test_reset_touches_only_its_slots() -> None:
     """A slot that is reset is as new; its neighbours keep every bit."""
     cache = filled(MODEL, SMALL, 5, n_slots=3)

@@ -103,9 +103,10 @@ def test_results_depend_on_no_cut_and_no_neighbour(markers: MarkerMode) -> None:
 def test_a_jump_or_a_new_owner_forgets_the_past() -> None:
     """Audio that does not follow on, and a slot that changed hands, begin anew; so does reset."""
     fresh = make_runner().step(one(1, 160_000, pcm(5.0, 1), Fork("transcript", 160_000, (), "", None, 10)))
-    for owner, reset in ((7, False), (8, False), (7, True)):
+    # A jump ahead; another's stream that happens to go on where this one was; a reset.
+    for owner, heard_s, reset in ((7, 9.0, False), (8, 10.0, False), (7, 10.0, True)):
         runner = make_runner()
-        runner.step(one(1, 0, pcm(9.0, 2)))
+        runner.step(one(1, 0, pcm(heard_s, 2)))
         if reset:
             runner.reset([1])
         fork = Fork("transcript", 160_000, (), "", None, 10)
