@@ -45,6 +45,11 @@ async def raise_when(event: asyncio.Event, exc: Exception) -> None:
     raise exc
 
 
+async def ended(task: asyncio.Task[None]) -> None:
+    """Wait for a task, leaving it alone when this wait is cancelled, and raise what it raised."""
+    await asyncio.shield(task)
+
+
 async def race(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Wait until the first of them ends, cancel the others, and raise what it raised."""
     tasks = [asyncio.create_task(coroutine, name=str(coroutine)) for coroutine in coroutines]

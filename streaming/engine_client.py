@@ -66,7 +66,7 @@ class StreamOwner(Protocol):
         """Whether the engine owes this stream an answer."""
 
     def on_engine_message(self, message: messages.Result | messages.Progress | messages.Skipped) -> None:
-        """The engine said something of this stream; may raise EngineFault."""
+        """The engine said something of this stream."""
 
     def on_engine_down(self) -> None:
         """The engine died; what it had not answered is lost with it."""
@@ -120,7 +120,14 @@ class EngineClient:
         assert self._writer is not None, self.state
         if self._sent_at is None:
             self._sent_at = asyncio.get_running_loop().time()
-        self._writer.write(messages.frame(message))
+        if not self._writer.is_closing():  # else it died, and its reader is about to say so
+            self._writer.write(messages.frame(message))
+
+    def condemn(self, fault: EngineFault) -> None:
+        """End an engine that said what it must not; the next one is started as after a death."""
+        if self._writer is not None:
+            logger.warning("engine condemned: %s", fault)
+            self._writer.transport.abort()
 
     async def until(self, *states: EngineState) -> None:
         """Wait until the engine is in one of `states`."""

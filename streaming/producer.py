@@ -75,31 +75,33 @@ class Producer:
         sender = asyncio.create_task(
             wire.send_all(self._connection, self._reader), name=f"send {self._session.name}"
         )
+        taking = asyncio.create_task(self._session.run(), name=f"results {self._session.name}")
         discarding: asyncio.Task[None] | None = None
         try:
-            over, reason = await self._converse(sender)
+            over, reason = await self._converse(taking)
             discarding = asyncio.create_task(
                 wire.discard(self._connection), name=f"discard {self._session.name}"
             )
             if isinstance(over, SlowReader):
                 await wire.cancel(sender)
-            await self._finish(reason)
+            await self._finish(reason, taking)
             if not sender.done():
                 await wire.send_rest(self._connection, self._reader, sender)
             await wire.close(self._connection, self._reader, over)
         finally:
-            await wire.cancel(sender, *([] if discarding is None else [discarding]))
+            await wire.cancel(sender, taking, *([] if discarding is None else [discarding]))
 
     def tell(self, message: Message) -> None:
         """Queue a message for this producer alone."""
         name = self._session.name
         self._reader.put(Envelope(name, self._log.last_seq(name), message))
 
-    async def _converse(self, sender: asyncio.Task[None]) -> tuple[ConnectionOver | None, str]:
+    async def _converse(self, taking: asyncio.Task[None]) -> tuple[ConnectionOver | None, str]:
         """What ended it, if not the client, and the reason for `session.closed`."""
         try:
             await wire.race(
                 self._receive(),
+                wire.ended(taking),
                 wire.raise_when(self._session.is_lost, EngineLost("the engine could not be brought back")),
                 wire.raise_when(self._stopping, ServerStopping("the server is stopping")),
                 wire.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),
@@ -119,10 +121,10 @@ class Producer:
             return over, over.reason
         return None, "closed"
 
-    async def _finish(self, reason: str) -> None:
+    async def _finish(self, reason: str, taking: asyncio.Task[None]) -> None:
         """Finalise; a server that stops waits for the engine no longer than its stop timeout."""
         try:
-            await wire.race(self._session.finish(reason), self._stop_deadline())
+            await wire.race(self._session.finish(reason), wire.ended(taking), self._stop_deadline())
         finally:
             self._session.abandon(reason)
 

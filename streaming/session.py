@@ -47,6 +47,8 @@ MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
 SLICE_S = 0.5  # a longer binary frame is worked on in slices, so that other streams get their turn
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
 
+FromEngine = messages.Result | messages.Progress | messages.Skipped  # of one stream
+
 
 @dataclass(frozen=True, slots=True)
 class Outlets:
@@ -106,6 +108,8 @@ class Session:
         self._pending: deque[_PendingMark] = deque()  # in order; a mark per 0.1 s of the ring at most
         self._n_marks_sent = 0  # how many of them this engine has
         self._speech_edge: int | None = None  # at `_consumed`: where the running speech began
+        self._inbox: deque[FromEngine] = deque()  # one result at most, and a progress per 0.5 s sent
+        self._has_mail = asyncio.Event()
         self._changed = asyncio.Event()
 
     def open(self, epoch_ms: int) -> None:
@@ -205,12 +209,26 @@ class Session:
         owes_result = any(pending.mark.kind != "started" for pending in sent)
         return self._is_open and (owes_result or self._sent - self._consumed > 2 * MAX_SEND)
 
-    def on_engine_message(self, message: messages.Result | messages.Progress | messages.Skipped) -> None:
-        """Take what the engine found.
+    async def run(self) -> None:
+        """Take what the engine says, for as long as the stream lives.
 
-        Raises:
-            EngineFault: a result that no mark asked for.
+        In a task of the stream's own, so that a fault in it ends this stream and no other.
         """
+        while True:
+            while self._inbox:
+                try:
+                    self._take(self._inbox.popleft())
+                except EngineFault as fault:
+                    self._engine.condemn(fault)
+            self._has_mail.clear()
+            await self._has_mail.wait()
+
+    def on_engine_message(self, message: FromEngine) -> None:
+        """The engine found something: `run` takes it next."""
+        self._inbox.append(message)
+        self._has_mail.set()
+
+    def _take(self, message: FromEngine) -> None:
         match message:
             case messages.Result():
                 self._on_result(message)
@@ -230,6 +248,7 @@ class Session:
         if self._is_open:
             self._outlets.tell(Error("engine_lost", "the engine died and is being restarted", fatal=False))
         self._is_open = False
+        self._inbox.clear()  # not answered with a `Commit`, so the next engine finds it again
 
     def on_engine_up(self) -> None:
         """Open this stream on the new engine, where the dead one had decided everything."""
@@ -240,6 +259,7 @@ class Session:
     def on_engine_lost(self) -> None:
         """The engine will not come back: whoever waits here must not wait on."""
         self._is_open = False
+        self._inbox.clear()
         self.is_lost.set()
         self._changed.set()
 
@@ -315,6 +335,7 @@ class Session:
 
     def _on_result(self, result: messages.Result) -> None:
         self._consume(result.point)
+        self._window_start = max(self._window_start, result.window_start)
         answered: _PendingMark | None = None
         if result.kind != "tick":
             answered = self._answered(result)

@@ -75,7 +75,7 @@ class Subscriber:
         try:
             await wire.race(
                 self._receive(reader),
-                _ended(sender),
+                wire.ended(sender),
                 wire.raise_when(self._finalised, ServerStopping("the server is stopping")),
                 wire.raise_when(reader.is_behind, SlowReader("the reader is too slow")),
             )
@@ -140,8 +140,3 @@ def _read(frame: str | bytes) -> ClientMessage:
     if isinstance(frame, bytes):
         raise ProtocolError("bad_message", "a binary frame; expected subscribe or close")
     return decode_client(frame, SUBSCRIBER_MESSAGES)
-
-
-async def _ended(sender: asyncio.Task[None]) -> None:
-    """Wait for the sender, leaving it alone when this wait is cancelled."""
-    await asyncio.shield(sender)

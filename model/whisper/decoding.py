@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.whisper.alignment import token_starts
 from model.whisper.modeling import DecoderCache, Whisper
-from model.whisper.tokens import Vocabulary
+from model.whisper.tokens import EAST_ASIAN_LANGUAGES, Vocabulary
 
 MAX_LOOP_TOKENS = 16  # longest phrase the loop guard looks for
 
@@ -70,13 +70,16 @@ class Decoder:
         self._vocabulary = vocabulary
         config = model.config
         self._max_tokens = config.n_text_positions
-        device = model.decoder.embed_tokens.weight.device
+        device = self._device = model.decoder.embed_tokens.weight.device
         allowed = torch.zeros(config.vocab_size, device=device)
         allowed[list(config.suppressed_ids)] = -math.inf
         allowed[vocabulary.end + 1 :] = -math.inf  # no special token but the end, no timestamps
-        self._allowed = allowed
-        self._allowed_first = allowed.clone()
-        self._allowed_first[list(config.suppressed_first_ids)] = -math.inf
+        first = torch.zeros_like(allowed)
+        first[list(config.suppressed_first_ids)] = -math.inf
+        # Unsure of an accent, the model now and then writes what it heard in Chinese.
+        other_script = torch.zeros_like(allowed)
+        other_script[vocabulary.east_asian_ids()] = -math.inf
+        self._allowed, self._first, self._other_script = allowed, first, other_script
 
     def n_tokens(self, requests: Sequence[DecodeRequest]) -> int:
         """Room the longest request needs in a cache: special tokens, prompt, draft, budget."""
@@ -115,7 +118,7 @@ class Decoder:
         known = [None if r.language is None else self._vocabulary.language_id(r.language) for r in requests]
         if None not in known:
             return [(language_id, 1.0) for language_id in known if language_id is not None]
-        start = torch.full((len(requests), 1), self._vocabulary.start, device=self._allowed.device)
+        start = torch.full((len(requests), 1), self._vocabulary.start, device=self._device)
         hidden, _ = self._model.decoder(start, [1] * len(requests), cache)
         ids = self._vocabulary.language_ids
         probabilities = self._model.decoder.logits(hidden[:, 0])[:, ids.start : ids.stop].softmax(dim=-1)
@@ -140,7 +143,7 @@ class Decoder:
         for row_idx, sequence in enumerate(sequences):
             tokens[row_idx, : len(sequence)] = torch.tensor(sequence)
         hidden, attention = self._model.decoder(
-            tokens.to(self._allowed.device), [len(sequence) for sequence in sequences], cache
+            tokens.to(self._device), [len(sequence) for sequence in sequences], cache
         )
         for row_idx, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             first = len(row.prompt) - 1  # the position that predicts the first new token
@@ -151,9 +154,9 @@ class Decoder:
             row.attention.append(attention[row_idx, :, begin:first])
             logits = self._model.decoder.logits(hidden[row_idx, first : len(sequence)])  # [1 + draft, V]
             log_probabilities = logits.log_softmax(dim=-1)
-            logits = logits + self._allowed
+            logits = logits + self._allowed_for(row)
             if not row.request.prefix:
-                logits[0] += self._allowed_first - self._allowed.nan_to_num(neginf=0.0)
+                logits[0] += self._first
             best = logits.argmax(dim=-1).tolist()
             draft = sequence[len(row.prompt) :]
             n_kept = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
@@ -171,14 +174,19 @@ class Decoder:
 
     def _step(self, rows: Sequence[_Row], cache: DecoderCache) -> None:
         """One more token for every row."""
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._allowed.device)
+        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
         hidden, attention = self._model.decoder(last, [1] * len(rows), cache)
         logits = self._model.decoder.logits(hidden[:, 0])  # [B, V]
         log_probabilities = logits.log_softmax(dim=-1)
-        best = (logits + self._allowed).argmax(dim=-1)
+        best = (logits + torch.stack([self._allowed_for(row) for row in rows])).argmax(dim=-1)
         scores = log_probabilities.gather(1, best[:, None])[:, 0]
         for row_idx, (row, token, score) in enumerate(zip(rows, best.tolist(), scores.tolist(), strict=True)):
             self._say(row, token, score, attention[row_idx])
+
+    def _allowed_for(self, row: _Row) -> Tensor:
+        """What is added to the logits of a row, [V]: minus infinity where a token is never said."""
+        language = self._vocabulary.language_of(row.language_id)
+        return self._allowed if language in EAST_ASIAN_LANGUAGES else self._allowed + self._other_script
 
     def _say(self, row: _Row, token: int, score: float, attention: Tensor) -> None:
         """Take a predicted token, or end the row."""
@@ -208,7 +216,7 @@ class Decoder:
             starts = aligned[n_prefix : n_prefix + n_tokens + 1]
             if len(starts) == n_tokens:  # cut off before the end was said
                 starts.append(row.request.n_positions)
-        language = self._vocabulary.languages[row.language_id - self._vocabulary.language_ids.start]
+        language = self._vocabulary.language_of(row.language_id)
         return Decoded(
             tuple(row.tokens),
             tuple(row.scores),

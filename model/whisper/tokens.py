@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+EAST_ASIAN_LANGUAGES = frozenset({"zh", "ja", "ko", "yue"})
 # Written without spaces between words: there, every whole character is a word.
 UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue", "km", "bo"})
 
@@ -38,6 +39,10 @@ class Vocabulary:
             raise ValueError(f"language {language!r}; expected one of {', '.join(self.languages)}")
         return self.language_ids[self.languages.index(language)]
 
+    def language_of(self, language_id: int) -> str:
+        """The code of a language's token."""
+        return self.languages[language_id - self.language_ids.start]
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, nothing added."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -47,6 +52,10 @@ class Vocabulary:
         """The text of tokens; incomplete characters come out as U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
+
+    def east_asian_ids(self) -> list[int]:
+        """Text tokens with a character that Chinese, Japanese and Korean alone are written with."""
+        return [i for i in range(self.end) if any(_is_east_asian(c) for c in self.decode([i]))]
 
     def _id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -93,3 +102,8 @@ def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None
 def is_punctuation(text: str) -> bool:
     """Whether nothing in `text` could be spoken."""
     return all(unicodedata.category(c)[0] in "PSZC" for c in text)
+
+
+def _is_east_asian(char: str) -> bool:
+    """Kana, Hangul or Han."""
+    return "\u3041" <= char <= "\u30ff" or "\u3400" <= char <= "\u9fff" or "\uac00" <= char <= "\ud7af"

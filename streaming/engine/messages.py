@@ -129,6 +129,7 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     no_speech: float
     n_loops_cut: int
     compute_s: float  # wall time of the step that made it
+    window_start: int = 0  # of the window that was heard; a restart goes on with it
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

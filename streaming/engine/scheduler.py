@@ -249,6 +249,7 @@ class Scheduler:
                     no_speech=hypothesis.no_speech,
                     n_loops_cut=hypothesis.n_loops_cut,
                     compute_s=compute_s,
+                    window_start=stream.window_start,
                 )
             )
         return results
@@ -292,8 +293,7 @@ class Scheduler:
         """Speech began: go on with the window after a short pause, else start a new one."""
         stream.is_speech = True
         stream.speech_edge = mark.edge
-        is_near = mark.edge - stream.last_stop <= self._join_gap
-        if not is_near or mark.at - stream.window_start > self._window // 2:
+        if mark.edge - stream.last_stop > self._join_gap:
             edge = max(mark.edge, stream.committed[-1].end if stream.committed else 0)
             self._move_window(stream, edge)
 
@@ -403,6 +403,7 @@ class Scheduler:
             no_speech=1.0,
             n_loops_cut=0,
             compute_s=0.0,
+            window_start=stream.window_start,
         )
 
 

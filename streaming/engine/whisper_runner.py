@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -231,7 +232,10 @@ class WhisperRunner:
             start = due.fork.window_start + decoded.starts[word.first] * SAMPLES_PER_POSITION
             stop = due.fork.window_start + decoded.starts[word.last] * SAMPLES_PER_POSITION
             score = math.exp(float(np.mean(decoded.scores[word.first : word.last])))
-            words.append(HeardWord(word.text, min(start, end), min(max(stop, start), end), score))
+            text = word.text
+            if word.is_continuation:  # "-source" after an agreed "open": the hyphen came too late as well
+                text = text.lstrip(string.punctuation)
+            words.append(HeardWord(text, min(start, end), min(max(stop, start), end), score))
         return tuple(words)
 
 

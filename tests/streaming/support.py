@@ -31,7 +31,8 @@ def tone_speech(seconds: float, seed: int = 0) -> Pcm:
     phase = 2 * np.pi * np.cumsum(120 + 20 * np.sin(2 * np.pi * 3 * t)) / 16_000
     harmonics = np.sum([np.sin(k * phase) / k for k in range(1, 25)], axis=0)
     voiced = 0.1 * harmonics * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * t))
-    return (voiced + 0.01 * rng.standard_normal(n_samples)).astype(np.float32)
+    pcm: Pcm = (voiced + 0.01 * rng.standard_normal(n_samples)).astype(np.float32)
+    return pcm
 
 
 def silence(seconds: float) -> Pcm:
@@ -140,4 +141,3 @@ async def receive_until(connection: ClientConnection, kind: type[Message]) -> li
     while not isinstance(found[-1].message, kind):
         found.append(await receive(connection))
     return found
-

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from streaming import engine_client
 from streaming.config import parse_config
 from streaming.engine_client import EngineClient, EngineState, engine_settings
 from streaming.errors import EngineLost
@@ -40,14 +41,15 @@ async def test_it_becomes_ready_and_ends_its_process() -> None:
     assert engine.state is EngineState.STOPPED
 
 
-async def test_it_is_ended_when_cancelled_before_it_is_ready() -> None:
+async def test_it_is_ended_when_cancelled_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that ignores its pipe is killed."""
+    monkeypatch.setattr(engine_client, "END_TIMEOUT_S", 0.1)
     engine = client_of(command=(sys.executable, "-c", "import time; time.sleep(3600)"))
     before = set(psutil.Process().children())
     task = asyncio.create_task(engine.run())
     async with asyncio.timeout(TIMEOUT_S):
-        while engine.pid is None:
-            await asyncio.sleep(0)  # the process is being started
+        while engine.pid is None:  # noqa: ASYNC110  no event tells of a process that is not ready
+            await asyncio.sleep(0)  # it is being started
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

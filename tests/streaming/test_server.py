@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
+from streaming.engine.messages import Result
 from streaming.protocol import (
     MAX_SUBSCRIBED_STREAMS,
     UNLOGGED,
@@ -31,6 +30,7 @@ from streaming.protocol import (
     TranscriptFinal,
     encode_client,
 )
+from streaming.timeline import Applied, Timeline
 from tests.streaming.support import (
     TIMEOUT_S,
     receive,
@@ -38,8 +38,6 @@ from tests.streaming.support import (
     running_server,
     s16,
     said,
-    silence,
-    tone_speech,
     utterances,
 )
 
@@ -160,16 +158,19 @@ async def test_a_bad_query_is_refused_with_what_was_expected(query: str, expecte
 
 async def test_names_and_slots_are_taken_once() -> None:
     """A live name is a conflict; with all slots taken, every name is refused, until one is free."""
-    async with running_server("[engine]\nn_slots = 2") as running:
-        async with running.stream("a") as first, running.stream("b"):
-            for name, status in (("a", 409), ("c", 503)):
-                with pytest.raises(InvalidStatus) as refused:
-                    await running.stream(name)
-                assert refused.value.response.status_code == status
-            await first.send(encode_client(Close()))
-            await receive_until(first, SessionClosed)
-            async with running.stream("a") as again:
-                assert isinstance((await receive(again)).message, SessionCreated)
+    async with (
+        running_server("[engine]\nn_slots = 2") as running,
+        running.stream("a") as first,
+        running.stream("b"),
+    ):
+        for name, status in (("a", 409), ("c", 503)):
+            with pytest.raises(InvalidStatus) as refused:
+                await running.stream(name)
+            assert refused.value.response.status_code == status
+        await first.send(encode_client(Close()))
+        await receive_until(first, SessionClosed)
+        async with running.stream("a") as again:
+            assert isinstance((await receive(again)).message, SessionCreated)
 
 
 async def test_connections_are_limited() -> None:
@@ -180,8 +181,8 @@ async def test_connections_are_limited() -> None:
                 await running.subscribe()
             assert refused.value.response.status_code == 429
         async with asyncio.timeout(TIMEOUT_S):
-            while running.server.n_connections:
-                await asyncio.sleep(0)  # the loss of a connection is noticed by the event loop
+            while running.server.n_connections:  # noqa: ASYNC110  no event tells of a loss
+                await asyncio.sleep(0)  # it is noticed by the event loop
         async with running.subscribe():
             pass
 
@@ -221,6 +222,32 @@ async def test_a_frame_that_is_too_big_closes_the_connection() -> None:
         assert await close_code(connection) == CloseCode.TOO_BIG
 
 
+async def test_a_fault_of_ours_ends_one_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeline fails on one stream's result; that one is closed as internal, the other goes on."""
+    apply = Timeline.apply
+
+    def fail_once(self: Timeline, result: Result) -> Applied:
+        monkeypatch.setattr(Timeline, "apply", apply)
+        raise AssertionError(result.point)
+
+    async with (
+        running_server() as running,
+        running.stream("a") as a,
+        running.stream("b") as b,
+        running.subscribe() as subscriber,
+    ):
+        await receive(a)
+        await subscriber.send(encode_client(Subscribe(("a",), after=0)))
+        monkeypatch.setattr(Timeline, "apply", fail_once)
+        await a.send(AUDIO)
+        closed = (await receive_until(subscriber, SessionClosed))[-1].message
+        assert isinstance(closed, SessionClosed)
+        assert closed.reason == "internal"
+        assert await close_code(a) == CloseCode.INTERNAL
+        assert len(said(await stream_whole(b, AUDIO, 3200))) > 8
+        assert running.engine.n_restarts == 0
+
+
 async def test_what_the_model_cannot_do_is_said() -> None:
     """A question, and a language it does not have; a language it has is taken."""
     async with running_server() as running, running.stream("a") as connection:
@@ -248,11 +275,12 @@ async def test_an_idle_producer_is_closed() -> None:
 
 async def test_acks_come_without_further_audio() -> None:
     """A little audio that is followed by nothing is acknowledged too."""
-    async with running_server("[ingest]\nack_interval_s = 0.05") as running:
-        async with running.stream("a", "rate=8000&format=mulaw") as connection:
-            await connection.send(bytes(80))
-            ack = (await receive_until(connection, Ack))[-1].message
-            assert ack == Ack(80, 10)
+    async with (
+        running_server("[ingest]\nack_interval_s = 0.05") as running,
+        running.stream("a", "rate=8000&format=mulaw") as connection,
+    ):
+        await connection.send(bytes(80))
+        assert (await receive_until(connection, Ack))[-1].message == Ack(80, 10)
 
 
 async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:
@@ -285,18 +313,22 @@ async def test_a_subscriber_may_come_before_its_stream() -> None:
 
 async def test_a_subscription_is_replaced_by_the_next() -> None:
     """Only the newest counts."""
-    async with running_server() as running, running.subscribe() as subscriber:
-        async with running.stream("a") as a, running.stream("b") as b:
-            await receive(a)
-            await receive(b)
-            await subscriber.send(encode_client(Subscribe(("a",), after=0)))
-            assert (await receive(subscriber)).stream == "a"
-            await subscriber.send(encode_client(Subscribe(("b",), after=0)))
-            assert (await receive(subscriber)).stream == "b"
-            await a.send(encode_client(Flush("a")))
-            await receive_until(a, Flushed)
-            await b.send(encode_client(Flush("b")))
-            assert {e.stream for e in await receive_until(subscriber, Flushed)} == {"b"}
+    async with (
+        running_server() as running,
+        running.subscribe() as subscriber,
+        running.stream("a") as a,
+        running.stream("b") as b,
+    ):
+        await receive(a)
+        await receive(b)
+        await subscriber.send(encode_client(Subscribe(("a",), after=0)))
+        assert (await receive(subscriber)).stream == "a"
+        await subscriber.send(encode_client(Subscribe(("b",), after=0)))
+        assert (await receive(subscriber)).stream == "b"
+        await a.send(encode_client(Flush("a")))
+        await receive_until(a, Flushed)
+        await b.send(encode_client(Flush("b")))
+        assert {e.stream for e in await receive_until(subscriber, Flushed)} == {"b"}
 
 
 async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None:
@@ -310,9 +342,9 @@ async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None
         async with running.subscribe() as fast, running.stream("a") as producer:
             await fast.send(encode_client(Subscribe(("a",), after=0)))
             whole = await stream_whole(producer, AUDIO, 3200)
-            assert [e for e in await receive_until(fast, SessionClosed) if e.message.type not in UNLOGGED] == [
-                e for e in whole if e.message.type not in UNLOGGED
-            ]
+            assert [
+                e for e in await receive_until(fast, SessionClosed) if e.message.type not in UNLOGGED
+            ] == [e for e in whole if e.message.type not in UNLOGGED]
         slow.transport.resume_reading()
         lag = (await receive_until(slow, Lag))[-1].message
         assert lag == Lag(100)

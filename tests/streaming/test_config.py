@@ -1,0 +1,71 @@
+"""Configuration errors name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from streaming.cli import serve
+from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, parse_config, with_overrides
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[server]\nprot = 1", "server.prot: unknown key"),
+        ("[serve]\nport = 1", "serve: unknown key"),
+        ('[server]\nport = "8765"', "server.port"),
+        ("[server]\nport = 70000", "server.port"),
+        ("[engine]\ntick_ms = 100", "multiple of 80"),
+        ("[ingest]\nring_s = 45\nmax_ahead_s = 60", "ingest.ring_s"),
+        ("[server", "no TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, named: str) -> None:
+    """Unknown keys, wrong types and impossible values, with the file they are in."""
+    with pytest.raises(ConfigError, match=f"^some.toml: .*{named}"):
+        parse_config(text, "some.toml")
+
+
+def test_every_problem_has_its_line() -> None:
+    """Not only the first."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config("[server]\nport = -1\nhots = 'x'")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_empty_file_is_the_defaults() -> None:
+    """Every setting has one."""
+    assert parse_config("") == Config()
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    """It is never skipped in silence."""
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_overrides_are_checked_like_the_file() -> None:
+    """And leave the rest alone."""
+    config = with_overrides(parse_config("[server]\nport = 1"), {"server": {"host": "0.0.0.0"}, "model": {}})
+    assert (config.server.host, config.server.port) == ("0.0.0.0", 1)
+    with pytest.raises(ConfigError, match=r"command line: server\.port"):
+        with_overrides(config, {"server": {"port": -1}})
+
+
+@pytest.mark.parametrize("how", ["option", "environment", "folder"])
+def test_serve_finds_its_configuration_and_says_what_is_wrong(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the file is named; the status is 2."""
+    path = tmp_path / "config.toml"
+    path.write_text("[server]\nprot = 1")
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    monkeypatch.chdir(tmp_path if how == "folder" else tmp_path.parent)
+    if how == "environment":
+        monkeypatch.setenv(CONFIG_ENV, str(path))
+    result = CliRunner().invoke(serve, ["--config", str(path)] if how == "option" else [])
+    assert result.exit_code == 2
+    assert "server.prot: unknown key" in result.stderr
