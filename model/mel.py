@@ -126,12 +126,21 @@ class StreamingMel:
         Raises:
             ValueError: fewer than 201 samples were pushed: too few to mirror.
         """
+        return self._given(self.mirrored())
+
+    def mirrored(self) -> Tensor:
+        """The frames `finish` would give if the clip ended here, [k, M]. State is not changed.
+
+        k is 1 where the samples so far end within 40 samples of a whole frame, else 0.
+
+        Raises:
+            ValueError: fewer than 201 samples were pushed: too few to mirror.
+        """
         if self._n_samples <= HALF:
             raise ValueError(f"{self._n_samples} samples; a spectrogram needs at least {HALF + 1}")
         mirrored = self._tail[-HALF - 1 : -1].flip(0)
         n_missing = self._n_samples // HOP - self.n_frames
-        frames = _log_power(torch.cat([self._tail, mirrored]), self.n_mels)[:n_missing]
-        return self._given(frames)
+        return _log_power(torch.cat([self._tail, mirrored]), self.n_mels)[:n_missing]
 
     def tail(self) -> Tensor:
         """The frames not complete yet, as they are if nothing but zeros follows, [k, M].

@@ -19,6 +19,23 @@ def join_words(words: Iterable[str]) -> str:
     return text
 
 
+def split_words(text: str) -> list[str]:
+    """Running text as words that `join_words` makes into it again, but for the width of spaces.
+
+    Scripts without spaces come apart by character, closing punctuation stays where it hangs.
+    """
+    words: list[str] = []
+    for piece in text.split():
+        start = 0
+        for idx in range(1, len(piece)):
+            is_inside = _is_unspaced(piece[idx - 1]) and _is_unspaced(piece[idx])
+            if is_inside and not unicodedata.category(piece[idx]).startswith("P"):
+                words.append(piece[start:idx])
+                start = idx
+        words.append(piece[start:])
+    return words
+
+
 def comparable(word: str) -> str:
     """A word without case and punctuation: two updates that differ in a comma agree on the word."""
     kept = "".join(c for c in unicodedata.normalize("NFKC", word).casefold() if c.isalnum())

@@ -9,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.moss.checkpoint import load as load_moss
+from model.moss.config import MODEL_TYPE
+from model.moss.config import CheckpointError as MossCheckpointError
+from model.moss.window import WindowSettings
 from model.whisper.checkpoint import CheckpointError, load_embedded, load_hugging_face
 from streaming.config import EngineConfig, ModelConfig
+from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
 from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
@@ -36,8 +41,10 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
     else:
         folder = _folder(model.name)
         kind = _model_type(folder)
+        if kind == MODEL_TYPE:
+            return _moss_runner(model, engine, folder, device, dtype)
         if kind != "whisper":
-            raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper'")
+            raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
     runner = WhisperRunner(checkpoint, engine.n_slots, device=device, dtype=dtype, pads_fully=pads_fully)
     if model.language != "auto" and model.language not in runner.capabilities.languages:
@@ -46,6 +53,18 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
             + ", ".join(runner.capabilities.languages)
         )
     return runner
+
+
+def _moss_runner(
+    model: ModelConfig, engine: EngineConfig, folder: Path, device: torch.device, dtype: torch.dtype
+) -> MossRunner:
+    if model.language != "auto":
+        raise CheckpointError(f"model.language is {model.language!r}; MOSS-Audio takes auto alone")
+    try:
+        checkpoint = load_moss(str(folder), dtype, device)
+    except MossCheckpointError as exc:
+        raise CheckpointError(str(exc)) from exc
+    return MossRunner(checkpoint, model.name, engine.n_slots, WindowSettings())
 
 
 def warm_up(runner: Runner, n_slots: int) -> None:

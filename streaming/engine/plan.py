@@ -49,6 +49,7 @@ class Fork:
     context: str  # text before the window, for the model's orientation only
     language: str | None  # None: detect
     max_tokens: int
+    question: str = ""  # of an `answer` fork, in the asker's words
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """The answer to one transcript fork: what follows the agreed prefix."""
+    """What a transcript fork found: what follows the agreed prefix."""
 
     slot_idx: int
     owner: int
@@ -84,10 +85,59 @@ class Hypothesis:
 
 
 @dataclass(frozen=True, slots=True)
+class HeardEvent:
+    """A sound with its place on the stream's clock."""
+
+    label: str  # from a closed list, or the model's own words
+    start: int  # samples
+    end: int  # samples
+    score: float  # probability, 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class HeardEvents:
+    """What an events fork found in its window, in the order they begin."""
+
+    slot_idx: int
+    owner: int
+    window_start: int  # samples
+    window_end: int  # samples; an event that ends here may go on
+    stable_end: int  # samples, as in `Hypothesis`
+    events: tuple[HeardEvent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeardEmotion:
+    """What an emotion fork found in its window."""
+
+    slot_idx: int
+    owner: int
+    window_start: int  # samples
+    window_end: int  # samples
+    label: str | None  # from a closed list; None where the model named none of it
+    score: float  # probability of the answer, 0 to 1
+    traits: tuple[tuple[str, str], ...]  # what the model said of the voice: name, description
+
+
+@dataclass(frozen=True, slots=True)
+class HeardAnswer:
+    """What an answer fork was told."""
+
+    slot_idx: int
+    owner: int
+    text: str
+    thought: str  # what the model wrote down before it answered, where it does
+    is_whole: bool  # it ended by itself, not by its budget
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the runner found, fork by fork, in the order of the plan."""
+    """What the runner found: per task, fork by fork, in the order of the plan."""
 
     hypotheses: tuple[Hypothesis, ...]
+    events: tuple[HeardEvents, ...] = ()
+    emotions: tuple[HeardEmotion, ...] = ()
+    answers: tuple[HeardAnswer, ...] = ()
 
 
 class Runner(Protocol):

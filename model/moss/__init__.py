@@ -1,0 +1,1 @@
+"""MOSS-Audio: encoder, language model, rolling cache, forks. Pure tensors; only `checkpoint` reads files."""

@@ -1,0 +1,299 @@
+"""Reading a checkpoint: a folder or a hub id, sharded or not, every tensor used exactly once.
+
+The only part of `model.moss` that touches files or the network (`find`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.moss.config import (
+    CheckpointError,
+    MossConfig,
+    SpecialTokens,
+    read_config,
+    read_special_tokens,
+)
+from model.moss.network import MossAudio
+from model.moss.prompt import ByteTokenizer, Layout
+
+INDEX = "model.safetensors.index.json"
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.json", "*.jinja")
+# The position buffer that some revisions stored: it is computed, so it is known surplus.
+_SURPLUS = re.compile(r"(^|\.)inv_timescales$")
+# The pattern that splits text before byte-level merging.
+# Source: Qwen/Qwen3 tokenizer.json; transformers, Qwen2Tokenizer, PRETOKENIZE_REGEX.
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model with what is needed to talk to it."""
+
+    model: MossAudio
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """What a model takes in memory."""
+
+    n_parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    n_tensors: int
+
+
+def find(name: str, *, offline: bool = False) -> Path:
+    """The folder of a checkpoint: `name` itself, or what the hub has under that id.
+
+    Downloads with progress and goes on where a broken download stopped. Where the hub cannot be
+    reached, what is cached is used.
+
+    Raises:
+        CheckpointError: no such folder and no such id, or not cached while offline.
+    """
+    if (folder := Path(name)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=offline))
+    except HFValidationError as error:
+        raise CheckpointError(f"{name!r} is neither a folder nor a Hugging Face id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{name!r} is no folder, and the hub does not give it: {error}") from error
+
+
+def _read_json(folder: Path, *names: str) -> dict[str, Any]:
+    """The first of the files that exists; empty where none does."""
+    for name in names:
+        if (path := folder / name).is_file():
+            try:
+                content = json.loads(path.read_text("utf-8"))
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+            if not isinstance(content, dict):
+                raise CheckpointError(f"{path}: not an object")
+            return content
+    return {}
+
+
+def config_of(folder: Path) -> MossConfig:
+    """The shapes of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: no `config.json`, or one that cannot be used.
+    """
+    if not (root := _read_json(folder, "config.json")):
+        raise CheckpointError(f"{folder}: no config.json")
+    return read_config(root)
+
+
+def layout_of(folder: Path) -> Layout:
+    """Tokenizer and special tokens of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: no tokenizer, or one that splits digits or lacks the chat tokens.
+    """
+    processor = _read_json(folder, "processor_config.json", "preprocessor_config.json")
+    generation = _read_json(folder, "generation_config.json")
+    special = read_special_tokens(processor, generation, _read_json(folder, "config.json"))
+    if (cases := _read_json(folder, "cases.json")).get("text_encoding") == "id = 32 + UTF-8 byte":
+        ids = cases["token_ids"]
+        named = {"audio": ids["audio"], "audio_start": ids["bos"], "audio_end": ids["eos"]}
+        return Layout(
+            ByteTokenizer(32),
+            SpecialTokens(
+                **named, stop=special.stop, has_markers=special.has_markers, mel_dtype=special.mel_dtype
+            ),
+        )
+    tokenizer = HubTokenizer.of(folder)
+    digits = [tokenizer.encode(str(digit)) for digit in range(10)]
+    if any(len(ids) != 1 for ids in digits):
+        raise CheckpointError(f"{folder}: the tokenizer has no single token for a digit")
+    return Layout(
+        tokenizer,
+        SpecialTokens(
+            audio=special.audio,
+            audio_start=special.audio_start,
+            audio_end=special.audio_end,
+            digits=tuple(ids[0] for ids in digits),
+            stop=special.stop,
+            has_markers=special.has_markers,
+            mel_dtype=special.mel_dtype,
+        ),
+    )
+
+
+class HubTokenizer:
+    """Qwen's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer  # a tokenizers.Tokenizer
+        self._kept = {tokenizer.token_to_id(tag): tag for tag in ("<think>", "</think>")}
+        self._kept.pop(None, None)
+
+    @staticmethod
+    def of(folder: Path) -> HubTokenizer:
+        """The tokenizer of the checkpoint in `folder`.
+
+        Raises:
+            CheckpointError: the files are not there.
+        """
+        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer as Fast
+
+        if (path := folder / "tokenizer.json").is_file():
+            return HubTokenizer(Fast.from_file(str(path)))
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        if not (vocab.is_file() and merges.is_file()):
+            raise CheckpointError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
+        fast = Fast(models.BPE.from_file(str(vocab), str(merges)))
+        fast.normalizer = normalizers.NFC()
+        fast.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        fast.decoder = decoders.ByteLevel()
+        added: Mapping[str, Any] = _read_json(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+        for idx in sorted(added, key=int):
+            token = added[idx]
+            fast.add_tokens(
+                [AddedToken(token["content"], normalized=False, special=token.get("special", True))]
+            )
+            if fast.token_to_id(token["content"]) != int(idx):
+                raise CheckpointError(
+                    f"{folder}: token {token['content']!r} is {idx} in tokenizer_config.json, "
+                    f"{fast.token_to_id(token['content'])} after the vocabulary"
+                )
+        return HubTokenizer(fast)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added before or after."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Any) -> str:
+        """Text of `ids`; `<think>` tags are kept, other special tokens dropped."""
+        pieces: list[str] = []
+        run: list[int] = []
+        for idx in ids:
+            if idx in self._kept:
+                pieces += [self._tokenizer.decode(run, skip_special_tokens=True), self._kept[idx]]
+                run = []
+            else:
+                run.append(idx)
+        return "".join([*pieces, self._tokenizer.decode(run, skip_special_tokens=True)])
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files of the checkpoint in `folder`."""
+    if (folder / INDEX).is_file():
+        names = sorted(set(_read_json(folder, INDEX).get("weight_map", {}).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: {INDEX} names {name}, which is not there")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise CheckpointError(f"{folder}: neither {INDEX} nor model.safetensors")
+    return [single]
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Any, Path]]:
+    """Name, slice and file of every stored tensor; a slice knows its shape and reads when indexed.
+
+    Raises:
+        CheckpointError: a weight file is missing or broken.
+    """
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary: it has no __iter__)
+                    yield name, file.get_slice(name), path
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def empty_model(config: MossConfig) -> MossAudio:
+    """The model without memory behind its parameters."""
+    with torch.device("meta"):
+        return MossAudio(config)
+
+
+def memory_need(config: MossConfig, dtype: torch.dtype = torch.bfloat16) -> MemoryNeed:
+    """What a model of these shapes takes, counted on the meta device."""
+    parameters = list(empty_model(config).parameters())
+    n_parameters = sum(parameter.numel() for parameter in parameters)
+    language = config.language
+    per_layer = 2 * language.num_key_value_heads * language.head_dim
+    return MemoryNeed(
+        n_parameters=n_parameters,
+        weight_bytes=n_parameters * dtype.itemsize,
+        kv_bytes_per_token=per_layer * language.num_hidden_layers * dtype.itemsize,
+        n_tensors=len(parameters),
+    )
+
+
+def load_weights(
+    folder: Path, config: MossConfig, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MossAudio:
+    """The model with its weights, ready for inference.
+
+    Args:
+        folder: Where the checkpoint is.
+        config: Its shapes.
+        dtype: What to compute in; None: as stored.
+        device: Where to put it.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus, stored twice, or of another shape; all are named.
+    """
+    model = empty_model(config)
+    wanted = dict(model.named_parameters())
+    loaded: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name, stored, path in stored_tensors(folder):
+        shape = tuple(stored.get_shape())
+        if _SURPLUS.search(name):
+            continue
+        if name not in wanted:
+            wrong.append(f"surplus: {name} {list(shape)} in {path.name}")
+        elif name in loaded:
+            wrong.append(f"stored twice: {name}, again in {path.name}")
+        elif shape != tuple(wanted[name].shape):
+            wrong.append(f"shape: {name} is {list(shape)}, expected {list(wanted[name].shape)}")
+            loaded[name] = torch.empty(0)  # named once, not as missing too
+        else:
+            loaded[name] = stored[:].to(device=device, dtype=dtype or stored[:0].dtype)
+    wrong += [f"missing: {name} {list(wanted[name].shape)}" for name in wanted if name not in loaded]
+    if wrong:
+        raise CheckpointError(f"{folder}: {len(wrong)} wrong tensors:\n" + "\n".join(wrong))
+    model.load_state_dict(loaded, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Checkpoint:
+    """A checkpoint by folder or hub id.
+
+    Raises:
+        CheckpointError: it cannot be had or used.
+    """
+    folder = find(name)
+    config = config_of(folder)
+    return Checkpoint(load_weights(folder, config, dtype, device), layout_of(folder))

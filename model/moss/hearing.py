@@ -1,0 +1,70 @@
+"""How one stream's audio becomes blocks of the encoder, in pieces of any length.
+
+A complete block is given once, as soon as its last sample is known, and never changes. The growing
+one can be asked for at any time, and is then what the published code makes of a clip that ends there.
+
+The maximum that sets the mel floor is the largest so far: of the stream up to the end of the block.
+That depends on the audio alone, not on how it was cut, and equals the published code's on the clip
+that ends with the block. A block is not revised when a louder one follows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.mel import HALF, SILENCE, StreamingMel, normalise
+from model.moss.config import EncoderConfig
+from model.moss.encoder import Block
+
+
+class Ear:
+    """One stream between its samples and its blocks. Keeps less than a block of mel frames."""
+
+    def __init__(self, config: EncoderConfig, mel_dtype: str = "float32", min_peak: float = SILENCE) -> None:
+        """An ear that has heard nothing.
+
+        Args:
+            config: The encoder the blocks are for.
+            mel_dtype: The published processor rounds the mel to this (bfloat16) in any arithmetic.
+            min_peak: A maximum known from elsewhere, log10 power: a floor that does not wander, or
+                the whole clip's for an exact second hearing of it.
+        """
+        self.n_blocks = 0  # complete blocks given so far
+        self._config = config
+        self._rounding: torch.dtype = getattr(torch, mel_dtype)
+        self._mel = StreamingMel(config.num_mel_bins)
+        self._peak = min_peak
+        self._n_samples = 0
+        self._frames = torch.empty(0, config.num_mel_bins)  # of the growing block, log10 power
+
+    @property
+    def n_samples(self) -> int:
+        """Samples heard so far."""
+        return self._n_samples
+
+    def push(self, pcm: Tensor) -> list[Block]:
+        """Hear samples [n], n >= 0, and give the blocks they complete."""
+        self._n_samples += pcm.shape[0]
+        self._frames = torch.cat([self._frames, self._mel.push(pcm)])
+        blocks = []
+        while self._frames.shape[0] >= self._config.block_frames:
+            frames = self._frames[: self._config.block_frames]
+            self._frames = self._frames[self._config.block_frames :]
+            self._peak = max(self._peak, float(frames.max()))
+            blocks.append(self._block(frames, self._peak))
+            self.n_blocks += 1
+        return blocks
+
+    def tail(self) -> Block | None:
+        """The growing block, as if the clip ended here; None while it has no frame."""
+        if self._n_samples <= HALF:
+            return None
+        frames = torch.cat([self._frames, self._mel.mirrored()])
+        if not frames.shape[0]:
+            return None
+        return self._block(frames, max(self._peak, float(frames.max())))
+
+    def _block(self, frames: Tensor, peak: float) -> Block:
+        mel = normalise(frames, peak).to(self._rounding).float()
+        return Block(mel, is_first=self.n_blocks == 0)

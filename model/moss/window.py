@@ -1,0 +1,483 @@
+"""The rolling key-value cache: what every stream still remembers, in constant memory.
+
+Each slot has a row of entries, in this order:
+
+    spare | prompt prefix | W + 1 cells, one block of audio with its markers each | scratch
+
+Block k lives in cell k mod (W + 1): W complete blocks and the growing one. Attention does not care
+where a key lies, only which position it was rotated for, so evicting a block moves nothing: its cell
+becomes the growing block's. Branches (questions and their answers) write to the scratch and read the
+rest where it is. The spare entry takes what padding writes.
+
+Counts live on the host; tensors are written in place and never rebound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.moss.config import MossConfig
+from model.moss.language import Access, KvBuffers, rotary_angles, rotate
+from model.moss.network import AudioEmbeddings, MossAudio
+from model.moss.prompt import MAX_MARKER_DIGITS, SECONDS_PER_MARKER, TOKENS_PER_MARKER, Layout
+
+MarkerMode = Literal["absolute", "restart"]
+PrefixMode = Literal["follows", "stays"]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSettings:
+    """How much is remembered, and what happens at the end of it."""
+
+    n_blocks: int = 8  # W: complete blocks of 4 s kept, besides the growing one
+    evict_blocks: int = 1  # dropped at once when a block completes and W are there
+    # absolute: markers count from the stream's beginning for ever, keys stay as they are.
+    # restart: at each eviction the window is computed anew from kept embeddings, its markers
+    # begin at 2 again, and `RollingCache.marker_offset_s` says what to add.
+    markers: MarkerMode = "absolute"
+    # follows: the prompt is placed right before the oldest block at each eviction, so that distances
+    # stay below the window's length (StreamingLLM, arXiv 2309.17453, section 3.2).
+    # stays: it keeps position 0, as if the evicted audio were still there.
+    prefix: PrefixMode = "follows"
+    max_position: int = 8192  # about 10 minutes, as far as the maintainers advise; re-anchored there
+    scratch_tokens: int = 1024  # questions and answers of one slot's branches at one time
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: no block is kept, or more are evicted than kept.
+        """
+        if not 1 <= self.evict_blocks <= self.n_blocks:
+            raise ValueError(f"evict_blocks is {self.evict_blocks}, not 1 to n_blocks ({self.n_blocks})")
+        if self.scratch_tokens < 1:
+            raise ValueError(f"scratch_tokens is {self.scratch_tokens}, not at least 1")
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Where one stream is. Everything else is derived."""
+
+    origin: int  # position of the oldest block's first token
+    prefix_at: int = 0  # position of the prompt's first token
+    first_block: int = 0  # number of the oldest block kept
+    n_blocks: int = 0  # complete blocks kept
+    marker_zero: int = 0  # the block whose first marker says 2
+    n_tail: int = 0  # audio tokens of the growing block
+    n_scratch: int = 0  # entries taken by branches
+
+
+@dataclass(slots=True)
+class Branch:
+    """A question on what a slot remembers: its tokens see that and themselves, nothing sees them."""
+
+    slot_idx: int
+    position: int  # of the next token
+    visible: tuple[range, ...]  # entries it reads, its own not included
+    entries: list[int]  # its own
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Tokens that follow one another, computed in one call with those of other slots and branches."""
+
+    slot_idx: int
+    embeds: Tensor  # [n, H]
+    added: Tensor | None  # [n_deepstack, n, H]; None: no audio
+    position: int  # of the first token
+    entries: Sequence[int]  # where each is written
+    visible: Sequence[range]  # entries all of them see
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a slot holds, in the order of positions, n tokens: for comparison."""
+
+    position: Tensor  # [n]
+    k: Tensor  # [L, K, n, D]
+    v: Tensor  # [L, K, n, D]
+
+
+def n_entries(config: MossConfig, settings: WindowSettings, n_prefix: int) -> int:
+    """Entries of one slot: spare, prompt of `n_prefix` tokens, cells, scratch."""
+    return 1 + n_prefix + (settings.n_blocks + 1) * _cell_size(config) + settings.scratch_tokens
+
+
+def slot_bytes(config: MossConfig, settings: WindowSettings, n_prefix: int, dtype: torch.dtype) -> int:
+    """Memory one more stream takes, bytes, for as long as the process lives."""
+    language = config.language
+    per_entry = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
+    n_kept = (settings.n_blocks + 1) * config.encoder.block_tokens if settings.markers == "restart" else 0
+    per_kept = (1 + config.n_deepstack) * language.hidden_size
+    return (n_entries(config, settings, n_prefix) * per_entry + n_kept * per_kept) * dtype.itemsize
+
+
+def _cell_size(config: MossConfig) -> int:
+    """Entries of a block with the longest markers there can be."""
+    n_markers = config.encoder.block_tokens // TOKENS_PER_MARKER
+    return config.encoder.block_tokens + n_markers * MAX_MARKER_DIGITS
+
+
+class RollingCache:
+    """Rolling windows of `n_slots` streams on one model."""
+
+    def __init__(self, model: MossAudio, layout: Layout, settings: WindowSettings, n_slots: int) -> None:
+        """Allocate everything; nothing grows afterwards.
+
+        Raises:
+            ValueError: the window does not fit in the positions there are.
+        """
+        self.model = model
+        self.layout = layout
+        self.settings = settings
+        self.n_slots = n_slots
+        self.block_tokens = model.config.encoder.block_tokens  # 50
+        self._markers_per_block = self.block_tokens // TOKENS_PER_MARKER
+        self.block_s = self._markers_per_block * SECONDS_PER_MARKER  # 4 s
+        self._cell = _cell_size(model.config)
+        self._n_cells = settings.n_blocks + 1
+        self._prefix = range(1, 1 + len(layout.prefix))
+        self._scratch_at = self._prefix.stop + self._n_cells * self._cell
+        n_positions = n_entries(model.config, settings, len(layout.prefix))
+        limit = min(settings.max_position, model.config.language.max_position_embeddings)
+        if n_positions > limit:
+            raise ValueError(
+                f"{settings.n_blocks} blocks and {settings.scratch_tokens} scratch tokens need "
+                f"{n_positions} positions; there are {limit}"
+            )
+        self._limit = limit
+        weight = model.lm_head.weight
+        self.buffers = KvBuffers.new(model.config.language, n_slots, n_positions, weight)
+        # Embeddings of the blocks, by cell: only to compute the window anew from.
+        n_kept = self._n_cells if settings.markers == "restart" else 0
+        hidden = model.config.language.hidden_size
+        self._embeds = weight.new_zeros(n_slots, n_kept, self.block_tokens, hidden)
+        self._added = weight.new_zeros(n_slots, n_kept, model.config.n_deepstack, self.block_tokens, hidden)
+
+        self._slots = [_Slot(origin=len(self._prefix)) for _ in range(n_slots)]
+        # The prompt is the same for all: computed once, at position 0, and placed from there.
+        ids = torch.tensor(layout.prefix, device=weight.device)
+        with torch.inference_mode():
+            self._run([_Segment(0, model.language_model.embed_tokens(ids), None, 0, self._prefix, ())])
+        at = slice(self._prefix.start, self._prefix.stop)
+        self._prefix_k = self.buffers.k[:, 0, :, at].clone()  # [L, K, P, D]
+        self._prefix_v = self.buffers.v[:, 0, :, at].clone()
+        self.reset(range(n_slots))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors, constant for ever."""
+        tensors = (self.buffers.k, self.buffers.v, self._embeds, self._added, self._prefix_k, self._prefix_v)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    # --- what is remembered ---------------------------------------------------------------
+
+    def blocks(self, slot_idx: int) -> range:
+        """Numbers of the complete blocks a slot remembers."""
+        slot = self._slots[slot_idx]
+        return range(slot.first_block, slot.first_block + slot.n_blocks)
+
+    def n_tail(self, slot_idx: int) -> int:
+        """Audio tokens of the growing block."""
+        return self._slots[slot_idx].n_tail
+
+    def marker_offset_s(self, slot_idx: int) -> int:
+        """Seconds to add to what the markers say, since the slot's first sample."""
+        return self._slots[slot_idx].marker_zero * self.block_s
+
+    def ids(self, slot_idx: int) -> tuple[int, ...]:
+        """The tokens a slot remembers, prompt, audio and markers, the growing block last."""
+        ids = list(self.layout.prefix)
+        for block in self.blocks(slot_idx):
+            ids += self._block_ids(slot_idx, block)
+        return (*ids, *self._tail_ids(slot_idx))
+
+    def end_position(self, slot_idx: int) -> int:
+        """The position of the next token."""
+        return self._block_position(slot_idx, self.blocks(slot_idx).stop) + len(self._tail_ids(slot_idx))
+
+    def read(self, slot_idx: int) -> Remembered:
+        """Copies of the keys and values of a slot, in the order of positions."""
+        entries = [entry for run in self._visible(slot_idx, self.blocks(slot_idx).start) for entry in run]
+        slot = self._slots[slot_idx]
+        n_prefix = len(self._prefix)
+        position = [
+            *range(slot.prefix_at, slot.prefix_at + n_prefix),
+            *range(slot.origin, slot.origin + len(entries) - n_prefix),
+        ]
+        k, v = self.buffers.k[:, slot_idx, :, entries], self.buffers.v[:, slot_idx, :, entries]
+        return Remembered(torch.tensor(position), k, v)
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def reset(self, slots: Iterable[int], first_block: int = 0) -> None:
+        """Forget all but the prompt. The other slots are untouched.
+
+        Args:
+            slots: Whom to forget.
+            first_block: The number of the block that comes next: above 0 for a stream that is taken
+                up again in its middle, so that absolute markers go on where they were.
+        """
+        for slot_idx in slots:
+            zero = first_block if self.settings.markers == "restart" else 0
+            self._slots[slot_idx] = _Slot(len(self._prefix), first_block=first_block, marker_zero=zero)
+            self._place_prefix(slot_idx, 0)
+
+    @torch.inference_mode()
+    def append(self, heard: Mapping[int, AudioEmbeddings]) -> None:
+        """Add one complete block to each of some slots; their growing blocks are dropped.
+
+        Evicts, and moves positions back, where it must.
+        """
+        segments = []
+        for slot_idx in sorted(heard):
+            slot = self._slots[slot_idx]
+            slot.n_tail = 0
+            is_full = slot.n_blocks == self.settings.n_blocks
+            if is_full:
+                self._evict(slot_idx)
+            new = slot.first_block + slot.n_blocks
+            self._keep(slot_idx, new, heard[slot_idx])
+            if is_full and self.settings.markers == "restart":
+                segments.append(self._whole_window(slot_idx, range(slot.first_block, new + 1)))
+            else:
+                self._make_room(slot_idx)
+                segments.append(self._block_segment(slot_idx, new, heard[slot_idx]))
+            slot.n_blocks += 1
+        self._run(segments)
+
+    @torch.inference_mode()
+    def set_tail(self, heard: Mapping[int, AudioEmbeddings]) -> None:
+        """Put what is known of the growing block in the place of what was known before."""
+        segments = []
+        for slot_idx in sorted(heard):
+            slot = self._slots[slot_idx]
+            self._make_room(slot_idx)
+            segments.append(self._block_segment(slot_idx, self.blocks(slot_idx).stop, heard[slot_idx]))
+            slot.n_tail = heard[slot_idx].embeds.shape[0]
+        self._run(segments)
+
+    def drop_tail(self, slots: Iterable[int]) -> None:
+        """Roll back the growing block; what is left is bit for bit what was there before it."""
+        for slot_idx in slots:
+            self._slots[slot_idx].n_tail = 0
+
+    # --- branches ---------------------------------------------------------------------------
+
+    def branch(self, slot_idx: int, first_block: int | None = None) -> Branch:
+        """A new branch behind all a slot remembers, or behind its blocks from `first_block` on."""
+        first = self.blocks(slot_idx).start if first_block is None else first_block
+        return Branch(slot_idx, self.end_position(slot_idx), self._visible(slot_idx, first), [])
+
+    @torch.inference_mode()
+    def step(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> Tensor:
+        """Add tokens to branches, all in one call: logits after the last of each, [n, vocab].
+
+        Raises:
+            ValueError: a slot's scratch has no room for them; `clear` gives it back.
+        """
+        segments = []
+        for branch, new in zip(branches, ids, strict=True):
+            slot = self._slots[branch.slot_idx]
+            if slot.n_scratch + len(new) > self.settings.scratch_tokens:
+                raise ValueError(f"slot {branch.slot_idx} has no scratch for {len(new)} more tokens")
+            start = self._scratch_at + slot.n_scratch
+            slot.n_scratch += len(new)
+            embeds = self.model.language_model.embed_tokens(torch.tensor(list(new), device=self.model.device))
+            visible = (*branch.visible, *_ranges(branch.entries))
+            entries = range(start, start + len(new))
+            segments.append(_Segment(branch.slot_idx, embeds, None, branch.position, entries, visible))
+            branch.entries += entries
+            branch.position += len(new)
+        last = torch.stack([hidden[-1] for hidden in self._run(segments)])
+        return self.model.lm_head(last)  # type: ignore[no-any-return]
+
+    def clear(self, slots: Iterable[int]) -> None:
+        """Forget the branches of some slots."""
+        for slot_idx in slots:
+            self._slots[slot_idx].n_scratch = 0
+
+    # --- places -----------------------------------------------------------------------------
+
+    def _block_ids(self, slot_idx: int, block: int, n_tokens: int | None = None) -> tuple[int, ...]:
+        since = block - self._slots[slot_idx].marker_zero
+        n = self.block_tokens if n_tokens is None else n_tokens
+        return self.layout.audio(n, since * self.block_s + SECONDS_PER_MARKER)
+
+    def _tail_ids(self, slot_idx: int) -> tuple[int, ...]:
+        return self._block_ids(slot_idx, self.blocks(slot_idx).stop, self._slots[slot_idx].n_tail)
+
+    def _cell_entries(self, block: int, n_tokens: int) -> range:
+        start = self._prefix.stop + block % self._n_cells * self._cell
+        return range(start, start + n_tokens)
+
+    def _block_position(self, slot_idx: int, block: int) -> int:
+        slot = self._slots[slot_idx]
+        return slot.origin + sum(len(self._block_ids(slot_idx, b)) for b in range(slot.first_block, block))
+
+    def _visible(self, slot_idx: int, first_block: int) -> tuple[range, ...]:
+        """Entries of the prompt, the complete blocks from `first_block` on, and the growing one."""
+        blocks = self.blocks(slot_idx)
+        cells = [
+            self._cell_entries(block, len(self._block_ids(slot_idx, block)))
+            for block in blocks
+            if block >= first_block
+        ]
+        tail = self._cell_entries(blocks.stop, len(self._tail_ids(slot_idx)))
+        return (self._prefix, *cells, tail)
+
+    # --- eviction ---------------------------------------------------------------------------
+
+    def _evict(self, slot_idx: int) -> None:
+        slot = self._slots[slot_idx]
+        next_first = slot.first_block + self.settings.evict_blocks
+        slot.origin = self._block_position(slot_idx, next_first)
+        slot.first_block = next_first
+        slot.n_blocks -= self.settings.evict_blocks
+        if self.settings.markers == "restart":
+            slot.marker_zero = next_first
+            slot.origin = len(self._prefix)
+        elif self.settings.prefix == "follows":
+            self._place_prefix(slot_idx, slot.origin - len(self._prefix))
+
+    def _make_room(self, slot_idx: int) -> None:
+        """Re-anchor if the block about to be written, or branches behind it, could run out of positions."""
+        n_ahead = self._cell + self.settings.scratch_tokens
+        if self._block_position(slot_idx, self.blocks(slot_idx).stop) + n_ahead > self._limit:
+            self.reanchor(slot_idx)
+
+    def reanchor(self, slot_idx: int) -> None:
+        """Move a slot's window back so that it begins right behind the prompt at position 0.
+
+        Keys are turned back from their old angles and to their new ones in float32, each with the
+        very angles a token computed there would get.
+        """
+        slot = self._slots[slot_idx]
+        delta = slot.origin - len(self._prefix)
+        if delta == 0:
+            return  # turning by nothing would still round the keys
+        entries = [entry for run in self._visible(slot_idx, slot.first_block)[1:] for entry in run]
+        old = torch.arange(slot.origin, slot.origin + len(entries), device=self.model.device)
+        if entries:
+            keys = self.buffers.k[:, slot_idx, :, entries]  # [L, K, n, D], a copy
+            self.buffers.k[:, slot_idx, :, entries] = self._turn(keys, old, old - delta)
+        slot.origin -= delta
+        self._place_prefix(slot_idx, 0)
+
+    def _turn(self, keys: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        config = self.model.config.language
+        # Turning back is turning by the negative angle.
+        plain = rotate(keys.float(), -rotary_angles(old, config))
+        return rotate(plain, rotary_angles(new, config)).to(keys.dtype)
+
+    def _place_prefix(self, slot_idx: int, at: int) -> None:
+        """Write the prompt's keys for positions from `at` on, always from those made at 0."""
+        self._slots[slot_idx].prefix_at = at
+        entries = slice(self._prefix.start, self._prefix.stop)
+        self.buffers.v[:, slot_idx, :, entries] = self._prefix_v
+        keys = self._prefix_k
+        if at:
+            old = torch.arange(len(self._prefix), device=self.model.device)
+            keys = self._turn(keys, old, old + at)
+        self.buffers.k[:, slot_idx, :, entries] = keys
+
+    # --- computing --------------------------------------------------------------------------
+
+    def _keep(self, slot_idx: int, block: int, heard: AudioEmbeddings) -> None:
+        assert heard.embeds.shape[0] == self.block_tokens, heard.embeds.shape
+        if self.settings.markers == "restart":
+            self._embeds[slot_idx, block % self._n_cells] = heard.embeds
+            self._added[slot_idx, block % self._n_cells] = heard.added
+
+    def _block_segment(self, slot_idx: int, block: int, heard: AudioEmbeddings) -> _Segment:
+        """One block, complete or growing, behind the complete ones."""
+        ids = self._block_ids(slot_idx, block, heard.embeds.shape[0])
+        embeds, added = self._spliced(ids, heard.embeds, heard.added)
+        blocks = self.blocks(slot_idx)
+        visible = self._visible(slot_idx, blocks.start)[: 1 + len(blocks)]  # not the old tail
+        position = self._block_position(slot_idx, block)
+        return _Segment(slot_idx, embeds, added, position, self._cell_entries(block, len(ids)), visible)
+
+    def _whole_window(self, slot_idx: int, blocks: range) -> _Segment:
+        """All blocks of a slot anew, from their kept embeddings."""
+        ids: list[int] = []
+        entries: list[int] = []
+        for block in blocks:
+            block_ids = self._block_ids(slot_idx, block)
+            ids += block_ids
+            entries += self._cell_entries(block, len(block_ids))
+        cells = [block % self._n_cells for block in blocks]
+        embeds = self._embeds[slot_idx, cells].flatten(0, 1)  # [n_blocks * 50, H]
+        added = self._added[slot_idx, cells].transpose(0, 1).flatten(1, 2)  # [n_deepstack, n_blocks * 50, H]
+        embeds, added = self._spliced(ids, embeds, added)
+        return _Segment(slot_idx, embeds, added, self._slots[slot_idx].origin, entries, (self._prefix,))
+
+    def _spliced(self, ids: Sequence[int], embeds: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Audio embeddings [n, H] and DeepStack [n_deepstack, n, H] between the markers'."""
+        tokens = torch.tensor(ids, device=self.model.device)
+        is_audio = tokens == self.layout.special.audio
+        x = self.model.language_model.embed_tokens(tokens)
+        x[is_audio] = embeds
+        spread = x.new_zeros(added.shape[0], *x.shape)
+        spread[:, is_audio] = added
+        return x, spread
+
+    def _run(self, segments: Sequence[_Segment]) -> list[Tensor]:
+        """Compute all segments in one call of the language model: hidden states of each, [n, H]."""
+        if not segments:
+            return []
+        slots = sorted({segment.slot_idx for segment in segments})
+        rows = [[segment for segment in segments if segment.slot_idx == idx] for idx in slots]
+        device = self.model.device
+        n_batch, n_tokens = len(rows), max(sum(len(s.entries) for s in row) for row in rows)
+        # Only as far as something is read or written: the scratch is the larger part, and mostly empty.
+        read = [run.stop for segment in segments for run in segment.visible]
+        n_read = max([*read, *(1 + max(segment.entries) for segment in segments)])
+        hidden = self.model.config.language.hidden_size
+        x = self.buffers.k.new_zeros(n_batch, n_tokens, hidden)
+        added = x.new_zeros(self.model.config.n_deepstack, n_batch, n_tokens, hidden)
+        has_audio = any(segment.added is not None for segment in segments)
+        # Built on the host and sent at once: many small writes on a device cost a launch each.
+        position = torch.zeros(n_batch, n_tokens, dtype=torch.int64)
+        entries = torch.zeros(n_batch, n_tokens, dtype=torch.int64)  # padding goes to the spare entry
+        mask = torch.zeros(n_batch, n_tokens, n_read, dtype=torch.bool)
+        mask[:, :, 0] = True  # padding looks at something, or its softmax is NaN
+        places: dict[int, tuple[int, slice]] = {}
+        for row_idx, row in enumerate(rows):
+            start = 0
+            for segment in row:
+                n = len(segment.entries)
+                at = slice(start, start + n)
+                places[id(segment)] = (row_idx, at)
+                x[row_idx, at] = segment.embeds
+                if segment.added is not None:
+                    added[:, row_idx, at] = segment.added
+                position[row_idx, at] = torch.arange(segment.position, segment.position + n)
+                own = torch.tensor(segment.entries)
+                entries[row_idx, at] = own
+                seen = mask[row_idx, at]
+                seen[:, 0] = False
+                for run in segment.visible:
+                    seen[:, run.start : run.stop] = True
+                seen[:, own] = torch.ones(n, n, dtype=torch.bool).tril()
+                start += n
+        access = Access(self.buffers, tuple(slots), entries.to(device), mask.to(device))
+        deepstack = added.unbind() if has_audio else ()
+        out = self.model.language_model.forward(x, position.to(device), deepstack, access)
+        return [out[places[id(segment)]] for segment in segments]
+
+
+def _ranges(entries: Sequence[int]) -> list[range]:
+    """Rising entries as runs without gaps."""
+    runs: list[range] = []
+    for entry in entries:
+        if runs and runs[-1].stop == entry:
+            runs[-1] = range(runs[-1].start, entry + 1)
+        else:
+            runs.append(range(entry, entry + 1))
+    return runs

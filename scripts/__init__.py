@@ -1,0 +1,1 @@
+"""Programs that set things up or show them. Run as files, imported by their tests."""

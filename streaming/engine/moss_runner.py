@@ -1,0 +1,292 @@
+"""MOSS-Audio behind the runner's contract: per slot an ear and a window of the rolling cache.
+
+Decides nothing: which slot is due, with which forks, is in the plan. Everything due in a step goes
+through one encoder call per round of complete blocks, one for the growing blocks, and one decode
+loop for all forks of all slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.moss.checkpoint import Checkpoint
+from model.moss.encoder import Block
+from model.moss.fork import Answer, Question, ask
+from model.moss.hearing import Ear
+from model.moss.parse import (
+    Sentence,
+    Span,
+    emotion_label,
+    parse_events,
+    parse_sentences,
+    parse_voice,
+)
+from model.moss.prompt import prompt
+from model.moss.window import RollingCache, WindowSettings
+from streaming.engine.plan import (
+    Capabilities,
+    Fork,
+    HeardAnswer,
+    HeardEmotion,
+    HeardEvent,
+    HeardEvents,
+    HeardWord,
+    Hypothesis,
+    SlotStep,
+    StepPlan,
+    StepResult,
+)
+from streaming.protocol import SAMPLE_RATE_HZ
+from streaming.text import join_words, split_words
+
+SAMPLES_PER_TOKEN = 1280  # 80 ms
+MIN_ANSWER_TOKENS = 16  # what a long question or prefix must leave of the scratch
+
+
+class _Slot:
+    """What is kept of one stream beside the cache. Positions are samples of the stream."""
+
+    def __init__(self, ear: Ear, owner: int, origin: int) -> None:
+        self.ear = ear
+        self.owner = owner
+        self.origin = origin  # the first sample heard
+        self.words: tuple[HeardWord, ...] = ()  # what the last transcript said, agreed words included
+
+    @property
+    def position(self) -> int:
+        """The next sample to come."""
+        return self.origin + self.ear.n_samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """One fork, ready to be asked."""
+
+    step: SlotStep
+    fork: Fork
+    question: Question
+    window: Span  # what is asked about, seconds since the slot's origin
+    heard: Span  # what the model looks at: the window, and the block it begins in; empty for no audio
+    offset_s: float  # what to add to the model's times to get seconds since the slot's origin
+    said: str  # the part of the answer that was put in the model's mouth
+    agreed: tuple[HeardWord, ...]  # its words
+
+
+class MossRunner:
+    """One MOSS-Audio checkpoint on one device, serving `n_slots` live streams."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, n_slots: int, window: WindowSettings) -> None:
+        """Allocate the cache of all slots; the model stays where it is.
+
+        Raises:
+            ValueError: the window does not fit in the model's positions.
+        """
+        self._model = checkpoint.model
+        self._layout = checkpoint.layout
+        self._cache = RollingCache(checkpoint.model, checkpoint.layout, window, n_slots)
+        self._block_samples = self._cache.block_tokens * SAMPLES_PER_TOKEN  # 64,000
+        self._slots = [_Slot(self._new_ear(), -1, 0) for _ in range(n_slots)]
+        self.capabilities = Capabilities(
+            model=name,
+            tasks=("transcript", "events", "emotion", "answer"),
+            languages=(),  # it hears which one it is, and cannot be told
+            max_window_s=float(window.n_blocks * self._cache.block_s),
+            min_tick_s=SAMPLES_PER_TOKEN / SAMPLE_RATE_HZ,
+        )
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Forget; the other slots are untouched."""
+        for slot_idx in slots:
+            self._start(slot_idx, owner=-1, origin=0)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Take all new audio, then answer every fork."""
+        self._hear(plan)
+        steps = [step for step in plan.slots if step.forks]
+        tails = {step.slot_idx: tail for step in steps if (tail := self._slots[step.slot_idx].ear.tail())}
+        self._cache.set_tail(dict(zip(tails, self._model.hear(list(tails.values())), strict=True)))
+        due = [self._due(step, fork) for step in steps for fork in step.forks]
+        # Nothing can be said of a slot that has not heard a single token yet.
+        asked = [idx for idx, one in enumerate(due) if one.heard.end_s > one.heard.start_s]
+        said = ask(self._cache, [due[idx].question for idx in asked])
+        answers = dict(zip(asked, said, strict=True))
+        nothing = Answer((), "", "", "stop", 0, 0.0)
+        return self._result([(one, answers.get(idx, nothing)) for idx, one in enumerate(due)])
+
+    def _new_ear(self) -> Ear:
+        return Ear(self._model.config.encoder, self._layout.special.mel_dtype)
+
+    def _start(self, slot_idx: int, owner: int, origin: int) -> None:
+        self._slots[slot_idx] = _Slot(self._new_ear(), owner, origin)
+        self._cache.reset([slot_idx])
+
+    def _hear(self, plan: StepPlan) -> None:
+        """Append the blocks that are complete now, those of all slots together, in rounds."""
+        pending: dict[int, list[Block]] = {}
+        for step in plan.slots:
+            slot = self._slots[step.slot_idx]
+            if step.start != slot.position or step.owner != slot.owner:
+                self._start(step.slot_idx, step.owner, step.start)
+                slot = self._slots[step.slot_idx]
+            pending[step.slot_idx] = slot.ear.push(torch.from_numpy(step.pcm))
+        while ready := {slot_idx: blocks.pop(0) for slot_idx, blocks in pending.items() if blocks}:
+            self._cache.append(dict(zip(ready, self._model.hear(list(ready.values())), strict=True)))
+
+    # --- asking -----------------------------------------------------------------------------
+
+    def _due(self, step: SlotStep, fork: Fork) -> _Due:
+        slot = self._slots[step.slot_idx]
+        blocks = self._cache.blocks(step.slot_idx)
+        first_block = max(blocks.start, (fork.window_start - slot.origin) // self._block_samples)
+        end_s = slot.ear.n_samples / SAMPLE_RATE_HZ
+        asked_s = (fork.window_start - slot.origin) / SAMPLE_RATE_HZ
+        has_heard = len(blocks) > 0 or self._cache.n_tail(step.slot_idx) > 0
+        heard = Span(min(float(first_block * self._cache.block_s), end_s) if has_heard else end_s, end_s)
+        window = Span(heard.clamp(asked_s), end_s)
+        offset_s = float(self._cache.marker_offset_s(step.slot_idx))
+        text = prompt(fork.task).text if fork.task != "answer" else fork.question
+        agreed = self._agreed(slot, fork) if fork.task == "transcript" else ()
+        n_scratch = self._cache.settings.scratch_tokens
+        while True:
+            said = self._said(agreed, slot.origin, offset_s)
+            ids = self._layout.question(text, said)
+            room = n_scratch - len(ids)
+            if room >= MIN_ANSWER_TOKENS or not agreed:
+                break
+            agreed = agreed[len(agreed) // 2 + 1 :]  # the older half is left out
+        if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
+            ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
+        question = Question(step.slot_idx, ids, min(fork.max_tokens, room), first_block)
+        return _Due(step, fork, question, window, heard, offset_s, said, agreed)
+
+    def _agreed(self, slot: _Slot, fork: Fork) -> tuple[HeardWord, ...]:
+        """The agreed words with their times, as the last transcript had them.
+
+        The plan has no times of them. Where the last transcript does not contain them, they are
+        taken to be said when the window begins.
+        """
+        n = len(fork.prefix)
+        known = slot.words
+        for first in range(len(known) - n + 1):
+            if n and tuple(word.text for word in known[first : first + n]) == fork.prefix:
+                return known[first : first + n]
+        at = max(fork.window_start, slot.origin)
+        return tuple(HeardWord(text, at, at, 1.0) for text in fork.prefix)
+
+    def _said(self, agreed: Sequence[HeardWord], origin: int, offset_s: float) -> str:
+        """The beginning of an answer: the agreed words as one open sentence, on the model's clock."""
+        if not agreed:
+            return ""
+        start_s = max(0.0, (agreed[0].start - origin) / SAMPLE_RATE_HZ - offset_s)
+        return f"[{start_s:.2f}]{join_words(word.text for word in agreed)}"
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def _result(self, answered: Sequence[tuple[_Due, Answer]]) -> StepResult:
+        hypotheses, events, emotions, answers = [], [], [], []
+        for due, answer in answered:
+            if due.fork.task == "transcript":
+                hypotheses.append(self._hypothesis(due, answer))
+            elif due.fork.task == "events":
+                events.append(self._events(due, answer))
+            elif due.fork.task == "emotion":
+                emotions.append(self._emotion(due, answer))
+            else:
+                is_whole = answer.reason == "stop"
+                slot_idx, owner = due.step.slot_idx, due.step.owner
+                answers.append(HeardAnswer(slot_idx, owner, answer.text, answer.thought, is_whole))
+        return StepResult(tuple(hypotheses), tuple(events), tuple(emotions), tuple(answers))
+
+    def _sample(self, slot_idx: int, time_s: float) -> int:
+        return self._slots[slot_idx].origin + round(time_s * SAMPLE_RATE_HZ)
+
+    def _stable_end(self, slot_idx: int) -> int:
+        """Where the complete blocks end: what they say to the language model stays."""
+        return self._slots[slot_idx].origin + self._cache.blocks(slot_idx).stop * self._block_samples
+
+    def _hypothesis(self, due: _Due, answer: Answer) -> Hypothesis:
+        slot_idx = due.step.slot_idx
+        words = self._words(due, answer)
+        self._slots[slot_idx].words = (*due.agreed, *words)
+        return Hypothesis(
+            slot_idx=slot_idx,
+            owner=due.step.owner,
+            words=words,
+            stable_end=self._stable_end(slot_idx),
+            language=due.fork.language,
+            language_score=0.0 if due.fork.language is None else 1.0,  # it does not say which it heard
+            no_speech=0.0 if words else 1.0,  # it says nothing where it hears nobody
+            n_loops_cut=answer.n_loops_cut,
+        )
+
+    def _words(self, due: _Due, answer: Answer) -> tuple[HeardWord, ...]:
+        """The words after the agreed ones, said inside the window.
+
+        The model gives times of sentences; inside one its words are spread by their length.
+        """
+        origin = self._slots[due.step.slot_idx].origin
+        n_agreed = len(due.agreed)
+        agreed_end_s = (due.agreed[-1].end - origin) / SAMPLE_RATE_HZ if due.agreed else 0.0
+        words: list[HeardWord] = []
+        # The space keeps what is said from growing onto the last agreed word.
+        for sentence in parse_sentences(f"{due.said} {answer.text}", due.heard, due.offset_s):
+            texts = split_words(sentence.text)
+            if n_agreed:
+                n_old = min(n_agreed, len(texts))
+                n_agreed -= n_old
+                start_s = min(max(sentence.span.start_s, agreed_end_s), sentence.span.end_s)
+                sentence = Sentence("", Span(start_s, sentence.span.end_s), sentence.is_closed)
+                texts = texts[n_old:]
+            words += self._spread(due, texts, sentence.span, answer.score)
+        # The block the window begins in was looked at from its start: those words are older ones.
+        first = self._sample(due.step.slot_idx, due.window.start_s)
+        return tuple(word for word in words if (word.start + word.end) // 2 >= first)
+
+    def _spread(self, due: _Due, texts: Sequence[str], span: Span, score: float) -> list[HeardWord]:
+        n_chars = sum(len(text) for text in texts)
+        words, before = [], 0
+        for text in texts:
+            times = [
+                span.start_s + (span.end_s - span.start_s) * n / n_chars for n in (before, before + len(text))
+            ]
+            start, end = (self._sample(due.step.slot_idx, due.heard.clamp(time_s)) for time_s in times)
+            words.append(HeardWord(text, start, end, score))
+            before += len(text)
+        return words
+
+    def _events(self, due: _Due, answer: Answer) -> HeardEvents:
+        slot_idx = due.step.slot_idx
+        found = parse_events(answer.text, due.window, due.offset_s)
+        return HeardEvents(
+            slot_idx=slot_idx,
+            owner=due.step.owner,
+            window_start=self._sample(slot_idx, due.window.start_s),
+            window_end=self._sample(slot_idx, due.window.end_s),
+            stable_end=self._stable_end(slot_idx),
+            events=tuple(
+                HeardEvent(
+                    event.label,
+                    self._sample(slot_idx, event.span.start_s),
+                    self._sample(slot_idx, event.span.end_s),
+                    answer.score,
+                )
+                for event in found
+            ),
+        )
+
+    def _emotion(self, due: _Due, answer: Answer) -> HeardEmotion:
+        slot_idx = due.step.slot_idx
+        fields = parse_voice(answer.text).fields
+        return HeardEmotion(
+            slot_idx=slot_idx,
+            owner=due.step.owner,
+            window_start=self._sample(slot_idx, due.window.start_s),
+            window_end=self._sample(slot_idx, due.window.end_s),
+            label=emotion_label(fields.get("emotion", "")),
+            score=answer.score,
+            traits=tuple(fields.items()),
+        )

@@ -1,0 +1,165 @@
+"""Reading what the model says: tolerant of anything, strict in what comes out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from model.moss.parse import (
+    MAX_LABEL,
+    MAX_VALUE,
+    VOICE_KEYS,
+    Sentence,
+    SoundEvent,
+    Span,
+    parse_events,
+    parse_sentences,
+    parse_voice,
+)
+
+WINDOW = Span(0.0, 30.0)
+
+
+def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) -> Sentence:
+    """Short for a sentence."""
+    return Sentence(text, Span(start_s, end_s), is_closed)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "[0.00]hello there[2.01][2.01]the weather is nice today[4.32]",
+            [sentence("hello there", 0, 2.01), sentence("the weather is nice today", 2.01, 4.32)],
+        ),
+        ("[0.00]cut in a wor", [sentence("cut in a wor", 0, 30, False)]),
+        ("[0.00]cut in a time[2.", [sentence("cut in a time", 0, 30, False)]),
+        ("[1.00]one[2.00", [sentence("one", 1, 2)]),
+        ("0.50]one[1.50]\n2.00]two[3.00]", [sentence("one", 0.5, 1.5), sentence("two", 2, 3)]),
+        ("no times at all", [sentence("no times at all", 0, 30, False)]),
+        ("before[1.00][2.00]after", [sentence("before", 0, 1), sentence("after", 2, 30, False)]),
+        ("[3.00]back[1.00][0.50]wards[4.00]", [sentence("back", 3, 3), sentence("wards", 3, 4)]),
+        ("[29.00]late[99.00]", [sentence("late", 29, 30)]),
+        ("[1:02]minutes[1:03.5]", [sentence("minutes", 30, 30)]),
+        ("[0.00]it cost 3.50 dollars[2.00]", [sentence("it cost 3.50 dollars", 0, 2)]),
+        ("[ 0.00 s ]spaces[ 1.00s]", [sentence("spaces", 0, 1)]),
+        ("[0.00][S01]who[1.00]", [sentence("[S01]who", 0, 1)]),
+        ("", []),
+        ("[0.00][1.00]", []),
+    ],
+)
+def test_sentences(text: str, expected: list[Sentence]) -> None:
+    """Good answers and the ways in which they go wrong."""
+    assert list(parse_sentences(text, WINDOW)) == expected
+
+
+def test_sentences_of_a_restarted_window() -> None:
+    """The offset is added before the window is looked at."""
+    window = Span(100.0, 130.0)
+    assert parse_sentences("[0.00]a[2.00][5.00]b[40.00]", window, 100.0) == (
+        sentence("a", 100, 102),
+        sentence("b", 105, 130),
+    )
+
+
+def event(label: str, start_s: float, end_s: float) -> SoundEvent:
+    """Short for an event."""
+    return SoundEvent(label, Span(start_s, end_s))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "0.00 - 7.00: birds chirping\n7.00 - 28.00: water running",
+            [event("birds chirping", 0, 7), event("water running", 7, 28)],
+        ),
+        ("- [1.0 - 2.0]: a door", [event("a door", 1, 2)]),
+        ("* 1s – 2s: a door\n", [event("a door", 1, 2)]),  # noqa: RUF001
+        ("1. 3.0 to 4.0 seconds: bell", [event("bell", 3, 4)]),
+        ("[0:05] - [0:10]: bell", [event("bell", 5, 10)]),
+        ("5.0 - 2.0: backwards", [event("backwards", 2, 5)]),
+        ("25.0 - 99.0: beyond\n40 - 50: outside", [event("beyond", 25, 30)]),
+        ("8.0 - 9.0: later\n1.0 - 2.0: earlier", [event("earlier", 1, 2), event("later", 8, 9)]),
+        ("Sure! Here are the events:\n```\n1.0 - 2.0: **bell**\n```", [event("bell", 1, 2)]),
+        ("1.0 - : cut off", [event("cut off", 1, 30)]),
+        ("1.0 - 2.0:", []),
+        ("nothing", []),
+    ],
+)
+def test_events(text: str, expected: list[SoundEvent]) -> None:
+    """Good answers and the ways in which they go wrong."""
+    assert list(parse_events(text, WINDOW)) == expected
+
+
+FULL = {key: f"some {key}" for key in VOICE_KEYS}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(FULL, indent=4),
+        "```json\n" + json.dumps(FULL) + "\n```",
+        "Here it is: " + json.dumps(FULL) + " I hope it helps {really}.",
+        json.dumps({key.upper(): value for key, value in reversed(FULL.items())}),
+        json.dumps({**FULL, "other": "left out"}),
+        json.dumps(FULL)[:-1] + ",}",
+    ],
+)
+def test_voices(text: str) -> None:
+    """All thirteen keys, in their order, whatever is around them."""
+    fields = parse_voice(text).fields
+    assert fields == FULL
+    assert list(fields) == list(VOICE_KEYS)
+
+
+def test_a_voice_cut_short() -> None:
+    """What was said before the end is kept; the last value too, as far as it goes."""
+    text = json.dumps({"gender": "male", "emotion": 'he says "no"\nloudly', "tone": "warm"}, indent=4)
+    assert parse_voice(text[: text.index("warm") + 2]).fields == {
+        "gender": "male",
+        "emotion": 'he says "no" loudly',
+        "tone": "wa",
+    }
+    assert parse_voice('{"age": 30, "tone": null, "pitch": ["low", "steady"]}').fields == {
+        "pitch": '["low", "steady"]',
+        "age": "30",
+    }
+    assert parse_voice("I cannot hear anybody.").fields == {}
+
+
+PIECES = st.one_of(
+    st.sampled_from(
+        ["[", "]", "0.00", "12.5", "1:02", " - ", ":", "\n", "a dog", "s", " to ", "```", "nan", "-5"]
+    ),
+    st.sampled_from(["{", "}", '"', '"emotion"', "\\", "\\u12", ",", "٣.٤", "²", "\x00", "\ud800", "à"]),
+    st.sampled_from(["9" * 40, "1" * 5000, "[" * 200, "{" * 300, " " * 3000, "- " * 2000]),
+)
+ANYTHING = st.one_of(st.text(max_size=200), st.lists(PIECES, max_size=40).map("".join))
+
+
+@given(text=ANYTHING, start_s=st.floats(0, 1e6), length_s=st.floats(0, 600), offset_s=st.floats(-1e6, 1e6))
+@example(text="[1e5]x[9]", start_s=5.0, length_s=1.0, offset_s=0.0)
+@example(text='{"age": ' + "1" * 5000 + "}", start_s=0.0, length_s=1.0, offset_s=0.0)
+@example(text="{" * 100_000, start_s=0.0, length_s=1.0, offset_s=0.0)
+@example(text='{"a":' + "[" * 100_000, start_s=0.0, length_s=1.0, offset_s=0.0)
+def test_anything_can_be_read(text: str, start_s: float, length_s: float, offset_s: float) -> None:
+    """Never an exception, never a time outside the window, never a span that ends before it begins."""
+    window = Span(start_s, start_s + length_s)
+    sentences = parse_sentences(text, window, offset_s)
+    events = parse_events(text, window, offset_s)
+    for span in [*(s.span for s in sentences), *(e.span for e in events)]:
+        assert window.start_s <= span.start_s <= span.end_s <= window.end_s
+    starts, ends = [s.span.start_s for s in sentences], [s.span.end_s for s in sentences]
+    assert starts == sorted(starts)
+    assert ends == sorted(ends)
+    for found in [*(s.text for s in sentences), *(e.label for e in events)]:
+        assert found
+        assert found.isprintable()
+    assert all(len(e.label) <= MAX_LABEL for e in events)
+    fields = parse_voice(text).fields
+    assert set(fields) <= set(VOICE_KEYS)
+    assert all(0 < len(value) <= MAX_VALUE and value.isprintable() for value in fields.values())

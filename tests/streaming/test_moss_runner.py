@@ -1,0 +1,246 @@
+"""MOSS-Audio behind the runner's contract, on a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from model.moss.checkpoint import Checkpoint
+from model.moss.fork import Answer, Question
+from model.moss.parse import EMOTIONS, emotion_label
+from model.moss.window import MarkerMode, RollingCache, WindowSettings
+from streaming.config import EngineConfig, ModelConfig
+from streaming.engine import moss_runner
+from streaming.engine.loader import load_runner, warm_up
+from streaming.engine.moss_runner import MossRunner
+from streaming.engine.plan import Fork, HeardWord, Pcm, SlotStep, StepPlan, StepResult
+from streaming.text import join_words, split_words
+from tests.model.moss_tiny import LAYOUT, TINY, make_model, random_pcm
+
+Script = Callable[..., list[Question]]
+CHECKPOINT = Checkpoint(make_model(), LAYOUT)
+WINDOW = WindowSettings(n_blocks=3, scratch_tokens=700)
+
+
+def make_runner(n_slots: int = 3, markers: MarkerMode = "absolute") -> MossRunner:
+    """A runner with a window of 12 s."""
+    window = WindowSettings(n_blocks=3, scratch_tokens=700, markers=markers)
+    return MossRunner(CHECKPOINT, "tiny", n_slots, window)
+
+
+def pcm(seconds: float, seed: int = 0) -> Pcm:
+    """Noise."""
+    return np.asarray(random_pcm(round(seconds * 16_000), seed).numpy(), dtype=np.float32)
+
+
+TRANSCRIPT = Fork("transcript", 0, (), "", None, 10)
+EVENTS = Fork("events", 0, (), "", None, 10)
+EMOTION = Fork("emotion", 0, (), "", None, 10)
+ANSWER = Fork("answer", 0, (), "", None, 10, question="What was that?")
+
+
+def one(slot_idx: int, start: int, audio: Pcm, *forks: Fork, owner: int = 7) -> StepPlan:
+    """A plan for one slot."""
+    return StepPlan((SlotStep(slot_idx, owner, start, audio, forks),))
+
+
+def without_scores(result: StepResult) -> list[object]:
+    """What must be equal whatever the batch was: everything but rounded probabilities."""
+    words = [[(w.text, w.start, w.end) for w in h.words] for h in result.hypotheses]
+    events = [[(e.label, e.start, e.end) for e in h.events] for h in result.events]
+    answers = [(a.text, a.is_whole) for a in result.answers]
+    return [words, events, [e.traits for e in result.emotions], answers]
+
+
+def test_every_task_is_answered_in_the_order_of_the_plan() -> None:
+    """All four tasks on three slots at once: results well formed and where they belong."""
+    runner = make_runner()
+    assert set(runner.capabilities.tasks) == {"transcript", "events", "emotion", "answer"}
+    assert runner.capabilities.max_window_s == 12
+    steps = [
+        SlotStep(s, 10 + s, 0, pcm(3.0 + 2 * s, s), (EMOTION, TRANSCRIPT, ANSWER, EVENTS, TRANSCRIPT))
+        for s in (2, 0, 1)
+    ]
+    result = runner.step(StepPlan(tuple(steps)))
+    assert [(h.slot_idx, h.owner) for h in result.hypotheses] == [(2, 12)] * 2 + [(0, 10)] * 2 + [(1, 11)] * 2
+    for found in (result.events, result.emotions, result.answers):
+        assert [(f.slot_idx, f.owner) for f in found] == [(2, 12), (0, 10), (1, 11)]
+    assert [h.stable_end for h in result.hypotheses[::2]] == [64_000, 0, 64_000]
+    assert result.hypotheses[0] == result.hypotheses[1]
+    for hypothesis in result.hypotheses:
+        end = round((3.0 + 2 * hypothesis.slot_idx) * 16_000)
+        assert hypothesis.words  # the random model does say something
+        assert all(0 <= w.start <= w.end <= end and 0 < w.score < 1 for w in hypothesis.words)
+
+
+@pytest.mark.parametrize("markers", ["absolute", "restart"])
+def test_results_depend_on_no_cut_and_no_neighbour(markers: MarkerMode) -> None:
+    """Twenty-three seconds at once, or in pieces beside neighbours who come and go: the same results."""
+    audio = pcm(23.0, 3)
+    fork_start = 12 * 16_000
+    forks = tuple(
+        Fork(f.task, fork_start, (), "", None, 10, f.question) for f in (TRANSCRIPT, EVENTS, EMOTION, ANSWER)
+    )
+    expected = make_runner(markers=markers).step(one(1, 0, audio, *forks))
+
+    runner = make_runner(markers=markers)
+    at, tick = 0, 0
+    while at < len(audio):
+        n = (1, 7_000, 100_000, 31_234)[tick % 4]
+        piece = audio[at : at + n]
+        is_last = at + n >= len(audio)
+        neighbour = SlotStep(0, 50 + tick // 3, tick % 3 * 20_000, pcm(1.25, tick), (TRANSCRIPT,))
+        mine = SlotStep(1, 7, at, piece, forks if is_last else (EVENTS,) * (tick % 2))
+        result = runner.step(StepPlan((neighbour, mine)))
+        at, tick = at + n, tick + 1
+    own = StepResult(result.hypotheses[1:], result.events, result.emotions, result.answers)
+    assert without_scores(own) == without_scores(expected)
+    assert own.hypotheses[0].stable_end == expected.hypotheses[0].stable_end == 5 * 64_000
+
+
+def test_a_jump_or_a_new_owner_forgets_the_past() -> None:
+    """Audio that does not follow on, and a slot that changed hands, begin anew; so does reset."""
+    fresh = make_runner().step(one(1, 160_000, pcm(5.0, 1), Fork("transcript", 160_000, (), "", None, 10)))
+    # A jump ahead; another's stream that happens to go on where this one was; a reset.
+    for owner, heard_s, reset in ((7, 9.0, False), (8, 10.0, False), (7, 10.0, True)):
+        runner = make_runner()
+        runner.step(one(1, 0, pcm(heard_s, 2)))
+        if reset:
+            runner.reset([1])
+        fork = Fork("transcript", 160_000, (), "", None, 10)
+        result = runner.step(one(1, 160_000, pcm(5.0, 1), fork, owner=owner))
+        assert without_scores(result) == without_scores(fresh)
+        assert result.hypotheses[0].stable_end == 160_000 + 64_000
+
+
+def test_nothing_heard_is_nothing_said() -> None:
+    """Before the first audio token there is no question to the model, and still a result per fork."""
+    result = make_runner().step(one(0, 0, pcm(0.005), TRANSCRIPT, EVENTS, EMOTION, ANSWER))
+    assert result.hypotheses[0].words == ()
+    assert result.hypotheses[0].no_speech == 1
+    assert result.events[0].events == ()
+    assert result.emotions[0].label is None
+    assert result.answers[0].text == ""
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Make the model say given texts; what it was asked is kept."""
+
+    def script(*texts: str) -> list[Question]:
+        asked: list[Question] = []
+
+        def ask(_cache: RollingCache, questions: Sequence[Question]) -> list[Answer]:
+            asked.extend(questions)
+            return [Answer((), text, "", "stop", 0, 0.5) for text, _ in zip(texts, questions, strict=True)]
+
+        monkeypatch.setattr(moss_runner, "ask", ask)
+        return asked
+
+    return script
+
+
+def heard(*words: tuple[str, float, float]) -> tuple[HeardWord, ...]:
+    """Words with times in seconds."""
+    return tuple(HeardWord(text, round(a * 16_000), round(b * 16_000), 0.5) for text, a, b in words)
+
+
+def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
+    """Times spread over the words of a sentence; the next question opens with what was agreed."""
+    runner = make_runner()
+    says("[0.00]one two[0.60][1.00]six[1.30]")
+    result = runner.step(one(0, 0, pcm(2.0), TRANSCRIPT))
+    assert result.hypotheses[0].words == heard(("one", 0, 0.3), ("two", 0.3, 0.6), ("six", 1.0, 1.3))
+
+    asked = says("and seven[2.00][2.50]eight")
+    fork = Fork("transcript", 0, ("two", "six"), "", None, 10)
+    result = runner.step(one(0, 32_000, pcm(1.0), fork))
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("<|im_start|>assistant\n[0.30]two six")
+    # They begin where the agreed ones end; an open sentence ends with the audio.
+    assert result.hypotheses[0].words == heard(
+        ("and", 1.3, 1.5625), ("seven", 1.5625, 2.0), ("eight", 2.5, 3.0)
+    )
+
+    # Agreed words that the runner has not said (another engine did): told at the window's start.
+    asked = says("")
+    fork = Fork("transcript", 8_000, ("never", "heard"), "", None, 10)
+    assert runner.step(one(0, 48_000, pcm(0.1), fork)).hypotheses[0].words == ()
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("[0.50]never heard")
+
+
+@pytest.mark.parametrize("markers", ["absolute", "restart"])
+def test_times_after_eviction_are_the_streams(markers: MarkerMode, says: Script) -> None:
+    """A stream taken up at 10 s, 30 s later: the model counts from its markers, results from the stream."""
+    runner = make_runner(markers=markers)
+    origin = 160_000
+    runner.step(one(0, origin, pcm(30.0)))  # 7 blocks complete, 4 gone: heard from 16 s on
+    zero = 16.0 if markers == "restart" else 0.0
+    said = f"[{17 - zero:.2f}]before[{18.5 - zero:.2f}][{19 - zero:.2f}]then[{20 - zero:.2f}]"
+    events = f"{17 - zero:.2f} - {25 - zero:.2f}: rain"
+    says(said, events)
+    start = origin + round(18.9 * 16_000)
+    forks = [Fork(task, start, (), "", None, 10) for task in ("transcript", "events")]
+    result = runner.step(one(0, origin + 480_000, pcm(0.0), *forks))
+    # The word before the window's start was heard with its block, and is not told again.
+    assert result.hypotheses[0].words == heard(("then", 29.0, 30.0))
+    (rain,) = result.events[0].events
+    assert (rain.label, rain.start, rain.end) == ("rain", start, origin + 400_000)
+    assert (result.events[0].window_start, result.events[0].window_end) == (start, origin + 480_000)
+
+
+def test_emotion_and_answers_are_read(says: Script) -> None:
+    """The voice's JSON with its label, and a free answer."""
+    asked = says('```json\n{"emotion": "Sounds rather cheerful", "tone": "warm"}\n```', "A dog barked.")
+    result = make_runner().step(one(0, 0, pcm(1.0), EMOTION, ANSWER))
+    assert result.emotions[0].label == "happy"
+    assert result.emotions[0].traits == (("emotion", "Sounds rather cheerful"), ("tone", "warm"))
+    assert result.answers[0].text == "A dog barked."
+    assert result.answers[0].is_whole
+    assert "\nWhat was that?<|im_end|>" in LAYOUT.tokenizer.decode(asked[1].ids)
+
+
+def test_what_is_too_long_for_the_scratch_is_cut() -> None:
+    """A prefix loses its older words, a question its end; the model is asked all the same."""
+    runner = make_runner()
+    prefix = tuple(f"word{k}" for k in range(400))
+    long = Fork("transcript", 0, prefix, "", None, 50)
+    question = Fork("answer", 0, (), "", None, 50, question="why " * 1000)
+    result = runner.step(one(0, 0, pcm(2.0), long, question))
+    assert len(result.hypotheses) == len(result.answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("description", "label"),
+    [
+        ("calm", "calm"),
+        ("Sounds happy, slightly nervous", "happy"),
+        ("not sad but angry", "sad"),
+        ("deeply unhappy", "sad"),
+        ("", None),
+        ("indescribable", None),
+        ("Frustrated and annoyed", "angry"),
+        ("a change of heart", None),
+    ],
+)
+def test_emotion_labels(description: str, label: str | None) -> None:
+    """The first label a description names."""
+    assert emotion_label(description) == label
+    assert label is None or label in EMOTIONS
+
+
+@pytest.mark.parametrize("text", ["hello there", "你好世界。 ok", "a你b", "", "สวัสดี x", "「あ」と"])
+def test_running_text_comes_apart_and_together(text: str) -> None:
+    """Words in any script join to the text they came from."""
+    assert join_words(split_words(text)).replace(" ", "") == text.replace(" ", "")
+    assert all(word and " " not in word for word in split_words(text))
+
+
+def test_the_loader_serves_a_moss_checkpoint() -> None:
+    """`[model] name` as a folder of type `moss_audio` gives this runner, warm."""
+    runner = load_runner(ModelConfig(name=str(TINY), dtype="float32"), EngineConfig(n_slots=2))
+    assert isinstance(runner, MossRunner)
+    warm_up(runner, 2)
+    result = runner.step(one(1, 0, pcm(1.0), TRANSCRIPT, ANSWER))
+    assert len(result.hypotheses) == len(result.answers) == 1
