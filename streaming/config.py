@@ -53,7 +53,7 @@ class VadConfig(_Section):
 
     aggressiveness: Annotated[int, Field(ge=0, le=3)] = 2
     start_ms: Annotated[int, Field(ge=30, le=2000)] = 120
-    stop_ms: Annotated[int, Field(ge=120, le=5000)] = 600
+    stop_ms: Annotated[int, Field(ge=120, le=5000)] = 800
     pad_ms: Annotated[int, Field(ge=0, le=1000)] = 300
     min_level_dbfs: Annotated[float, Field(ge=-120, le=0)] = -55.0
 
@@ -90,7 +90,7 @@ class EngineConfig(_Section):
 class TranscriptConfig(_Section):
     """How much is listened to at once, when words are committed, when segments are closed."""
 
-    window_s: Annotated[float, Field(ge=4, le=29)] = 12.0
+    window_s: Annotated[float, Field(ge=4, le=29)] = 15.0
     join_gap_s: Annotated[float, Field(ge=0, le=10)] = 2.0
     use_context: bool = False
     agreement: Annotated[int, Field(ge=1, le=5)] = 2
