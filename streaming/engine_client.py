@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "streaming.engine")
 # An engine whose pipe was closed ends itself in this time, or is killed.
-END_TIMEOUT_S = 3.0
+END_TIMEOUT_S = 10.0
 FAULT_END_TIMEOUT_S = 0.5  # after a fault: streams wait for the next one
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 10.0  # before the first restart in a window, and before any
 

@@ -40,7 +40,7 @@ def test_speech_is_found_with_its_edges() -> None:
     assert abs(first.edge - (8000 - 300 * 16)) <= 2 * FRAME
     assert 0 <= first.at - 8000 <= 120 * 16 + 3 * FRAME
     assert abs(stopped.edge - 24_000) <= 10 * FRAME
-    assert stopped.at - stopped.edge == 600 * 16
+    assert stopped.at - stopped.edge == VadConfig().stop_ms * 16
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(100, 1500)), max_size=8), st.integers(0, 3))

@@ -38,10 +38,16 @@ def test_another_tokenizer_is_refused() -> None:
         Vocabulary(Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
 
 
-def test_east_asian_tokens_are_those_with_such_a_character() -> None:
-    """Whole characters only: bytes belong to any script. A full stop belongs to none."""
-    texts = {VOCABULARY.decode([i]) for i in VOCABULARY.east_asian_ids()}
-    assert texts == {"中", "文", " 中"}
+def test_east_asian_tokens_are_found_by_their_first_byte() -> None:
+    """Whole characters, and the bytes that rare ones are said in; nothing of another script."""
+    ids = VOCABULARY.east_asian_ids()
+    assert {"\u4e2d", "\u6587", " \u4e2d"} <= {VOCABULARY.decode([i]) for i in ids}
+    rare = VOCABULARY.encode(
+        "\u85e4"
+    )  # not in the vocabulary: "\u85e4 \u85e4 \u85e4" was once heard in English
+    assert len(rare) > 1
+    assert set(rare) & set(ids)
+    assert not set(VOCABULARY.encode(" the day, na\u00efve \u00e9t\u00e9. \u0434\u0430")) & set(ids)
 
 
 def test_words_begin_with_spaces() -> None:
