@@ -83,7 +83,7 @@ def test_a_batch_says_what_each_says_alone(
     wrong=st.lists(st.integers(0, VOCABULARY.end + 10), max_size=30),
     max_tokens=st.integers(1, 24),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_draft_changes_nothing(
     encoded: torch.Tensor, clip: int, n_right: int, wrong: list[int], max_tokens: int
 ) -> None:

@@ -47,6 +47,7 @@ GRID = 320  # samples; endpointing decides on it
 HOP = 160  # samples; a runner can begin on no finer grid
 TICK = 5120  # samples
 FRAGMENT = 320  # samples; less of a run, at a window's start, is not heard
+LONGEST_WINDOW_S = 7.0  # what the runner can look at
 UNIT = 1 / 4096  # sample value of word number 1
 CONFIG = TranscriptConfig(
     window_s=5.0,
@@ -56,6 +57,7 @@ CONFIG = TranscriptConfig(
     edge_s=0.2,
     max_segment_s=6.0,
     max_tokens_per_s=12.0,
+    sure_score=0.0,
 )
 
 
@@ -179,7 +181,7 @@ class FakeRunner:
         assert slot.start % HOP == 0
         assert fork.window_start % GRID == 0
         assert slot.start <= max(0, fork.window_start - MARGIN), "the first mel frames look before the window"
-        assert slot.end - fork.window_start <= CONFIG.window_s * SAMPLE_RATE_HZ
+        assert slot.end - fork.window_start <= LONGEST_WINDOW_S * SAMPLE_RATE_HZ
         window = slot.pcm[fork.window_start - slot.start :]
         self.asked[step.owner] = Asked(slot.end, fork, zlib.crc32(window.tobytes()))
         heard = runs(window, fork.window_start)[len(fork.prefix) :]
@@ -249,6 +251,7 @@ class World:
             tick=TICK,
             shed_after_s=self._shed_after_s,
             clock=lambda: self.now_s,
+            longest_window_s=LONGEST_WINDOW_S,
         )
         return scheduler, FakeRunner()
 

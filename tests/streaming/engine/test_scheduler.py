@@ -59,7 +59,7 @@ def assert_same(ours: Stream, theirs: Stream) -> None:
 
 
 @given(script=scripts, actions=actions, holds_flush=st.booleans())
-@settings(max_examples=120)
+@settings(max_examples=40)
 def test_no_timing_changes_anything(
     script: Script, actions: list[tuple[str, int]], holds_flush: bool
 ) -> None:
@@ -99,7 +99,7 @@ def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
         max_size=60,
     ),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_neighbours_change_nothing(
     mine: Script, others: list[Script], order: list[tuple[int, str, int]]
 ) -> None:
@@ -125,7 +125,7 @@ def test_neighbours_change_nothing(
 
 
 @given(script=scripts)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_mark_is_answered_once_and_in_order(script: Script) -> None:
     """Stops and flushes each have a result, at their place; ticks lie on the grid between them."""
     stream = alone(script)
@@ -142,7 +142,7 @@ def numbers_of(words: list[str]) -> list[int]:
 
 
 @given(script=scripts)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_word_is_committed_once(script: Script) -> None:
     """In order, from the first to the last, through cut windows and closed segments."""
     stream = alone(script)
@@ -163,7 +163,7 @@ def test_every_word_is_committed_once(script: Script) -> None:
         max_size=50,
     ),
 )
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_a_crash_at_any_point_changes_nothing(script: Script, order: list[tuple[str, int]]) -> None:
     """The next engine asks what the dead one would have asked, and what was committed goes on."""
     world = World(1)
@@ -213,7 +213,7 @@ def test_a_crash_in_a_pause_changes_nothing(pause: int) -> None:
     assert_same(stream, alone(script))
 
 
-@pytest.mark.parametrize("pause", [10, 49, 55, 150, 260])
+@pytest.mark.parametrize("pause", [10, 55, 90, 99, 150, 260])
 def test_speech_that_is_known_late_is_heard_from_its_beginning(pause: int) -> None:
     """Endpointing may take 2 s to decide and pad with 1 s: the silence before is kept so long."""
     script = make_script(
@@ -326,7 +326,7 @@ def test_messages_for_a_closed_stream_are_ignored() -> None:
     scheduler = World(1).scheduler
     scheduler.push(Audio(9, 0, bytes(4000)))
     scheduler.commit(Commit(9, 0, "tick", 0))
-    scheduler.configure(Configure(9, "en"))
+    scheduler.configure(Configure(9, 0, "en"))
     assert scheduler.close(9) is None
     schedule = scheduler.schedule()
     assert not [*schedule.plan.slots, *schedule.results, *schedule.progress]
@@ -349,7 +349,7 @@ def test_the_language_may_change() -> None:
     stream = world.open(1, LONG)
     world.arrive(stream, 3 * SECOND)
     world.tick()
-    world.scheduler.configure(Configure(1, "de"))
+    world.scheduler.configure(Configure(1, 0, "de"))
     world.take()
     world.tick()
     world.take()

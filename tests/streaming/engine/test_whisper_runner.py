@@ -98,7 +98,7 @@ def test_the_sounds_are_told_apart() -> None:
 
 
 @given(lengths=st.lists(st.integers(0, SECOND), max_size=8), n_samples=st.integers(1000, 3 * SECOND))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_any_cut_of_the_audio_gives_the_same(lengths: list[int], n_samples: int) -> None:
     """Pushed with nothing due, in pieces of any length."""
     pcm = chirps(n_samples)
@@ -124,7 +124,7 @@ def test_what_was_asked_before_changes_nothing() -> None:
     lengths=st.lists(st.integers(400, 4 * SECOND), min_size=2, max_size=N_SLOTS),
     n_words=st.lists(st.integers(0, 2), min_size=N_SLOTS, max_size=N_SLOTS),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_a_batch_of_slots_says_what_each_says_alone(lengths: list[int], n_words: list[int]) -> None:
     """Windows of any length, with prefixes of their own; times to the sample."""
     forks = [Fork("transcript", 0, ("the", "day")[:n], "", "en", 12) for n in n_words]
@@ -137,7 +137,7 @@ def test_a_batch_of_slots_says_what_each_says_alone(lengths: list[int], n_words:
 
 
 @given(lengths=st.lists(st.integers(1, 200), min_size=2, max_size=N_SLOTS, unique=True))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_neighbours_do_not_change_the_last_positions(lengths: list[int]) -> None:
     """A row's convolutions look beyond its own audio, at the silence there, whatever the batch is.
 
