@@ -104,6 +104,7 @@ def run(
         tick=config.engine.tick_ms * SAMPLE_RATE_HZ // 1000,
         shed_after_s=config.engine.shed_after_s,
         clock=lambda: now_s,
+        longest_window_s=runner.capabilities.max_window_s,
     )
     streams = [_Stream(number, pcm, config) for number, pcm in enumerate(audio)]
     for stream in streams:

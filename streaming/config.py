@@ -44,7 +44,7 @@ class IngestConfig(_Section):
     """Audio on its way to the engine."""
 
     ring_s: Annotated[float, Field(ge=45, le=600)] = 90.0
-    max_ahead_s: Annotated[float, Field(ge=1, le=60)] = 10.0
+    max_ahead_s: Annotated[float, Field(ge=3, le=60)] = 10.0
     ack_interval_s: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
@@ -73,7 +73,7 @@ class EngineConfig(_Section):
 
     n_slots: Annotated[int, Field(ge=1, le=4096)] = 8
     threads: Annotated[int, Field(ge=0, le=512)] = 0
-    tick_ms: Annotated[int, Field(ge=80, le=10_000)] = 640
+    tick_ms: Annotated[int, Field(ge=80, le=1280)] = 640
     shed_after_s: Annotated[float, Field(ge=0, le=600)] = 1.5
     start_timeout_s: PositiveSeconds = 120.0
     step_timeout_s: PositiveSeconds = 60.0

@@ -88,7 +88,7 @@ class Session:
         self._number = number  # the engine's name for this stream
         self._format = audio_format
         self._language = language  # None: detect
-        self._told_language = language  # what the engine was told
+        self._language_from: int | None = None  # position of a change the engine has not been told of
         self._settled_language: str | None = None  # what the engine detected and stays with
         self._ingest = Ingest(audio_format)
         self._vad = Vad(vad)
@@ -166,6 +166,7 @@ class Session:
         """Decode in this language, or detect it, beginning with the audio that is sent next."""
         self._language = language
         self._settled_language = None
+        self._language_from = self._ring.end
 
     async def finish(self, reason: str) -> None:
         """Finalise what was said and close the stream; waits for the engine unless it is lost.
@@ -236,7 +237,6 @@ class Session:
             case messages.Progress():
                 self._consume(message.consumed)
                 self._window_start = max(self._window_start, message.window_start)
-                self._settled_language = message.language
                 self._ring.forget(message.needed_from)
             case messages.Skipped(start=start, end=end, n_points=n_points):
                 text = f"{n_points} decode points skipped"
@@ -282,7 +282,7 @@ class Session:
                 last_stop=self._last_stop,
             )
         )
-        self._told_language = self._language
+        self._language_from = None
         self._is_open = True
         self._sent = self._ring.start
         self._n_marks_sent = 0
@@ -322,9 +322,9 @@ class Session:
         if not marks:
             limit -= limit % SEND_GRID
         while self._sent < limit or marks:
-            if self._language != self._told_language:  # here, so that its number is bounded by audio
-                self._told_language = self._language
-                self._engine.send(messages.Configure(self._number, self._language))
+            if self._language_from is not None:  # here, so that its number is bounded by audio
+                self._engine.send(messages.Configure(self._number, self._language_from, self._language))
+                self._language_from = None
             # A mark at or before the audio's start was not answered by an engine that died.
             is_late = bool(marks) and marks[0].at <= self._sent
             end = self._sent if is_late else min(limit, self._sent + MAX_SEND)
@@ -338,6 +338,8 @@ class Session:
     def _on_result(self, result: messages.Result) -> None:
         self._consume(result.point)
         self._window_start = max(self._window_start, result.window_start)
+        if self._language_from is None:
+            self._settled_language = result.settled_language
         answered: _PendingMark | None = None
         if result.kind != "tick":
             answered = self._answered(result)

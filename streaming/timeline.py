@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streaming.config import TranscriptConfig
-from streaming.engine.messages import Heard, Result
+from streaming.engine.messages import MAX_CONTEXT_CHARS, Heard, Result
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Message,
@@ -29,8 +29,8 @@ from streaming.protocol import (
 )
 from streaming.text import comparable, ends_sentence, join_words
 
+STALE = 8 * SAMPLE_RATE_HZ  # a word so far behind the live edge is committed as it was last heard
 KEPT = 120 * SAMPLE_RATE_HZ  # committed words stay so long, for a restart's window; longer than any window
-MAX_CONTEXT_CHARS = 224  # of the committed text before a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Timeline:
 
         A word belongs to the window that holds its middle.
         """
-        inside = [word for word in self._kept if (word.start + word.end) // 2 >= window_start]
+        inside = [word for word in self._kept if word.middle >= window_start]
         before = [word.text for word in self._kept][: len(self._kept) - len(inside)]
         context = join_words([self._context, *before] if self._context else before)
         return tuple(inside), context[-MAX_CONTEXT_CHARS:]
@@ -113,8 +113,9 @@ class Timeline:
         n = 0
         for word in words[:-1]:
             agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
-            edge = self._edge if word.score >= self._config.sure_score else self._patience
-            if not agree or word.end > point - edge:
+            edge = self._edge if agree and word.score >= self._config.sure_score else self._patience
+            # A word that flips at every update must not hold up for ever what comes after it.
+            if word.end > point - edge or not (agree or word.end <= point - STALE):
                 break
             n += 1
         return n

@@ -175,6 +175,7 @@ def _serve(pipe: Pipe) -> None:
         tick=engine.tick_ms * SAMPLE_RATE_HZ // 1000,
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
+        longest_window_s=runner.capabilities.max_window_s,
     )
     capabilities = runner.capabilities
     pipe.send(

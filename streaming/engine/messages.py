@@ -28,6 +28,9 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
     edge: int  # where speech really began or ended; for a flush, the same as `at`
 
 
+MAX_CONTEXT_CHARS = 224  # of the committed text before a window
+
+
 class Heard(msgspec.Struct, frozen=True, array_like=True):
     """A word of a hypothesis or of the committed text."""
 
@@ -35,6 +38,11 @@ class Heard(msgspec.Struct, frozen=True, array_like=True):
     start: int
     end: int
     score: float
+
+    @property
+    def middle(self) -> int:
+        """Which window the word belongs to: scheduler and timeline must agree on it."""
+        return (self.start + self.end) // 2
 
 
 # --- server to engine --------------------------------------------------------------------
@@ -86,9 +94,10 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):
-    """Change a live stream's language; None means detect."""
+    """Change a live stream's language for the decode points after a sample; None means detect."""
 
     stream: int
+    at: int
     language: str | None
 
 
@@ -131,6 +140,7 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     n_loops_cut: int
     compute_s: float  # wall time of the step that made it
     window_start: int = 0  # of the window that was heard; a restart goes on with it
+    settled_language: str | None = None  # as set, or detected and settled; a restart opens with it
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -143,7 +153,6 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     consumed: int  # audio before this was taken from the buffer, ticks inside it are decided
     needed_from: int  # a restart needs the audio from here on
     window_start: int
-    language: str | None = None  # as set, or detected and settled; a restart opens with it
 
 
 class Skipped(msgspec.Struct, frozen=True, tag=True):

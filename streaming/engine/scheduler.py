@@ -20,6 +20,7 @@ import numpy as np
 
 from streaming.config import TranscriptConfig
 from streaming.engine.messages import (
+    MAX_CONTEXT_CHARS,
     Audio,
     Commit,
     Configure,
@@ -38,7 +39,6 @@ from streaming.text import ends_sentence, join_words
 GRID = 320  # samples; windows begin on the encoder's 20 ms grid
 MARGIN = 480  # samples before a window that its first mel frames look at, rounded up to hops
 START_DELAY = 3 * SAMPLE_RATE_HZ  # from a beginning of speech to its mark, at most: vad.start_ms + pad_ms
-MAX_CONTEXT_CHARS = 224  # of committed text before the window
 MIN_SPEECH = SAMPLE_RATE_HZ * 2 // 5  # a tick needs this much speech: less is guessed at
 SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
 SETTLE_SCORE = 0.5
@@ -46,6 +46,7 @@ SETTLE_SCORE = 0.5
 # yet find it, when speech has stopped it is the last chance.
 LOST_AT_TICK = 3 * SAMPLE_RATE_HZ
 LOST_AT_STOP = SAMPLE_RATE_HZ * 3 // 5
+LONGEST_WINDOW_S = 29.0  # a window may grow to this while nothing in it is committed
 EXTRA_TOKENS = 8  # of a fork's budget, whatever the length of its audio
 
 
@@ -84,6 +85,7 @@ class _Stream:
     arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, `due` there
     awaiting: _Point | None = None
     hypothesis: tuple[Heard, ...] = ()  # of the awaited point
+    next_language: Configure | None = None  # takes effect at the first point after its position
     retry: _Point | None = None  # decode this point again, in a shorter window
     speech_end: int = 0  # at a `stopped` point: where speech ended
     reported: int = 0  # `consumed` as the server knows it
@@ -111,6 +113,7 @@ class Scheduler:
         tick: int,
         shed_after_s: float,
         clock: Callable[[], float],
+        longest_window_s: float = LONGEST_WINDOW_S,
     ) -> None:
         """Nothing is open.
 
@@ -120,12 +123,14 @@ class Scheduler:
             tick: Samples between decode points.
             shed_after_s: Wall-clock seconds a live stream may be behind before points are left out; 0: never.
             clock: Seconds, monotonic. Only shedding looks at it.
+            longest_window_s: What the model can look at.
         """
         self._config = config
         self._tick = tick
         self._shed_after_s = shed_after_s
         self._clock = clock
-        self._window = int(config.window_s * SAMPLE_RATE_HZ)
+        self._longest_window = int(min(longest_window_s, LONGEST_WINDOW_S) * SAMPLE_RATE_HZ)
+        self._window = min(int(config.window_s * SAMPLE_RATE_HZ), self._longest_window)
         self._join_gap = int(config.join_gap_s * SAMPLE_RATE_HZ)
         self._streams: dict[int, _Stream] = {}
         self._free = list(range(n_slots - 1, -1, -1))
@@ -170,9 +175,9 @@ class Scheduler:
         return stream.slot_idx
 
     def configure(self, message: Configure) -> None:
-        """Change a stream's language."""
+        """Change a stream's language from a position on."""
         if stream := self._streams.get(message.stream):
-            stream.language = message.language
+            stream.next_language = message
 
     def push(self, message: Audio) -> None:
         """Take audio and the marks inside it. Of a stream that is closed: nothing."""
@@ -222,6 +227,8 @@ class Scheduler:
             if not stream.is_speech:  # a mark with nothing open
                 results.append(self._empty_result(stream, point))
                 continue
+            if stream.next_language is not None and point.at > stream.next_language.at:
+                stream.language, stream.next_language = stream.next_language.language, None
             self._cut_window(stream, point.at)
             start, pcm = self._take(stream, point.at)
             steps.append(
@@ -265,6 +272,7 @@ class Scheduler:
                     n_loops_cut=hypothesis.n_loops_cut,
                     compute_s=compute_s,
                     window_start=stream.window_start,
+                    settled_language=stream.language,
                 )
             )
         return results
@@ -329,15 +337,18 @@ class Scheduler:
                 score = gap_s + (1.0 if ends_sentence(before.text) else 0.0)
                 if score > best_score:
                     best, best_score = cut, score
-        if best is None:  # nothing committed there: what was said before is given up
-            best = max(oldest, min(words[-1].end, newest) if words else oldest)
+        if best is None:
+            # No pause there. What is not committed must stay in the window, up to what a model can
+            # look at; beyond that the oldest is given up.
+            last = words[-1].end if words else stream.window_start
+            best = max(min(last, newest), at - self._longest_window)
         self._move_window(stream, best)
 
     def _move_window(self, stream: _Stream, start: int) -> None:
         """Begin the window at `start`; committed words before it become context."""
         stream.window_start = max(stream.start, start // GRID * GRID)
         gone = []
-        while stream.committed and _middle(stream.committed[0]) < stream.window_start:
+        while stream.committed and stream.committed[0].middle < stream.window_start:
             gone.append(stream.committed.popleft().text)
         stream.context = join_words([stream.context, *gone] if stream.context else gone)[-MAX_CONTEXT_CHARS:]
 
@@ -405,9 +416,7 @@ class Scheduler:
         if consumed - stream.reported < SAMPLE_RATE_HZ // 2:
             return None
         stream.reported = consumed
-        return Progress(
-            stream.number, consumed, self._needed_from(stream), stream.window_start, stream.language
-        )
+        return Progress(stream.number, consumed, self._needed_from(stream), stream.window_start)
 
     @staticmethod
     def _empty_result(stream: _Stream, point: _Point) -> Result:
@@ -422,6 +431,7 @@ class Scheduler:
             n_loops_cut=0,
             compute_s=0.0,
             window_start=stream.window_start,
+            settled_language=stream.language,
         )
 
 
@@ -437,11 +447,6 @@ def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
     if kind == "stopped":
         return stream.speech_end - begin >= LOST_AT_STOP
     return at - begin >= LOST_AT_TICK
-
-
-def _middle(word: Heard) -> int:
-    """Which window a word belongs to; `Timeline.window` has the same rule."""
-    return (word.start + word.end) // 2
 
 
 def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:

@@ -16,7 +16,7 @@ from model.moss.prompt import ByteTokenizer, Layout
 from model.moss.window import RollingCache
 
 TINY = Path(__file__).parent / "data" / "tiny"
-REFERENCE = Path("/work/shared/moss_reference")
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "moss_reference"
 
 torch.set_num_threads(1)  # the machines that run the tests share their cores
 
