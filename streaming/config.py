@@ -93,8 +93,8 @@ class TranscriptConfig(_Section):
     window_s: Annotated[float, Field(ge=4, le=29)] = 15.0
     join_gap_s: Annotated[float, Field(ge=0, le=10)] = 2.0
     use_context: bool = False
-    agreement: Annotated[int, Field(ge=1, le=5)] = 2
-    edge_s: Annotated[float, Field(ge=0, le=5)] = 1.0
+    agreement: Annotated[int, Field(ge=1, le=5)] = 3
+    edge_s: Annotated[float, Field(ge=0, le=5)] = 0.8
     sure_score: Annotated[float, Field(ge=0, le=1)] = 0.5
     patience_s: Annotated[float, Field(ge=0, le=10)] = 3.0
     max_segment_s: Annotated[float, Field(ge=5, le=300)] = 20.0

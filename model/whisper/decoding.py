@@ -208,7 +208,8 @@ class Decoder:
             return
         row.tokens.append(token)
         row.scores.append(score)
-        n_cut = loop_length(row.tokens)
+        # With the agreed words: a loop that is committed piece by piece is one all the same.
+        n_cut = min(len(row.tokens), loop_length([*row.request.prefix, *row.tokens]))
         if n_cut:
             del row.tokens[-n_cut:], row.scores[-n_cut:], row.attention[-n_cut:]
             row.n_loops_cut += 1
