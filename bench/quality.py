@@ -27,7 +27,7 @@ from bench.live import make_recordings
 from bench.manifest import Clip, load_manifest, read_audio
 from bench.measures import Report, Run, measure, percentiles, pooled_wer
 from bench.virtual import VirtualRuns, run
-from model.whisper.checkpoint import CheckpointError
+from model.errors import CheckpointError
 from streaming.config import Config, ConfigError, load_config
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan

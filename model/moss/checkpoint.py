@@ -16,13 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.moss.config import (
-    CheckpointError,
-    MossConfig,
-    SpecialTokens,
-    read_config,
-    read_special_tokens,
-)
+from model.errors import CheckpointError
+from model.moss.config import MossConfig, SpecialTokens, read_config, read_special_tokens
 from model.moss.network import MossAudio
 from model.moss.prompt import ByteTokenizer, Layout
 

@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.errors import CheckpointError
+
 MODEL_TYPE = "moss_audio"
 DIGITS = tuple(range(15, 25))  # '0' to '9' in Qwen's vocabulary
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file's key or tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from model.errors import CheckpointError
 from model.whisper.modeling import Whisper, WhisperConfig
 
 EMBEDDED_PARTS = (
@@ -30,10 +31,6 @@ EMBEDDED_BYTES = 145_217_532
 EMBEDDED_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
 CT2_VERSION = 6
 _CT2_DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16)  # by type number
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: says which file or tensor, what was got, what was expected."""
 
 
 @dataclass(frozen=True, slots=True)

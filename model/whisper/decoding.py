@@ -80,7 +80,8 @@ class Decoder:
         # Unsure of an accent, the model now and then writes what it heard in Chinese.
         other_script = torch.zeros_like(allowed)
         other_script[vocabulary.east_asian_ids()] = -math.inf
-        self._allowed, self._first, self._other_script = allowed, first, other_script
+        # Added to a row's logits: minus infinity where a token is never said.
+        self._east_asian_bias, self._bias, self._first = allowed, allowed + other_script, first
 
     def n_tokens(self, requests: Sequence[DecodeRequest]) -> int:
         """Room the longest request needs in a cache: special tokens, prompt, draft, budget."""
@@ -196,9 +197,9 @@ class Decoder:
             self._say(row, token, score, attention[row_idx])
 
     def _allowed_for(self, row: _Row) -> Tensor:
-        """What is added to the logits of a row, [V]: minus infinity where a token is never said."""
+        """What is added to the logits of a row, [V]."""
         language = self._vocabulary.language_of(row.language_id)
-        return self._allowed if language in EAST_ASIAN_LANGUAGES else self._allowed + self._other_script
+        return self._east_asian_bias if language in EAST_ASIAN_LANGUAGES else self._bias
 
     def _say(self, row: _Row, token: int, score: float, attention: Tensor) -> None:
         """Take a predicted token, or end the row."""

@@ -17,7 +17,7 @@ import time
 
 import msgspec
 
-from model.whisper.checkpoint import CheckpointError
+from model.errors import CheckpointError
 from streaming.config import EngineConfig, ModelConfig, TranscriptConfig
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from model.errors import CheckpointError
 from model.moss.checkpoint import load as load_moss
 from model.moss.config import MODEL_TYPE
-from model.moss.config import CheckpointError as MossCheckpointError
 from model.moss.window import WindowSettings
-from model.whisper.checkpoint import CheckpointError, load_embedded, load_hugging_face
+from model.whisper.checkpoint import load_embedded, load_hugging_face
 from streaming.config import EngineConfig, ModelConfig
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
 from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
-
-logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt")
@@ -60,10 +57,7 @@ def _moss_runner(
 ) -> MossRunner:
     if model.language != "auto":
         raise CheckpointError(f"model.language is {model.language!r}; MOSS-Audio takes auto alone")
-    try:
-        checkpoint = load_moss(str(folder), dtype, device)
-    except MossCheckpointError as exc:
-        raise CheckpointError(str(exc)) from exc
+    checkpoint = load_moss(str(folder), dtype, device)
     return MossRunner(checkpoint, model.name, engine.n_slots, WindowSettings())
 
 

@@ -5,7 +5,6 @@ Decides nothing: which slot is due, with which window and prefix, is in the plan
 
 from __future__ import annotations
 
-import logging
 import math
 import string
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ from streaming.engine.plan import (
     StepResult,
 )
 from streaming.text import join_words
-
-logger = logging.getLogger(__name__)
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
 GUARD_POSITIONS = 10  # silence computed behind the audio before remembered padding takes over, 0.2 s

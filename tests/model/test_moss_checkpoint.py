@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.errors import CheckpointError
 from model.moss import checkpoint
 from model.moss.checkpoint import config_of, empty_model, layout_of, load_weights, memory_need
-from model.moss.config import CheckpointError, read_config, read_special_tokens
+from model.moss.config import read_config, read_special_tokens
 from model.moss.prompt import MAX_MARKER_DIGITS
 from tests.model.moss_tiny import TINY
 

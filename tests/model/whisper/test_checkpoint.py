@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.errors import CheckpointError
 from model.whisper import checkpoint as reading
-from model.whisper.checkpoint import CheckpointError, load_embedded, load_hugging_face, read_ct2
+from model.whisper.checkpoint import load_embedded, load_hugging_face, read_ct2
 from tests.tiny_whisper import save_hugging_face, tiny_checkpoint
 
 TYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16)
