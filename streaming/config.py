@@ -101,6 +101,21 @@ class TranscriptConfig(_Section):
     max_tokens_per_s: Annotated[float, Field(ge=3, le=50)] = 12.0
 
 
+class EventsConfig(_Section):
+    """Sound events: which are looked for, and when one begins and ends."""
+
+    enabled: bool = True
+    labels: Literal["monitoring", "meeting", "all"] | list[str] = "monitoring"
+    thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+
+
+class EmotionConfig(_Section):
+    """Emotion of whoever speaks."""
+
+    enabled: bool = True
+    interval_s: Annotated[float, Field(ge=0.5, le=60)] = 2.0
+
+
 class LogConfig(_Section):
     """What is kept of each stream for replay."""
 
@@ -117,6 +132,8 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     transcript: TranscriptConfig = TranscriptConfig()
+    events: EventsConfig = EventsConfig()
+    emotion: EmotionConfig = EmotionConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
