@@ -31,6 +31,11 @@ def test_a_command_line_without_its_token(argv: list[str], rest: list[str], toke
     assert without_token(argv) == (rest, token)
 
 
+def command_line_of(pid: int) -> bytes:
+    """As every user of the machine may read it."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @pytest.mark.parametrize("how", ["option", "environment"])
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the command line is read from /proc")
 async def test_the_token_is_sent_and_in_no_command_line(how: str) -> None:
@@ -41,8 +46,8 @@ async def test_the_token_is_sent_and_in_no_command_line(how: str) -> None:
     async def handler(fake: FakeServer, connection: ServerConnection) -> None:
         assert connection.request is not None
         pid = (await process).pid
-        command_line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        got.append((connection.request.headers.get("Authorization"), connection.request.path, command_line))
+        headers, path = connection.request.headers, connection.request.path
+        got.append((headers.get("Authorization"), path, command_line_of(pid)))
         await fake.send(connection, 1, CLOSED)
 
     async with running(handler) as fake:
