@@ -552,8 +552,13 @@ def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
 
 
 def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:
-    """The hypothesis' words, none of them before what is committed or before anybody spoke."""
-    floor = stream.committed[-1].end if stream.committed else stream.window_start
+    """The hypothesis' words, none of them before what is committed or before anybody spoke.
+
+    What a model hears after a pause it likes to begin inside the pause: endpointing knows better.
+    """
+    floor = max(stream.window_start, stream.speech_edge)
+    if stream.committed:
+        floor = max(floor, stream.committed[-1].end)
     words: list[Heard] = []
     for word in hypothesis.words:
         start = max(word.start, floor)

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from streaming.config import EmotionConfig, EventsConfig
 from streaming.engine.messages import Audio, Commit, Configure, Mark, Open
-from streaming.engine.plan import SOUND_FRAME, Capabilities, SoundLabel
+from streaming.engine.plan import (
+    SOUND_FRAME,
+    Capabilities,
+    HeardWord,
+    Hypothesis,
+    SoundLabel,
+    StepResult,
+)
 from streaming.engine.scheduler import WORDS_ALONE, EngineFull, Listening, Scheduler
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
@@ -247,6 +254,19 @@ def test_speech_that_is_known_late_is_heard_from_its_beginning(pause: int) -> No
         while world.tick() or world.outbox:
             world.take()
     assert_same(stream, alone(script))
+
+
+def test_a_word_does_not_begin_before_anybody_speaks() -> None:
+    """Models let the first word after a pause begin inside the pause; its end is kept."""
+    scheduler = Scheduler(CONFIG, n_slots=1, tick=TICK, shed_after_s=0.0, clock=float)
+    scheduler.open(Open(1, "en"))
+    edge = 2 * TICK
+    scheduler.push(Audio(1, 0, bytes(4 * 4 * TICK), (Mark("started", edge + 640, edge),)))
+    schedule = scheduler.schedule()
+    early = HeardWord("Hello", 0, edge + 3000, 1.0)
+    answer = Hypothesis(0, 1, (early,), 0, "en", 1.0, 0.0, 0)
+    (result,) = scheduler.apply(schedule, StepResult((answer,)), 0.0)
+    assert [(word.start, word.end) for word in result.words] == [(edge, edge + 3000)]
 
 
 def test_it_waits_for_the_commit() -> None:
