@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from model.errors import CheckpointError
+from model.hub import find
 from model.moss.checkpoint import load as load_moss
 from model.moss.config import MODEL_TYPE
 from model.moss.window import WindowSettings
@@ -20,7 +21,6 @@ from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt")
 
 
 def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
@@ -36,8 +36,8 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
     if model.name == EMBEDDED:
         checkpoint, pads_fully = load_embedded(), not model.short_context
     else:
-        folder = _folder(model.name)
-        kind = _model_type(folder)
+        folder = find(model.name)
+        kind = model_type(folder)
         if kind == MODEL_TYPE:
             return _moss_runner(model, engine, folder, device, dtype)
         if kind != "whisper":
@@ -87,24 +87,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _folder(name: str) -> Path:
-    """The folder of a checkpoint: as named, or downloaded from the hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"model.name is {name!r}; expected 'embedded', a folder, or a hub id OWNER/NAME"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def model_type(folder: Path) -> str:
+    """The `model_type` in a checkpoint's config.json.
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
-        raise CheckpointError(f"{name}: neither a folder nor to be had from the hub: {exc}") from exc
-
-
-def _model_type(folder: Path) -> str:
+    Raises:
+        CheckpointError: there is none.
+    """
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(settings["model_type"])
