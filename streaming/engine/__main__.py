@@ -18,7 +18,7 @@ import time
 import msgspec
 
 from model.errors import CheckpointError
-from streaming.config import EngineConfig, ModelConfig, TranscriptConfig
+from streaming.config import EngineConfig, ModelConfig, MossConfig, TranscriptConfig
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Runner
@@ -162,10 +162,11 @@ def main() -> int:
 def _serve(pipe: Pipe) -> None:
     settings = json.loads(pipe.first_frame())
     model = ModelConfig.model_validate(settings["model"])
+    moss = MossConfig.model_validate(settings["moss"])
     engine = EngineConfig.model_validate(settings["engine"])
     transcript = TranscriptConfig.model_validate(settings["transcript"])
     started = time.perf_counter()
-    runner = load_runner(model, engine)
+    runner = load_runner(model, engine, moss)
     loaded = time.perf_counter()
     warm_up(runner, engine.n_slots)
     warm = time.perf_counter()

@@ -10,11 +10,13 @@ import torch
 
 from model.errors import CheckpointError
 from model.hub import find
-from model.moss.checkpoint import load as load_moss
+from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
 from model.moss.config import MODEL_TYPE
+from model.moss.memory import plan_memory
 from model.moss.window import WindowSettings
 from model.whisper.checkpoint import load_embedded, load_hugging_face
-from streaming.config import EngineConfig, ModelConfig
+from streaming.config import EngineConfig, ModelConfig, MossConfig
+from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
 from streaming.engine.whisper_runner import WhisperRunner
@@ -23,23 +25,24 @@ from streaming.protocol import SAMPLE_RATE_HZ
 EMBEDDED = "embedded"
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
-    """The runner of the configured model, on its device, not yet warm.
+def load_runner(model: ModelConfig, engine: EngineConfig, moss: MossConfig | None = None) -> Runner:
+    """The runner of the configured model, on its device, not yet warm; `moss` is for MOSS-Audio alone.
 
     Raises:
-        CheckpointError: the checkpoint cannot be had or used; the message says why.
+        CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
+            the message says why.
     """
     if engine.threads:
         torch.set_num_threads(engine.threads)
-    device = _device(model.device)
-    dtype = _dtype(model.dtype, device)
+    device = device_of(model.device)
+    dtype = dtype_of(model.dtype, device)
     if model.name == EMBEDDED:
         checkpoint, pads_fully = load_embedded(), not model.short_context
     else:
         folder = find(model.name)
         kind = model_type(folder)
         if kind == MODEL_TYPE:
-            return _moss_runner(model, engine, folder, device, dtype)
+            return _moss_runner(model, engine, moss or MossConfig(), folder, device, dtype)
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
@@ -53,12 +56,49 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
 
 
 def _moss_runner(
-    model: ModelConfig, engine: EngineConfig, folder: Path, device: torch.device, dtype: torch.dtype
+    model: ModelConfig,
+    engine: EngineConfig,
+    moss: MossConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> MossRunner:
     if model.language != "auto":
         raise CheckpointError(f"model.language is {model.language!r}; MOSS-Audio takes auto alone")
-    checkpoint = load_moss(str(folder), dtype, device)
-    return MossRunner(checkpoint, model.name, engine.n_slots, WindowSettings())
+    config, layout, window = config_of(folder), layout_of(folder), window_of(moss)
+    need = plan_memory(
+        config,
+        window,
+        engine.n_slots,
+        dtype,
+        n_prefix=len(layout.prefix),
+        is_cuda=device.type == "cuda",
+    )
+    check_memory(need, device)
+    checkpoint = Checkpoint(load_weights(folder, config, dtype, device), layout)
+    try:
+        return MossRunner(
+            checkpoint,
+            model.name,
+            engine.n_slots,
+            window,
+            max_answer_tokens=moss.answer_tokens,
+            max_thought_tokens=moss.thought_tokens,
+        )
+    except ValueError as exc:
+        raise CheckpointError(f"moss.window_s, moss.scratch_tokens, moss.max_position: {exc}") from exc
+
+
+def window_of(moss: MossConfig) -> WindowSettings:
+    """The window that the `[moss]` section describes."""
+    return WindowSettings(
+        n_blocks=moss.n_blocks,
+        evict_blocks=moss.evict_blocks,
+        markers=moss.markers,
+        prefix=moss.prefix,
+        max_position=moss.max_position,
+        scratch_tokens=moss.scratch_tokens,
+    )
 
 
 def warm_up(runner: Runner, n_slots: int) -> None:
@@ -71,14 +111,20 @@ def warm_up(runner: Runner, n_slots: int) -> None:
         runner.reset(slots)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` names.
+
+    Raises:
+        CheckpointError: it is not here.
+    """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise CheckpointError("model.device is 'cuda', and torch sees no such device")
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means on a device."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
