@@ -34,9 +34,9 @@ PRIVATE = 0o600  # the tokens file is its owner's alone
 @click.option("--verbose", is_flag=True, help="Log every message.")
 def serve(path: Path | None, host: str | None, port: int | None, model: str | None, *, verbose: bool) -> None:
     """Run the server until it is interrupted."""
-    path = path or _find_config()
+    path = path or config_path()
     try:
-        config = _override(Config() if path is None else load_config(path), host, port, model)
+        config = _override(find_config(path), host, port, model)
     except ConfigError as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)
@@ -106,7 +106,16 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _find_config() -> Path | None:
+def find_config(path: Path | None) -> Config:
+    """The configuration in a file; the built-in one where there is none.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    return Config() if path is None else load_config(path)
+
+
+def config_path() -> Path | None:
     """The configuration file that the environment or the folder has."""
     if os.environ.get(CONFIG_ENV):
         return Path(os.environ[CONFIG_ENV])

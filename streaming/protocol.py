@@ -121,6 +121,7 @@ ErrorCode = Literal[
     "forbidden",  # the token does not allow it
     "too_fast",  # audio too far ahead of real time
     "unsupported",  # understood, but the loaded model cannot do it
+    "busy",  # too many questions of this stream wait for their answers
     "engine_lost",  # the engine died; it is being restarted or could not be
     "internal",  # a fault of the server's, logged there
 ]

@@ -285,7 +285,11 @@ class Server:
         ready = self._engine.ready
         assert ready is not None
         limits = ProducerLimits(
-            self._config.server, self._config.limits, self._config.ingest.ack_interval_s, ready.languages
+            self._config.server,
+            self._config.limits,
+            self._config.ingest.ack_interval_s,
+            ready.languages,
+            ready.tasks,
         )
         with self._hub.subscription() as reader:
             self._hub.subscribe(reader, Subscribe((name,)))
