@@ -244,9 +244,8 @@ class EngineClient:
 
 def engine_settings(config: Config) -> bytes:
     """The first frame an engine reads: JSON of the sections that concern it."""
-    sections: Mapping[str, Any] = config.model_dump(
-        mode="json", include={"model", "moss", "engine", "transcript"}
-    )
+    names = {"model", "moss", "engine", "transcript", "events", "emotion"}
+    sections: Mapping[str, Any] = config.model_dump(mode="json", include=names)
     return json.dumps(sections).encode()
 
 
