@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -23,9 +24,10 @@ MODEL = make_model()
 WINDOW = WindowSettings(n_blocks=3, scratch_tokens=300)
 TEXTS = ["What?", "Where?", "Who was that?", "When did it begin?"]
 
-# What brings a value to the host or waits for one, or sends one from there. `lift_fresh` is what
-# `torch.tensor` does.
+# What brings a value to the host or waits for one, or sends one from there: kernels (`lift_fresh` is
+# what `torch.tensor` does) and methods that need none on a CPU.
 HOST = {"_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal"}
+HOST_METHODS = {"tolist", "item", "numpy", "cpu", "cuda", "__bool__", "__int__", "__float__", "__index__"}
 
 
 def make_cache(n_slots: int = 5) -> RollingCache:
@@ -77,6 +79,17 @@ class Recorder(TorchDispatchMode):
                     made[id(old)] = new
 
 
+class NoHost(TorchFunctionMode):
+    """Refuses methods that bring a value to the host."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run what is called, if it may be."""
+        assert getattr(func, "__name__", "") not in HOST_METHODS, func
+        return func(*args, **(kwargs or {}))
+
+
 class Recording:
     """A graph API for `Decoder.capture`: runs once to warm up, records once, counts replays."""
 
@@ -88,7 +101,7 @@ class Recording:
         """Capture a step."""
         run()
         recorder = Recorder()
-        with recorder:
+        with NoHost(), recorder:
             run()
         self.recorders.append(recorder)
 
@@ -168,6 +181,7 @@ def test_lanes_are_idle_again_after_an_answer() -> None:
     decoder = cache.decoder
     assert not decoder._live.any()
     assert not decoder._entry.any()
+    assert not decoder._position.any()
     assert torch.equal(decoder._seen.sum(2), torch.ones(5, LANES, dtype=torch.int64))
 
 

@@ -209,6 +209,11 @@ def test_reset_touches_only_its_slots() -> None:
     held = {s: cache.read(s) for s in (0, 2)}
     cache.reset([1])
     assert cache.ids(1) == LAYOUT.prefix
+    cache.append({1: random_audio(MODEL, 8)})  # waits, and is forgotten before it is computed
+    cache.reset([1])
+    before = cache.buffers.k.clone()
+    cache.flush()
+    assert torch.equal(cache.buffers.k, before)
     for slot_idx, old in held.items():
         assert torch.equal(old.k, cache.read(slot_idx).k)
     cache.append({1: random_audio(MODEL, 5)})
