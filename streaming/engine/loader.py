@@ -15,7 +15,7 @@ from model.moss.config import MODEL_TYPE
 from model.moss.memory import plan_memory
 from model.moss.window import WindowSettings
 from model.whisper.checkpoint import load_embedded, load_hugging_face
-from streaming.config import EngineConfig, ModelConfig, MossConfig
+from streaming.config import EngineSettings, MossConfig
 from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
@@ -25,13 +25,14 @@ from streaming.protocol import SAMPLE_RATE_HZ
 EMBEDDED = "embedded"
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig, moss: MossConfig | None = None) -> Runner:
-    """The runner of the configured model, on its device, not yet warm; `moss` is for MOSS-Audio alone.
+def load_runner(settings: EngineSettings) -> Runner:
+    """The runner of the configured model, on its device, not yet warm.
 
     Raises:
         CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
             the message says why.
     """
+    model, engine = settings.model, settings.engine
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = device_of(model.device)
@@ -42,7 +43,7 @@ def load_runner(model: ModelConfig, engine: EngineConfig, moss: MossConfig | Non
         folder = find(model.name)
         kind = model_type(folder)
         if kind == MODEL_TYPE:
-            return _moss_runner(model, engine, moss or MossConfig(), folder, device, dtype)
+            return _moss_runner(settings, folder, device, dtype)
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
@@ -56,13 +57,9 @@ def load_runner(model: ModelConfig, engine: EngineConfig, moss: MossConfig | Non
 
 
 def _moss_runner(
-    model: ModelConfig,
-    engine: EngineConfig,
-    moss: MossConfig,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    settings: EngineSettings, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> MossRunner:
+    model, engine, moss = settings.model, settings.engine, settings.moss
     if model.language != "auto":
         raise CheckpointError(f"model.language is {model.language!r}; MOSS-Audio takes auto alone")
     config, layout, window = config_of(folder), layout_of(folder), window_of(moss)

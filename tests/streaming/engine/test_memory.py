@@ -10,7 +10,7 @@ import torch
 
 from model.errors import CheckpointError
 from model.moss.window import WindowSettings
-from streaming.config import EngineConfig, ModelConfig, MossConfig
+from streaming.config import EngineConfig, EngineSettings, ModelConfig, MossConfig
 from streaming.engine import memory
 from streaming.engine.loader import load_runner, window_of
 from streaming.engine.memory import Memory, machine_memory
@@ -47,7 +47,11 @@ def test_where_there_is_no_such_file_it_is_unknown(tmp_path: Path) -> None:
 def load(n_slots: int = 2, moss: MossConfig | None = None) -> MossRunner:
     """The tiny checkpoint by the engine's way."""
     runner = load_runner(
-        ModelConfig(name=str(TINY), dtype="float32", device="cpu"), EngineConfig(n_slots=n_slots), moss
+        EngineSettings(
+            model=ModelConfig(name=str(TINY), dtype="float32", device="cpu"),
+            engine=EngineConfig(n_slots=n_slots),
+            moss=moss or MossConfig(),
+        )
     )
     assert isinstance(runner, MossRunner)
     return runner
