@@ -18,7 +18,14 @@ import time
 import msgspec
 
 from model.errors import CheckpointError
-from streaming.config import EngineConfig, ModelConfig, TranscriptConfig
+from streaming.config import (
+    ConfigError,
+    EmotionConfig,
+    EngineConfig,
+    EventsConfig,
+    ModelConfig,
+    TranscriptConfig,
+)
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Runner
@@ -149,7 +156,7 @@ def main() -> int:
             _serve(pipe)
         except (EOFError, ConnectionError):
             return 0
-        except (CheckpointError, msgspec.MsgspecError) as exc:
+        except (CheckpointError, ConfigError, msgspec.MsgspecError) as exc:
             pipe.send(messages.Failed(str(exc)))
             return 1
         except Exception as exc:  # a step that raises ends the process, never the step alone
@@ -164,8 +171,10 @@ def _serve(pipe: Pipe) -> None:
     model = ModelConfig.model_validate(settings["model"])
     engine = EngineConfig.model_validate(settings["engine"])
     transcript = TranscriptConfig.model_validate(settings["transcript"])
+    events = EventsConfig.model_validate(settings["events"])
+    emotion = EmotionConfig.model_validate(settings["emotion"])
     started = time.perf_counter()
-    runner = load_runner(model, engine)
+    runner = load_runner(model, engine, events, emotion)
     loaded = time.perf_counter()
     warm_up(runner, engine.n_slots)
     warm = time.perf_counter()

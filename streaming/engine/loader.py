@@ -13,9 +13,10 @@ from model.moss.checkpoint import load as load_moss
 from model.moss.config import MODEL_TYPE
 from model.moss.window import WindowSettings
 from model.whisper.checkpoint import load_embedded, load_hugging_face
-from streaming.config import EngineConfig, ModelConfig
+from streaming.config import EmotionConfig, EngineConfig, EventsConfig, ModelConfig
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
+from streaming.engine.sounds import load_scorer
 from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
@@ -23,11 +24,14 @@ EMBEDDED = "embedded"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt")
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
+def load_runner(
+    model: ModelConfig, engine: EngineConfig, events: EventsConfig, emotion: EmotionConfig
+) -> Runner:
     """The runner of the configured model, on its device, not yet warm.
 
     Raises:
         CheckpointError: the checkpoint cannot be had or used; the message says why.
+        ConfigError: `events` names a sound that the model does not know.
     """
     if engine.threads:
         torch.set_num_threads(engine.threads)
@@ -43,7 +47,14 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
-    runner = WhisperRunner(checkpoint, engine.n_slots, device=device, dtype=dtype, pads_fully=pads_fully)
+    runner = WhisperRunner(
+        checkpoint,
+        engine.n_slots,
+        device=device,
+        dtype=dtype,
+        pads_fully=pads_fully,
+        sounds=load_scorer(events, engine.n_slots),
+    )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
             f"model.language is {model.language!r}; expected auto or one of "
