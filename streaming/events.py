@@ -36,8 +36,8 @@ class TrackerState(msgspec.Struct):
 
     position: int = 0
     n_events: int = 0
-    sounds: dict[str, Occurrence] = {}  # noqa: RUF012 (msgspec copies it)
-    named: dict[str, Any] = {}  # noqa: RUF012
+    sounds: dict[str, Occurrence] = {}
+    named: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +150,7 @@ class EventTracker:
         item.id = f"e{self._n_events}"
         general = [self._there.pop(other, None) for other in self._kinds[column].ancestors]
         name = self._kinds[column].name
-        started = EventStarted(
-            item.id, name, round(item.score, 3), ms_of(item.start), ms_of(self.position)
-        )
+        started = EventStarted(item.id, name, round(item.score, 3), ms_of(item.start), ms_of(self.position))
         ended = [
             self._ended(other, gone)
             for other, gone in zip(self._kinds[column].ancestors, general, strict=True)

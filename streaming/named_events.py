@@ -33,8 +33,8 @@ class NamedEvent(msgspec.Struct):
 class NamedState(msgspec.Struct):
     """All that is remembered."""
 
-    open: list[NamedEvent] = []  # noqa: RUF012 (msgspec copies it)
-    ended: list[NamedEvent] = []  # noqa: RUF012
+    open: list[NamedEvent] = []
+    ended: list[NamedEvent] = []
 
 
 class NamedEvents:
@@ -81,9 +81,9 @@ class NamedEvents:
                 named.add(item.id)
         over = [item for item in self._open if item.id not in named and item.end <= events.stable_end]
         self._open = [item for item in self._open if item not in over]
-        self._ended = [
-            item for item in [*self._ended, *over] if item.end + TOUCH >= events.window_start
-        ][-MAX_ENDED:]
+        self._ended = [item for item in [*self._ended, *over] if item.end + TOUCH >= events.window_start][
+            -MAX_ENDED:
+        ]
         return [*messages, *(_ended(item, item.end) for item in over)]
 
     def finish(self, end: int) -> list[Message]:

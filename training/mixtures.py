@@ -7,9 +7,10 @@ CC BY and Apache-2.0. What a seed gives is always the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -98,7 +99,9 @@ def load_sources(data: Path, speech_folders: Sequence[str]) -> Sources:
     ]
     other = [row for row in _rows(data / "noise_music/manifest.jsonl") if is_free(row["licence"])]
     music = [_whole(data, row, "music") for row in other if row["label"] == "music"]
-    noise = [_whole(data, row, "noise") for row in other if "noise" in row["label"] or "office" in row["label"]]
+    noise = [
+        _whole(data, row, "noise") for row in other if "noise" in row["label"] or "office" in row["label"]
+    ]
     return Sources(tuple(sounds), tuple(speech), tuple(music), tuple(noise))
 
 
@@ -199,10 +202,11 @@ def _varied(clip: Clip, rng: np.random.Generator) -> Clip:
         audio = soxr.resample(audio, SAMPLE_RATE_HZ * factor, SAMPLE_RATE_HZ).astype(np.float32)
     if rng.random() < 0.5:
         tilt = float(rng.uniform(-0.6, 0.6))
-        audio = audio + tilt * np.concatenate([[0.0], audio[:-1]])
+        delayed = np.concatenate([np.zeros(1, np.float32), audio[:-1]])
+        audio = (audio + tilt * delayed).astype(np.float32)
     length = len(audio) / SAMPLE_RATE_HZ
     segments = tuple((a / factor, min(b / factor, length)) for a, b in clip.segments)
-    return Clip(clip.name, clip.label, audio.astype(np.float32), segments)
+    return Clip(clip.name, clip.label, audio, segments)
 
 
 def _looped(clip: Clip, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -232,22 +236,22 @@ def _room(rng: np.random.Generator) -> Audio:
     return tail.astype(np.float32)
 
 
-def _rows(manifest: Path) -> list[dict[str, str]]:
+def _rows(manifest: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
 
 
-def _segments(row: dict[str, object]) -> tuple[tuple[float, float], ...]:
+def _segments(row: Mapping[str, Any]) -> tuple[tuple[float, float], ...]:
     segments = row["segments"]
-    assert isinstance(segments, list) and segments, row
+    assert segments, row
     return tuple((float(a), float(b)) for a, b in segments)
 
 
-def _whole(data: Path, row: dict[str, str], label: str) -> Clip:
+def _whole(data: Path, row: Mapping[str, Any], label: str) -> Clip:
     audio = read_audio(data / row["path"])
     return Clip(stem(row["path"]), label, audio, ((0.0, len(audio) / SAMPLE_RATE_HZ),))
 
 
-def _speech(data: Path, row: dict[str, str]) -> Clip:
+def _speech(data: Path, row: Mapping[str, Any]) -> Clip:
     """An utterance, from where it is first within 35 dB of its loudest part to where it last is."""
     audio = read_audio(data / row["path"])
     n = 320

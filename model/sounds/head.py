@@ -120,7 +120,9 @@ class SoundHead:
         if n <= 0:
             return np.empty((0, len(self.thresholds)), np.float32)
         values = torch.from_numpy(embeddings).double() @ self._matrix * self._scale + self._bias  # [T, H + n]
-        logits = values[:, self._n_features :].unfold(0, AROUND, 1).mean(-1)[CONTEXT - AROUND :]  # [n, n_names]
+        logits = (
+            values[:, self._n_features :].unfold(0, AROUND, 1).mean(-1)[CONTEXT - AROUND :]
+        )  # [n, n_names]
         if self._to:
             logits[:, self._to] = self._trained(values[:, : self._n_features].relu(), n)[:, self._from]
         return logits.sigmoid().float().numpy()

@@ -59,4 +59,5 @@ def cell(samples: Tensor) -> Tensor:
     assert samples.shape == (CELL_AUDIO,), samples.shape
     frames = samples.unfold(0, WINDOW, HOP) * _window()  # [8, 400]
     magnitude = torch.fft.rfft(frames, N_FFT).abs()  # [8, 257]
-    return (magnitude @ mel_filters() + LOG_OFFSET).log()
+    log_mel: Tensor = (magnitude @ mel_filters() + LOG_OFFSET).log()
+    return log_mel

@@ -143,10 +143,10 @@ def _classifier(values: dict[str, NDArray[np.generic]]) -> Classifier:
     """The last layer as whole numbers, so that its sums are exact in float64 in any order."""
     scale = float(values["model.classifier.weight_scale"])
     zero = int(values["model.classifier.weight_zero_point"])
-    info = np.iinfo(values["model.classifier.weight_zero_point"].dtype)
-    weight = np.clip(np.rint(values["model.classifier.weight"] / scale) + zero, info.min, info.max) - zero
+    weight = np.rint(values["model.classifier.weight"].astype(np.float64) / scale) + zero
+    weight = weight.clip(-128, 127) - zero  # as the graph quantises it
     return Classifier(
-        weight=torch.from_numpy(weight.astype(np.float64)),
+        weight=torch.from_numpy(weight),
         scale=scale * float(values[f"{_EMBEDDING}_scale"]),
         bias=torch.from_numpy(values["model.classifier.bias"].astype(np.float64)),
     )

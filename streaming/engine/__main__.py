@@ -29,7 +29,7 @@ from streaming.config import (
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Runner
-from streaming.engine.scheduler import Scheduler
+from streaming.engine.scheduler import Listening, Scheduler
 from streaming.protocol import SAMPLE_RATE_HZ
 
 logger = logging.getLogger("streaming.engine")
@@ -178,15 +178,17 @@ def _serve(pipe: Pipe) -> None:
     loaded = time.perf_counter()
     warm_up(runner, engine.n_slots)
     warm = time.perf_counter()
+    capabilities = runner.capabilities
+    tick = engine.tick_ms * SAMPLE_RATE_HZ // 1000
     scheduler = Scheduler(
         transcript,
         n_slots=engine.n_slots,
-        tick=engine.tick_ms * SAMPLE_RATE_HZ // 1000,
+        tick=tick,
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
-        longest_window_s=runner.capabilities.max_window_s,
+        longest_window_s=capabilities.max_window_s,
+        listening=Listening.to(capabilities, events, emotion, tick),
     )
-    capabilities = runner.capabilities
     pipe.send(
         messages.Ready(
             model=capabilities.model,
@@ -195,6 +197,7 @@ def _serve(pipe: Pipe) -> None:
             n_slots=engine.n_slots,
             load_s=loaded - started,
             warm_up_s=warm - loaded,
+            sounds=tuple(messages.Sound(s.name, s.parent, s.threshold) for s in capabilities.sounds),
         )
     )
     Engine(pipe, scheduler, runner).run()

@@ -148,7 +148,7 @@ class WhisperRunner:
             self._sounds.reset(slots)
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Take all new audio and score its sounds, then answer every fork: one encode and one decode loop per batch."""
+        """Take all new audio, score its sounds, answer every fork: one encode and one decode loop a batch."""
         due = []
         for step in plan.slots:
             slot = self._slots[step.slot_idx]
