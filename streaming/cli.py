@@ -33,7 +33,7 @@ def serve(path: Path | None, host: str | None, port: int | None, model: str | No
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=LOG_FORMAT)
     logging.getLogger("websockets").setLevel(logging.WARNING)  # else three lines per connection
     try:
-        config = _override(_find_config(path), host, port, model)
+        config = _override(find_config(path), host, port, model)
     except ConfigError as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)
@@ -49,8 +49,8 @@ def serve(path: Path | None, host: str | None, port: int | None, model: str | No
         sys.exit(1)
 
 
-def _find_config(path: Path | None) -> Config:
-    """The configuration that the command line, the environment or the folder names.
+def find_config(path: Path | None) -> Config:
+    """The configuration that `path`, the environment or the folder names.
 
     Raises:
         ConfigError: the file cannot be used.

@@ -5,6 +5,7 @@ Components receive their own section, never the whole.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,45 @@ class ModelConfig(_Section):
     short_context: bool = True
 
 
+class MossConfig(_Section):
+    """What MOSS-Audio keeps of each stream, and how long it may answer; other models have no use for it."""
+
+    window_s: Annotated[float, Field(ge=4, le=600)] = 32.0
+    evict_blocks: Annotated[int, Field(ge=1, le=150)] = 1
+    markers: Literal["absolute", "restart"] = "absolute"
+    prefix: Literal["follows", "stays"] = "follows"
+    max_position: Annotated[int, Field(ge=512, le=1_000_000)] = 8192
+    scratch_tokens: Annotated[int, Field(ge=256, le=32_768)] = 1024
+    answer_tokens: Annotated[int, Field(ge=16, le=8192)] = 512
+    thought_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
+
+    @property
+    def n_blocks(self) -> int:
+        """The window in whole blocks of 4 s."""
+        return math.ceil(self.window_s / 4)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MossConfig:
+        if self.evict_blocks > self.n_blocks:
+            raise ValueError(
+                f"evict_blocks is {self.evict_blocks}; expected at most {self.n_blocks}, "
+                "the blocks of window_s"
+            )
+        # 64 tokens are the most a block takes with its markers; a prompt takes about 30.
+        least = 64 * (self.n_blocks + 1) + self.scratch_tokens + 64
+        if self.max_position < least:
+            raise ValueError(
+                f"max_position is {self.max_position}; expected at least {least}, "
+                "for the blocks of window_s, the growing one, and scratch_tokens"
+            )
+        if self.answer_tokens > self.scratch_tokens:
+            raise ValueError(
+                f"answer_tokens is {self.answer_tokens}; expected at most {self.scratch_tokens}, "
+                "the scratch_tokens"
+            )
+        return self
+
+
 class EngineConfig(_Section):
     """The engine process and its ticks."""
 
@@ -127,17 +167,23 @@ class LogConfig(_Section):
     closed_streams: Annotated[int, Field(ge=0, le=100_000)] = 100
 
 
-class Config(_Section):
+class EngineSettings(_Section):
+    """The sections that the engine process reads."""
+
+    model: ModelConfig = ModelConfig()
+    moss: MossConfig = MossConfig()
+    engine: EngineConfig = EngineConfig()
+    transcript: TranscriptConfig = TranscriptConfig()
+    events: EventsConfig = EventsConfig()
+    emotion: EmotionConfig = EmotionConfig()
+
+
+class Config(EngineSettings):
     """The whole file."""
 
     server: ServerConfig = ServerConfig()
     ingest: IngestConfig = IngestConfig()
     vad: VadConfig = VadConfig()
-    model: ModelConfig = ModelConfig()
-    engine: EngineConfig = EngineConfig()
-    transcript: TranscriptConfig = TranscriptConfig()
-    events: EventsConfig = EventsConfig()
-    emotion: EmotionConfig = EmotionConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -8,20 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import json
 import logging
 import os
 import random
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from streaming.config import Config, EngineConfig
+from streaming.config import Config, EngineConfig, EngineSettings
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost
 
@@ -244,10 +243,7 @@ class EngineClient:
 
 def engine_settings(config: Config) -> bytes:
     """The first frame an engine reads: JSON of the sections that concern it."""
-    sections: Mapping[str, Any] = config.model_dump(
-        mode="json", include={"model", "engine", "transcript", "events", "emotion"}
-    )
-    return json.dumps(sections).encode()
+    return config.model_dump_json(include=set(EngineSettings.model_fields)).encode()
 
 
 class _Frames:

@@ -20,6 +20,11 @@ from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, parse
         ("[server]\nport = 70000", "server.port"),
         ("[engine]\ntick_ms = 100", "multiple of 80"),
         ("[ingest]\nring_s = 45\nmax_ahead_s = 60", "ingest.ring_s"),
+        ("[moss]\nwindow_s = 3.0", "moss.window_s"),
+        ("[moss]\nwindow_s = 8.0\nevict_blocks = 3", "moss: .*evict_blocks is 3; expected at most 2"),
+        ("[moss]\nwindow_s = 600.0", "moss: .*max_position is 8192; expected at least 10752"),
+        ("[moss]\nanswer_tokens = 2000", "moss: .*answer_tokens is 2000; expected at most 1024"),
+        ('[moss]\nmarkers = "none"', "moss.markers"),
         ("[server", "no TOML"),
     ],
 )

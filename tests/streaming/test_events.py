@@ -68,7 +68,11 @@ def test_a_short_gap_is_part_of_the_event() -> None:
     assert len(one.push(rows([*on, *off * 3, *on]))) == 1
     assert said(one.finish(9 * SOUND_FRAME)) == [("ended", "Music", 0, 720)]
     two = tracker()
-    assert [kind for kind, *_ in said(two.push(rows([*on, *off * 4, *on])))] == ["started", "ended", "started"]
+    assert [kind for kind, *_ in said(two.push(rows([*on, *off * 4, *on])))] == [
+        "started",
+        "ended",
+        "started",
+    ]
 
 
 def test_what_is_too_short_is_nothing() -> None:
@@ -145,9 +149,7 @@ def test_a_gap_in_the_rows_ends_what_was_there() -> None:
 
 
 @settings(max_examples=50)
-@given(
-    seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 79), max_size=5), max_open=st.integers(1, 3)
-)
+@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 79), max_size=5), max_open=st.integers(1, 3))
 def test_cuts_and_a_restart_of_the_server_change_nothing(seed: int, cuts: list[int], max_open: int) -> None:
     """Pushed in any pieces, through JSON between them, the messages are the same, and all in pairs."""
     scores = np.random.default_rng(seed).beta(0.4, 0.4, (80, 3))

@@ -39,9 +39,7 @@ def step(slot_idx: int, owner: int, audio: Pcm, start: int, end: int) -> SlotSte
     return SlotStep(slot_idx, owner, start, audio[start:end], ())
 
 
-def test_labels_are_in_the_models_order_with_the_nearest_parent(
-    yamnet: Yamnet, weights: HeadWeights
-) -> None:
+def test_labels_are_in_the_models_order_with_the_nearest_parent(yamnet: Yamnet, weights: HeadWeights) -> None:
     """A parent that was not picked is passed over; one that was not picked at all is none."""
     config = EventsConfig(labels=["Music", "Bark", "Animal", "Speech"])
     labels = SoundScorer(yamnet, weights, config, 1).labels
@@ -88,7 +86,7 @@ def test_an_unknown_label_is_an_error_with_near_ones(
 
 
 def test_a_slot_does_not_hear_its_neighbours(yamnet: Yamnet, weights: HeadWeights) -> None:
-    """Two streams in one batch, cut differently, give the rows each has alone; a step without rows is empty."""
+    """Two streams in one batch, cut differently, give the rows that each has alone."""
     config = EventsConfig(labels="meeting")
     audio = [noise(1, 4.0), noise(2, 3.0)]
     alone = []
