@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from streaming.cli import find_config
+from streaming.cli import config_path, find_config
 from streaming.config import ConfigError, with_overrides
 
 
@@ -56,7 +56,7 @@ def inspect(
         for section, keys in given.items()
     }
     try:
-        found = describe(with_overrides(find_config(path), overrides))
+        found = describe(with_overrides(find_config(path or config_path()), overrides))
     except (ConfigError, CheckpointError) as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)

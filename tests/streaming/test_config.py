@@ -54,8 +54,8 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 def test_overrides_are_checked_like_the_file() -> None:
     """And leave the rest alone."""
-    config = with_overrides(parse_config("[server]\nport = 1"), {"server": {"host": "0.0.0.0"}, "model": {}})
-    assert (config.server.host, config.server.port) == ("0.0.0.0", 1)
+    config = with_overrides(parse_config("[server]\nport = 1"), {"server": {"host": "::1"}, "model": {}})
+    assert (config.server.host, config.server.port) == ("::1", 1)
     with pytest.raises(ConfigError, match=r"command line: server\.port"):
         with_overrides(config, {"server": {"port": -1}})
 
