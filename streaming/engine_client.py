@@ -244,7 +244,9 @@ class EngineClient:
 
 def engine_settings(config: Config) -> bytes:
     """The first frame an engine reads: JSON of the sections that concern it."""
-    sections: Mapping[str, Any] = config.model_dump(mode="json", include={"model", "engine", "transcript"})
+    sections: Mapping[str, Any] = config.model_dump(
+        mode="json", include={"model", "engine", "transcript", "events", "emotion"}
+    )
     return json.dumps(sections).encode()
 
 

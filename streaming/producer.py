@@ -48,6 +48,7 @@ class ProducerLimits:
     server: ServerConfig
     ack_interval_s: float
     languages: tuple[str, ...]  # codes the model can be set to
+    tasks: tuple[str, ...]  # what the model does
 
 
 class Producer:
@@ -156,6 +157,8 @@ class Producer:
                     await self._session.flush(flush_id)
                 case SessionUpdate():
                     self._update(message)
+                case Ask() if "answer" in self._limits.tasks:
+                    self._session.ask(message)
                 case Ask():
                     self.tell(Error("unsupported", "the loaded model answers no questions", fatal=False))
 

@@ -65,6 +65,7 @@ ErrorCode = Literal[
     "bad_audio",  # bytes that cannot be samples of the declared format
     "unknown_stream",  # a subscription names a stream the server does not know
     "unsupported",  # understood, but the loaded model cannot do it
+    "busy",  # too many questions of this stream wait for their answers
     "engine_lost",  # the engine died; it is being restarted or could not be
     "internal",  # a fault of the server's, logged there
 ]

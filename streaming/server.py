@@ -235,7 +235,9 @@ class Server:
         self._log.open(name)
         ready = self._engine.ready
         assert ready is not None
-        limits = ProducerLimits(self._config.server, self._config.ingest.ack_interval_s, ready.languages)
+        limits = ProducerLimits(
+            self._config.server, self._config.ingest.ack_interval_s, ready.languages, ready.tasks
+        )
         with self._hub.subscription() as reader:
             self._hub.subscribe(reader, Subscribe((name,)))
             session = Session(

@@ -26,6 +26,9 @@ from streaming.ingest import AudioFormat, Ingest
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ack,
+    AnswerDelta,
+    AnswerFinal,
+    Ask,
     Degraded,
     Error,
     Flushed,
@@ -46,6 +49,7 @@ SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
 SLICE_S = 0.5  # a longer binary frame is worked on in slices, so that other streams get their turn
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
+MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
 
 FromEngine = messages.Result | messages.Progress | messages.Skipped  # of one stream
 
@@ -63,7 +67,7 @@ class _PendingMark:
     """A mark that the engine has not answered; it is sent again to the next engine."""
 
     mark: Mark
-    flush_id: str | None = None  # None: not a client's flush
+    client_id: str | None = None  # of the client's flush or question; None: not a client's
     is_announced: bool = False
 
 
@@ -161,6 +165,17 @@ class Session:
         await self._push(self._ingest.flush())
         self.acknowledge()
         self._mark_flush(flush_id)
+
+    def ask(self, ask: Ask) -> None:
+        """Answer a question about the last audio fed; refused while too many wait."""
+        if sum(pending.mark.kind == "ask" for pending in self._pending) >= MAX_QUESTIONS:
+            text = f"ask {ask.id!r}: {MAX_QUESTIONS} questions wait for their answers"
+            self._outlets.tell(Error("busy", text, fatal=False))
+            return
+        at = self._ring.end
+        since = max(0, at - ask.last_ms * SAMPLE_RATE_HZ // 1000)
+        self._pending.append(_PendingMark(Mark("ask", at, since, ask.question), ask.id))
+        self._pump()
 
     def set_language(self, language: str | None) -> None:
         """Decode in this language, or detect it, beginning with the audio that is sent next."""
@@ -341,7 +356,7 @@ class Session:
         if self._language_from is None:
             self._settled_language = result.settled_language
         answered: _PendingMark | None = None
-        if result.kind != "tick":
+        if result.kind not in ("tick", "sound"):
             answered = self._answered(result)
             if answered.mark.kind == "stopped":
                 self._speech_edge = None
@@ -350,9 +365,21 @@ class Session:
         applied = self._timeline.apply(result)
         self._engine.send(messages.Commit(self._number, result.point, result.kind, applied.n_committed))
         self._publish(applied.messages)
-        if answered is not None and answered.flush_id is not None:
-            self._outlets.publish(Flushed(answered.flush_id, ms_of(answered.mark.at)))
+        if answered is not None and answered.client_id is not None:
+            self._reply(answered.client_id, answered.mark, result)
         self._announce()
+
+    def _reply(self, client_id: str, mark: Mark, result: messages.Result) -> None:
+        """Tell a client that its flush is done, or what the model answered."""
+        if mark.kind == "flush":
+            self._outlets.publish(Flushed(client_id, ms_of(mark.at)))
+            return
+        if result.answer is None:
+            raise EngineFault(f"stream {self.name}: a question at {mark.at} without an answer")
+        answer = result.answer
+        if answer.text:
+            self._outlets.publish(AnswerDelta(client_id, answer.text))
+        self._outlets.publish(AnswerFinal(client_id, answer.text, ms_of(answer.start), ms_of(answer.end)))
 
     def _answered(self, result: messages.Result) -> _PendingMark:
         """Take off the mark that this result answers."""

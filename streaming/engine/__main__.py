@@ -18,11 +18,11 @@ import time
 import msgspec
 
 from model.errors import CheckpointError
-from streaming.config import EngineConfig, ModelConfig, TranscriptConfig
+from streaming.config import EmotionConfig, EngineConfig, EventsConfig, ModelConfig, TranscriptConfig
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Runner
-from streaming.engine.scheduler import Scheduler
+from streaming.engine.scheduler import Listening, Scheduler
 from streaming.protocol import SAMPLE_RATE_HZ
 
 logger = logging.getLogger("streaming.engine")
@@ -164,20 +164,24 @@ def _serve(pipe: Pipe) -> None:
     model = ModelConfig.model_validate(settings["model"])
     engine = EngineConfig.model_validate(settings["engine"])
     transcript = TranscriptConfig.model_validate(settings["transcript"])
+    events = EventsConfig.model_validate(settings["events"])
+    emotion = EmotionConfig.model_validate(settings["emotion"])
     started = time.perf_counter()
     runner = load_runner(model, engine)
     loaded = time.perf_counter()
     warm_up(runner, engine.n_slots)
     warm = time.perf_counter()
+    capabilities = runner.capabilities
+    tick = engine.tick_ms * SAMPLE_RATE_HZ // 1000
     scheduler = Scheduler(
         transcript,
         n_slots=engine.n_slots,
-        tick=engine.tick_ms * SAMPLE_RATE_HZ // 1000,
+        tick=tick,
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
-        longest_window_s=runner.capabilities.max_window_s,
+        longest_window_s=capabilities.max_window_s,
+        listening=Listening.to(capabilities, events, emotion, tick),
     )
-    capabilities = runner.capabilities
     pipe.send(
         messages.Ready(
             model=capabilities.model,
@@ -186,6 +190,7 @@ def _serve(pipe: Pipe) -> None:
             n_slots=engine.n_slots,
             load_s=loaded - started,
             warm_up_s=warm - loaded,
+            sounds=tuple(messages.Sound(s.name, s.parent, s.threshold) for s in capabilities.sounds),
         )
     )
     Engine(pipe, scheduler, runner).run()

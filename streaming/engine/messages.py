@@ -179,7 +179,6 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     start: int  # the audio it is about
     end: int
     text: str
-    is_whole: bool
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):

@@ -95,6 +95,7 @@ class MossRunner:
             languages=(),  # it hears which one it is, and cannot be told
             max_window_s=float(window.n_blocks * self._cache.block_s),
             min_tick_s=SAMPLES_PER_TOKEN / SAMPLE_RATE_HZ,
+            events_every_s=2.56,  # an answer of some lines each time
         )
 
     def reset(self, slots: Sequence[int]) -> None:
