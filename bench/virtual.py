@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.config import Config
+from streaming.emotion import EmotionTracker
 from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result
 from streaming.engine.plan import Runner
 from streaming.engine.scheduler import Listening, Scheduler
@@ -49,7 +50,7 @@ class _Stream:
         self.audio = audio
         self.sent = 0
         self.vad = Vad(config.vad)
-        self.timeline = Timeline(config.transcript)
+        self.timeline = Timeline(config.transcript, voice=EmotionTracker(config.emotion))
         self.arrivals: list[tuple[float, Message]] = []
         self.flushed_s: float | None = None
 

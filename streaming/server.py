@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from streaming.config import Config
+from streaming.emotion import EmotionTracker
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
 from streaming.hub import Hub
@@ -247,7 +248,7 @@ class Server:
                 admission.language,
                 ingest=self._config.ingest,
                 vad=self._config.vad,
-                timeline=Timeline(self._config.transcript),
+                timeline=Timeline(self._config.transcript, voice=EmotionTracker(self._config.emotion)),
                 engine=self._engine,
                 outlets=Outlets(
                     publish=lambda message: self._publish(name, message),

@@ -66,8 +66,8 @@ class VoiceTracker(Protocol):
     def push(self, emotion: Emotion) -> list[Message]:
         """Take what a window sounds like."""
 
-    def final(self, start: int, end: int) -> list[Message]:
-        """A segment from `start` to `end` was closed: what it sounded like."""
+    def final(self, start_ms: int, end_ms: int) -> list[Message]:
+        """A segment was closed: what it sounded like."""
 
 
 class Timeline:

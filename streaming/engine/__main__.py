@@ -167,7 +167,7 @@ def _serve(pipe: Pipe) -> None:
     events = EventsConfig.model_validate(settings["events"])
     emotion = EmotionConfig.model_validate(settings["emotion"])
     started = time.perf_counter()
-    runner = load_runner(model, engine)
+    runner = load_runner(model, engine, events, emotion)
     loaded = time.perf_counter()
     warm_up(runner, engine.n_slots)
     warm = time.perf_counter()

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import model as model_package
+from model.emotion import EmotionHead, load_head
 from model.errors import CheckpointError
 from model.moss.checkpoint import load as load_moss
 from model.moss.config import MODEL_TYPE
 from model.moss.window import WindowSettings
-from model.whisper.checkpoint import load_embedded, load_hugging_face
-from streaming.config import EngineConfig, ModelConfig
+from model.whisper.checkpoint import EMBEDDED_SHA256, Checkpoint, load_embedded, load_hugging_face
+from streaming.config import EmotionConfig, EngineConfig, EventsConfig, ModelConfig
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
 from streaming.engine.whisper_runner import WhisperRunner
@@ -21,10 +23,13 @@ from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt")
+EMOTION_WEIGHTS = Path(model_package.__file__).parent / "weights" / "emotion.safetensors"
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
-    """The runner of the configured model, on its device, not yet warm.
+def load_runner(
+    model: ModelConfig, engine: EngineConfig, events: EventsConfig, emotion: EmotionConfig
+) -> Runner:
+    """The runner of the configured model, on its device, not yet warm. What is disabled is not loaded.
 
     Raises:
         CheckpointError: the checkpoint cannot be had or used; the message says why.
@@ -43,13 +48,30 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
-    runner = WhisperRunner(checkpoint, engine.n_slots, device=device, dtype=dtype, pads_fully=pads_fully)
+    runner = WhisperRunner(
+        checkpoint,
+        engine.n_slots,
+        device=device,
+        dtype=dtype,
+        pads_fully=pads_fully,
+        emotion=embedded_emotion(checkpoint) if model.name == EMBEDDED and emotion.enabled else None,
+    )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
             f"model.language is {model.language!r}; expected auto or one of "
             + ", ".join(runner.capabilities.languages)
         )
     return runner
+
+
+def embedded_emotion(checkpoint: Checkpoint, path: Path | None = None) -> EmotionHead:
+    """The emotion head of the embedded model: the one that ships, or another of the same encoder.
+
+    Raises:
+        CheckpointError: it is missing, or the head of another encoder.
+    """
+    config = checkpoint.model.config
+    return load_head(path or EMOTION_WEIGHTS, EMBEDDED_SHA256, config.n_encoder_layers + 1, config.width)
 
 
 def _moss_runner(
