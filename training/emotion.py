@@ -185,7 +185,7 @@ def fit(
     def loss() -> Tensor:
         optimiser.zero_grad()
         errors = torch.nn.functional.cross_entropy(inside @ w.T + b, y, reduction="none")
-        total = (errors * weight).sum() + l2 * w.square().sum() / 2
+        total: Tensor = (errors * weight).sum() + l2 * w.square().sum() / 2
         total.backward()
         return total
 
@@ -200,7 +200,8 @@ def _basis(x: Tensor) -> Tensor:
     some = x[::step][:N_BASIS]
     values, vectors = torch.linalg.eigh((some @ some.T).double())
     kept = values > values[-1] * 1e-6
-    return some.T @ (vectors[:, kept] / values[kept].sqrt()).float()
+    basis: Tensor = some.T @ (vectors[:, kept] / values[kept].sqrt()).float()
+    return basis
 
 
 def _cooled(head: EmotionHead, temperature: float) -> EmotionHead:

@@ -83,7 +83,12 @@ def measure(scored: Scored) -> Report:
     ticks = clean & (about.corpus == "ravdess") & ~about.is_stop
     tick_uar = recalls(about.label[ticks], scored.probabilities[ticks], labels, 0).uar
     read = said(scored.probabilities[about.corpus == "read"], labels)
-    both = recalls(*(np.concatenate(pair) for pair in zip(*scores.values(), strict=True)), labels, 0)
+    both = recalls(
+        np.concatenate([truth for truth, _ in scores.values()]),
+        np.concatenate([averaged for _, averaged in scores.values()]),
+        labels,
+        0,
+    )
     return Report(
         Summary(
             ravdess_uar=reports["ravdess"].uar,
