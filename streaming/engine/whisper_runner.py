@@ -17,7 +17,8 @@ from torch import Tensor
 from model.mel import HOP, SILENCE, StreamingMel, normalise
 from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded, Decoder, DecodeRequest
-from model.whisper.modeling import FRAMES_PER_POSITION, Padding
+from model.whisper.modeling import FRAMES_PER_POSITION
+from model.whisper.padding import Padding
 from model.whisper.tokens import Vocabulary, is_punctuation, split_words
 from streaming.engine.plan import (
     Capabilities,
@@ -32,8 +33,8 @@ from streaming.engine.plan import (
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
-GUARD_POSITIONS = 10  # silence computed behind the audio before remembered padding takes over, 0.2 s
-PADDING_LEVEL = -0.6  # normalised log-mel of silence; -1.2 to -0.3 give the same word error rate
+GUARD_POSITIONS = 25  # silence computed behind the audio before remembered padding takes over, 0.5 s
+PADDING_LEVEL = -0.8  # normalised log-mel of silence
 MAX_CONTEXT_TOKENS = 100
 MAX_BATCH = 16  # windows encoded at once; more would only take more memory
 
