@@ -1,4 +1,4 @@
-"""Two encoders over the same audio, side by side: what each says, and where they differ.
+"""Encoders over the same audio, side by side: what each says, and where they differ.
 
 One remembers its padding and encodes what was heard, the other pads every window to 30 s and is the
 reference. Knows what a manifest's lines are to be used for; knows neither command lines nor reports.
@@ -23,12 +23,14 @@ from streaming.config import Config, EngineConfig, ModelConfig
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Fork, HeardWord, Pcm, Runner, SlotStep, StepPlan
 from streaming.engine.scheduler import EXTRA_TOKENS
+from streaming.engine.whisper_runner import GUARD_POSITIONS
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words
 
 ENGLISH = "en"
 LONGEST_S = 28.0  # of one window; a longer clip is heard in pieces
 GRID = 320  # samples; windows begin on the encoder's grid
+TIGHT_POSITIONS = 10  # of 20 ms, behind a clip: the 0.2 s of issue 4
 LAST_S = 1.0  # of a window cut off in mid-word, in which words may differ
 SoundKind = Literal["silence", "noise", "music"]
 
@@ -60,12 +62,10 @@ class Window:
 class Ears:
     """One encoder, asked as the engine asks it: the same forks, budgets and prompts."""
 
-    def __init__(self, config: Config, *, pads_fully: bool) -> None:
-        self.config = config.model_copy(
-            update={"model": config.model.model_copy(update={"short_context": not pads_fully})}
-        )
-        self.runner: Runner = load_runner(self.config.model, self.config.engine)
-        warm_up(self.runner, 1)
+    def __init__(self, runner: Runner, config: Config) -> None:
+        """Ask `runner`, which has a slot at least, with the settings of `config`."""
+        self.runner, self.config = runner, config
+        self._longest_s = min(LONGEST_S, runner.capabilities.max_window_s)
 
     def hear(self, pcm: Pcm, language: str | None, prefix: Sequence[str] = ()) -> tuple[HeardWord, ...]:
         """The words of one window after `prefix`, with their times in samples from its start."""
@@ -78,22 +78,37 @@ class Ears:
     def hear_all(self, pcm: Pcm, language: str | None) -> tuple[HeardWord, ...]:
         """The words of audio of any length, heard piece by piece."""
         words: list[HeardWord] = []
-        for start, piece in pieces(pcm):
+        for start, piece in pieces(pcm, self._longest_s):
             words += [
                 HeardWord(w.text, w.start + start, w.end + start, w.score) for w in self.hear(piece, language)
             ]
         return tuple(words)
 
 
-def both(threads: int, dtype: str) -> tuple[Ears, Ears]:
-    """The encoder that remembers its padding, and the one that pads.
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """The same weights three times."""
+
+    short: Ears  # as the engine has it
+    tight: Ears  # with 0.2 s computed behind the audio, not a second
+    padded: Ears  # every window padded to 30 s: the reference
+
+
+def load_encoders(threads: int, dtype: str) -> Encoders:
+    """The embedded weights, warm.
 
     Raises:
-        CheckpointError: the embedded weights cannot be had.
+        CheckpointError: the weights cannot be had.
     """
-    model = ModelConfig.model_validate({"dtype": dtype})
-    config = Config(model=model, engine=EngineConfig(n_slots=1, threads=threads, shed_after_s=0.0))
-    return Ears(config, pads_fully=False), Ears(config, pads_fully=True)
+    engine = EngineConfig(n_slots=1, threads=threads, shed_after_s=0.0)
+    short = ModelConfig.model_validate({"dtype": dtype})
+    padded = short.model_copy(update={"short_context": False})
+    ears = []
+    for model, guard in ((short, GUARD_POSITIONS), (short, TIGHT_POSITIONS), (padded, GUARD_POSITIONS)):
+        runner = load_runner(model, engine, guard_positions=guard)
+        warm_up(runner, 1)
+        ears.append(Ears(runner, Config(model=model, engine=engine)))
+    return Encoders(*ears)
 
 
 def load_lines(manifest: Path, root: Path, path_part: str) -> tuple[list[Line], list[Sound]]:
@@ -147,7 +162,7 @@ def subset(lines: Sequence[Line], n: int, seed: int) -> list[Line]:
     return [lines[i] for i in sorted(picked)]
 
 
-def pieces(pcm: Pcm, longest_s: float = LONGEST_S) -> list[tuple[int, Pcm]]:
+def pieces(pcm: Pcm, longest_s: float) -> list[tuple[int, Pcm]]:
     """Audio in pieces of at most `longest_s` with where each begins, cut where it is quietest."""
     longest, step = int(longest_s * SAMPLE_RATE_HZ), SAMPLE_RATE_HZ // 10
     cuts = [0]

@@ -16,15 +16,22 @@ from model.whisper.checkpoint import load_embedded, load_hugging_face
 from streaming.config import EngineConfig, ModelConfig
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
-from streaming.engine.whisper_runner import WhisperRunner
+from streaming.engine.whisper_runner import GUARD_POSITIONS, WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt")
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
+def load_runner(
+    model: ModelConfig, engine: EngineConfig, *, guard_positions: int = GUARD_POSITIONS
+) -> Runner:
     """The runner of the configured model, on its device, not yet warm.
+
+    Args:
+        model: Which checkpoint, where, in which arithmetic.
+        engine: How many slots and threads.
+        guard_positions: As `WhisperRunner` takes it; for measuring.
 
     Raises:
         CheckpointError: the checkpoint cannot be had or used; the message says why.
@@ -43,7 +50,14 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
-    runner = WhisperRunner(checkpoint, engine.n_slots, device=device, dtype=dtype, pads_fully=pads_fully)
+    runner = WhisperRunner(
+        checkpoint,
+        engine.n_slots,
+        device=device,
+        dtype=dtype,
+        pads_fully=pads_fully,
+        guard_positions=guard_positions,
+    )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
             f"model.language is {model.language!r}; expected auto or one of "

@@ -33,7 +33,7 @@ from streaming.engine.plan import (
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
-GUARD_POSITIONS = 25  # silence computed behind the audio before remembered padding takes over, 0.5 s
+GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
 PADDING_LEVEL = -0.8  # normalised log-mel of silence
 MAX_CONTEXT_TOKENS = 100
 MAX_BATCH = 16  # windows encoded at once; more would only take more memory
@@ -110,6 +110,7 @@ class WhisperRunner:
         device: torch.device,
         dtype: torch.dtype,
         pads_fully: bool,
+        guard_positions: int = GUARD_POSITIONS,
     ) -> None:
         """Move the model to its device.
 
@@ -119,11 +120,13 @@ class WhisperRunner:
             device: Where to run.
             dtype: Arithmetic of the model; mel and alignment stay float32.
             pads_fully: Encode 30 s each time instead of remembering what padding becomes.
+            guard_positions: Silence computed behind the audio before remembered padding takes over.
         """
         self._model = checkpoint.model.to(device=device, dtype=dtype)
         self._vocabulary = Vocabulary(checkpoint.tokenizer)
         self._decoder = Decoder(self._model, self._vocabulary)
         self._device, self._dtype = device, dtype
+        self._guard_positions = guard_positions
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
         self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
@@ -188,7 +191,7 @@ class WhisperRunner:
         """One encode and one decode loop over windows [T, M] of different lengths."""
         config = self._model.config
         requests = [item.request for item in due]
-        n_heard = [min(r.n_positions + GUARD_POSITIONS, config.n_audio_positions) for r in requests]
+        n_heard = [min(r.n_positions + self._guard_positions, config.n_audio_positions) for r in requests]
         n_frames = config.n_frames
         if self._padding is not None:
             # One position more: the convolutions of the longest window too must see silence behind it,
