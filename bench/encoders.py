@@ -105,9 +105,10 @@ def load_encoders(threads: int, dtype: str) -> Encoders:
     padded = short.model_copy(update={"short_context": False})
     ears = []
     for model, guard in ((short, GUARD_POSITIONS), (short, TIGHT_POSITIONS), (padded, GUARD_POSITIONS)):
-        runner = load_runner(model, engine, guard_positions=guard)
+        config = Config(model=model, engine=engine)
+        runner = load_runner(config, guard_positions=guard)
         warm_up(runner, 1)
-        ears.append(Ears(runner, Config(model=model, engine=engine)))
+        ears.append(Ears(runner, config))
     return Encoders(*ears)
 
 

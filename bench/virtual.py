@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from streaming.config import Config
 from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result
 from streaming.engine.plan import Runner
-from streaming.engine.scheduler import Scheduler
+from streaming.engine.scheduler import Listening, Scheduler
 from streaming.protocol import SAMPLE_RATE_HZ, Flushed, Message, ms_of
 from streaming.timeline import Timeline
 from streaming.vad import Vad
@@ -98,13 +98,15 @@ def run(
         speed: How many times faster than measured a step counts; for what-if runs.
     """
     now_s = 0.0
+    tick = config.engine.tick_ms * SAMPLE_RATE_HZ // 1000
     scheduler = Scheduler(
         config.transcript,
         n_slots=len(audio),
-        tick=config.engine.tick_ms * SAMPLE_RATE_HZ // 1000,
+        tick=tick,
         shed_after_s=config.engine.shed_after_s,
         clock=lambda: now_s,
         longest_window_s=runner.capabilities.max_window_s,
+        listening=Listening.to(runner.capabilities, config.events, config.emotion, tick),
     )
     streams = [_Stream(number, pcm, config) for number, pcm in enumerate(audio)]
     for stream in streams:

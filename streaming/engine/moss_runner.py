@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from model.moss.checkpoint import Checkpoint
+from model.moss.decode import CudaGraphs
 from model.moss.encoder import Block
-from model.moss.fork import Answer, Question, ask
+from model.moss.fork import CLOSE_THOUGHT, Answer, Question, ask
 from model.moss.hearing import Ear
 from model.moss.parse import (
     Sentence,
@@ -78,8 +79,27 @@ class _Due:
 class MossRunner:
     """One MOSS-Audio checkpoint on one device, serving `n_slots` live streams."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, n_slots: int, window: WindowSettings) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        n_slots: int,
+        window: WindowSettings,
+        *,
+        max_answer_tokens: int = 512,
+        max_thought_tokens: int | None = 128,
+    ) -> None:
         """Allocate the cache of all slots; the model stays where it is.
+
+        On CUDA the decode steps are captured as graphs here, before there is anything to disturb.
+
+        Args:
+            checkpoint: The model and what is needed to talk to it.
+            name: What to call it.
+            n_slots: Live streams at once.
+            window: What is kept of each.
+            max_answer_tokens: No answer is longer, whatever its fork allows.
+            max_thought_tokens: A thought before an answer is closed there; None: no limit.
 
         Raises:
             ValueError: the window does not fit in the model's positions.
@@ -87,6 +107,12 @@ class MossRunner:
         self._model = checkpoint.model
         self._layout = checkpoint.layout
         self._cache = RollingCache(checkpoint.model, checkpoint.layout, window, n_slots)
+        self._max_answer_tokens = max_answer_tokens
+        self._max_thought_tokens = max_thought_tokens
+        n_close = len(self._layout.tokenizer.encode(CLOSE_THOUGHT))  # may come on top of an answer
+        self._n_scratch = window.scratch_tokens - n_close
+        if checkpoint.model.device.type == "cuda":
+            self._cache.decoder.capture(CudaGraphs())
         self._block_samples = self._cache.block_tokens * SAMPLES_PER_TOKEN  # 64,000
         self._slots = [_Slot(self._new_ear(), -1, 0) for _ in range(n_slots)]
         self.capabilities = Capabilities(
@@ -95,6 +121,7 @@ class MossRunner:
             languages=(),  # it hears which one it is, and cannot be told
             max_window_s=float(window.n_blocks * self._cache.block_s),
             min_tick_s=SAMPLES_PER_TOKEN / SAMPLE_RATE_HZ,
+            events_every_s=2.56,  # an answer of some lines each time
         )
 
     def reset(self, slots: Sequence[int]) -> None:
@@ -150,7 +177,7 @@ class MossRunner:
         offset_s = float(self._cache.marker_offset_s(step.slot_idx))
         text = prompt(fork.task).text if fork.task != "answer" else fork.question
         agreed = self._agreed(slot, fork) if fork.task == "transcript" else ()
-        n_scratch = self._cache.settings.scratch_tokens
+        n_scratch = self._n_scratch
         while True:
             said = self._said(agreed, slot.origin, offset_s)
             ids = self._layout.question(text, said)
@@ -160,7 +187,8 @@ class MossRunner:
             agreed = agreed[len(agreed) // 2 + 1 :]  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
             ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
-        question = Question(step.slot_idx, ids, min(fork.max_tokens, room), first_block)
+        n_tokens = min(fork.max_tokens, room, self._max_answer_tokens)
+        question = Question(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
         return _Due(step, fork, question, window, heard, offset_s, said, agreed)
 
     def _agreed(self, slot: _Slot, fork: Fork) -> tuple[HeardWord, ...]:

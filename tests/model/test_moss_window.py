@@ -215,18 +215,22 @@ def test_reset_touches_only_its_slots() -> None:
     torch.testing.assert_close(cache.read(1).k, fresh.read(0).k, atol=1e-5, rtol=0)
 
 
-def fresh_logits(model: MossAudio, cache: RollingCache, blocks: Sequence[AudioEmbeddings]) -> Tensor:
-    """The question's last logits by an uncached pass over what slot 0 holds, at the same positions."""
-    ids = torch.tensor([*cache.ids(0), *QUESTION])
-    held = cache.read(0).position
-    position = torch.cat([held, torch.arange(len(QUESTION)) + int(held[-1]) + 1])
-    audio = audio_of(blocks)
+def spliced(model: MossAudio, ids: Tensor, audio: AudioEmbeddings) -> tuple[Tensor, list[Tensor]]:
+    """Embeddings [n, H] of a row with its audio in place, and what DeepStack adds, each [1, n, H]."""
     is_audio = ids == LAYOUT.special.audio
     x = model.language_model.embed_tokens(ids)
     x[is_audio] = audio.embeds
     added = torch.zeros(len(audio.added), *x.shape)
     added[:, is_audio] = audio.added
-    deepstack = [a[None] for a in added]
+    return x, [a[None] for a in added]
+
+
+def fresh_logits(model: MossAudio, cache: RollingCache, blocks: Sequence[AudioEmbeddings]) -> Tensor:
+    """The question's last logits by an uncached pass over what slot 0 holds, at the same positions."""
+    ids = torch.tensor([*cache.ids(0), *QUESTION])
+    held = cache.read(0).position
+    position = torch.cat([held, torch.arange(len(QUESTION)) + int(held[-1]) + 1])
+    x, deepstack = spliced(model, ids, audio_of(blocks))
     return model.lm_head(model.language_model.forward(x[None], position[None], deepstack))[0, -1]  # type: ignore[no-any-return]
 
 
@@ -279,10 +283,10 @@ def test_every_layer_equals_a_pass_over_all_with_a_mask() -> None:
     for block in range(12):
         cache.append({0: blocks[block]})
         mask[starts[block] : ends[block], n_prefix : starts[cache.blocks(0).start]] = False
-    x, added = cache._spliced(ids, joined(blocks).embeds, joined(blocks).added)
+    x, deepstack = spliced(MODEL, torch.tensor(ids), joined(blocks))
     buffers = KvBuffers.new(MODEL.config.language, 1, n, x)
-    access = Access(buffers, (0,), torch.arange(n)[None], mask[None])
-    MODEL.language_model.forward(x[None], torch.arange(n)[None], [a[None] for a in added], access)
+    access = Access(buffers, (0,), torch.zeros(1, 1, dtype=torch.int64), torch.arange(n)[None], mask[None])
+    MODEL.language_model.forward(x[None], torch.arange(n)[None], deepstack, access)
     held = cache.read(0)
     assert held.position.tolist() == [*range(n_prefix), *range(starts[9], n)]
     torch.testing.assert_close(held.k, buffers.k[:, 0, :, held.position], atol=1e-4, rtol=0)
