@@ -140,9 +140,8 @@ class DecoderCache:
 
     keys: Tensor  # [L, B, H, T_max, D / H], self-attention
     values: Tensor  # as `keys`
-    audio_keys: tuple[
-        Tensor, ...
-    ]  # per layer [B, H, S, D / H], once per encode; S may include groups of padding
+    # Per layer [B, H, S, D / H], once per encode. Behind the audio lies padding, or groups of it.
+    audio_keys: tuple[Tensor, ...]
     audio_values: tuple[Tensor, ...]  # as `audio_keys`
     audio_bias: tuple[Tensor, ...] | None  # per layer [B, H, 1, S], added to the scores; None: nothing is
     lengths: list[int]  # [B], tokens in the cache
