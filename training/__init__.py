@@ -1,1 +1,1 @@
-"""What made the small weights that ship: not part of the product, nor are its data of the repository."""
+"""What made the small weights that ship: one command for each, and a card beside the weights."""

@@ -30,7 +30,9 @@ from streaming.engine.plan import (
     SlotStep,
     StepPlan,
     StepResult,
+    Task,
 )
+from streaming.engine.sounds import SoundScorer
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
@@ -112,6 +114,7 @@ class WhisperRunner:
         device: torch.device,
         dtype: torch.dtype,
         pads_fully: bool,
+        sounds: SoundScorer | None = None,
         emotion: EmotionHead | None = None,
     ) -> None:
         """Move the model to its device.
@@ -122,6 +125,7 @@ class WhisperRunner:
             device: Where to run.
             dtype: Arithmetic of the model; mel and alignment stay float32.
             pads_fully: Encode 30 s each time instead of remembering what padding becomes.
+            sounds: Scores the sounds of every slot; None: no sounds are looked for.
             emotion: A head of this checkpoint's encoder; None: no emotion is answered.
         """
         self._model = checkpoint.model.to(device=device, dtype=dtype)
@@ -131,13 +135,18 @@ class WhisperRunner:
         self._emotion = None if emotion is None else emotion.to(device)
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
+        self._sounds = sounds
         self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
+        tasks: list[Task] = ["transcript"]
+        tasks += [] if sounds is None else ["events"]
+        tasks += [] if emotion is None else ["emotion"]
         self.capabilities = Capabilities(
             model=checkpoint.name,
-            tasks=("transcript",) if emotion is None else ("transcript", "emotion"),
+            tasks=tuple(tasks),
             languages=self._vocabulary.languages,
             max_window_s=config.n_frames / 100,
             min_tick_s=0.08,
+            sounds=() if sounds is None else sounds.labels,
             emotions=() if emotion is None else emotion.labels,
         )
 
@@ -146,9 +155,11 @@ class WhisperRunner:
         for slot_idx in slots:
             self._slots[slot_idx].start_at(0)
             self._slots[slot_idx].owner = -1
+        if self._sounds is not None:
+            self._sounds.reset(slots)
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Take all new audio, then answer every fork: one encode and one decode loop per batch."""
+        """Take all new audio, score its sounds, answer every fork: one encode and one decode loop a batch."""
         due = []
         for step in plan.slots:
             slot = self._slots[step.slot_idx]
@@ -173,7 +184,9 @@ class WhisperRunner:
             ):
                 emotions[batch[row]] = heard
         return StepResult(
-            tuple(answers[i] for i in range(len(due))), emotions=tuple(emotions[i] for i in sorted(emotions))
+            tuple(answers[i] for i in range(len(due))),
+            emotions=tuple(emotions[i] for i in sorted(emotions)),
+            sounds=() if self._sounds is None else self._sounds.step(plan.slots),
         )
 
     def _dues(self, step: SlotStep, slot: _Slot) -> list[_Due]:
