@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from model.layers import send
 from model.moss import decode
 from model.moss.decode import LANES, Bucket, CudaGraphs, Replay, choose
 from model.moss.fork import Answer, Question, ask
@@ -215,7 +216,7 @@ def test_choosing() -> None:
     """The likeliest of what may be said, with its probability among all that may."""
     logits = torch.tensor([[1.0, 5.0, 2.0], [0.0, 9.0, 8.0]])
     kept = logits.clone()
-    tokens, log_probability = choose(logits, torch.tensor([1]))
+    tokens, log_probability = choose(logits, torch.tensor([1])).float().unbind(-1)
     assert tokens.tolist() == [2, 2]
     expected = torch.tensor([[1.0, 2.0], [0.0, 8.0]]).log_softmax(1)[:, 1]
     torch.testing.assert_close(log_probability, expected)
@@ -270,6 +271,21 @@ class FakeCuda:
         self.log.append(name)
         yield
         self.log.append("end")
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By way of pinned memory there, as it is elsewhere."""
+    log: list[tuple[Any, Any, Any]] = []
+    pinned = torch.zeros(2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _self: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: log.append((self, args, kwargs)))
+    host = torch.ones(2)
+    send(host, torch.device("cuda"))
+    send(host, torch.device("cpu"))
+    assert log[0][0] is pinned
+    assert log[0][1:] == ((torch.device("cuda"),), {"non_blocking": True})
+    assert log[1][0] is host
+    assert log[1][1:] == ((torch.device("cpu"),), {})
 
 
 def test_the_order_of_cuda_calls(monkeypatch: pytest.MonkeyPatch) -> None:
