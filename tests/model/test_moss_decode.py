@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from model.layers import send
 from model.moss import decode
+from model.moss.checkpoint import empty_model
 from model.moss.decode import LANES, Bucket, CudaGraphs, Replay, choose
 from model.moss.fork import Answer, Question, ask
+from model.moss.hearing import Ear
 from model.moss.language import visible_mask
 from model.moss.window import RollingCache, WindowSettings
-from tests.model.moss_tiny import LAYOUT, make_model, random_audio
+from tests.model.moss_tiny import LAYOUT, make_model, random_audio, random_pcm
 
 MODEL = make_model()
 WINDOW = WindowSettings(n_blocks=3, scratch_tokens=300)
@@ -228,6 +230,70 @@ def test_ranges_become_masks() -> None:
     starts, stops = torch.tensor([[3, 0, 0], [5, 0, 2]]), torch.tensor([[5, 1, 0], [6, 0, 5]])
     rows = [[int(x) for x in row] for row in visible_mask(starts, stops, 6)]
     assert rows == [[1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+
+
+class NoWaiting(TorchFunctionMode):
+    """Refuses what waits for a device unseen: tensors made there of Python's values, indexing by mask."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run what is called, if it may be."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is torch.tensor:
+            assert kwargs.get("device") is None, "sent from pageable memory"
+        if name in ("__getitem__", "__setitem__") and args[0].is_meta:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in index), "a list as an index is sent, too"
+            masks = [part for part in index if isinstance(part, Tensor) and part.dtype == torch.bool]
+            assert not masks, "how many places a mask names, the host must wait for"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        WindowSettings(n_blocks=2, scratch_tokens=200, max_position=520),
+        WindowSettings(n_blocks=2, scratch_tokens=200, markers="restart"),
+    ],
+    ids=["re-anchored", "restart"],
+)
+def test_audio_and_questions_never_wait_for_the_device(window: WindowSettings) -> None:
+    """Encode, append, evict, re-anchor, growing blocks, questions: on tensors that hold nothing to read.
+
+    A tensor on the meta device raises when a value of it is asked for.
+    """
+    model = empty_model(MODEL.config)
+    cache = RollingCache(model, LAYOUT, window, 3)
+    ears = [Ear(MODEL.config.encoder) for _ in range(3)]
+    n_moves = 0
+    with NoWaiting(), torch.inference_mode():
+        for tick in range(9):
+            before = cache.end_position(0)
+            blocks = [ear.push(random_pcm(70_000, tick)) for ear in ears]
+            tails = [ear.tail() for ear in ears]
+            heard = model.hear([block for complete in blocks for block in complete] + [t for t in tails if t])
+            assert len(heard) == 6
+            cache.append(dict(enumerate(heard[:3])))
+            cache.set_tail(dict(enumerate(heard[3:])))
+            n_moves += cache.end_position(0) < before
+            branches = [cache.branch(slot_idx, n_tokens=90) for slot_idx in (0, 2, 2)]
+            logits = cache.step(branches, [LAYOUT.question(text) for text in TEXTS[:3]])
+            cache.decoder.open(
+                [
+                    decode.Lane(b.slot_idx, lane, 40, b.position, b.visible[-1].stop, b.visible)
+                    for lane, b in enumerate(branches)
+                ]
+            )
+            cache.decoder.say([(0, 0, 41)])
+            cache.decoder._compute(next(cache.decoder.buckets()))
+            cache.decoder.close([(0, 0), (2, 1), (2, 2)])
+            cache.clear([0, 2])
+            assert logits.is_meta
+        cache.reset([1])
+    assert cache.blocks(0).stop == 9
+    assert window.markers == "restart" or n_moves > 0
 
 
 class FakeCuda:
