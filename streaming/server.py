@@ -9,9 +9,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as SocketServer
@@ -19,7 +19,9 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from streaming.config import Config
+from streaming.adaptors import openai
+from streaming.adaptors.base import FED, Adaptor, Conversation
+from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
 from streaming.hub import Hub
@@ -48,6 +50,11 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0  # for the peer's part of the closing handshake
 MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any more
 
+# Protocols of other people's: a path, and what makes an adaptor of its handshake or refuses it.
+ADAPTORS: Mapping[str, Callable[[Request, VadConfig], Adaptor]] = {
+    openai.PATH: openai.admit,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Admission:
@@ -56,6 +63,7 @@ class _Admission:
     name: str
     audio_format: AudioFormat
     language: str | None
+    adaptor: Adaptor | None = None  # None: the native protocol
 
 
 class _Connection(ServerConnection):
@@ -144,7 +152,7 @@ class Server:
             if self._engine.is_ready:
                 return connection.respond(HttpStatus.OK, "ready\n")
             return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
-        if path != SUBSCRIBE_PATH and not path.startswith(STREAM_PATH):
+        if path != SUBSCRIBE_PATH and not path.startswith(STREAM_PATH) and path not in ADAPTORS:
             return connection.respond(HttpStatus.NOT_FOUND, "no such path\n")
         return None
 
@@ -158,20 +166,37 @@ class Server:
             return connection.respond(HttpStatus.TOO_MANY, f"all {n_max} connections are taken\n")
         url = urlsplit(request.path)
         if url.path != SUBSCRIBE_PATH:
-            refusal = self._admit_stream(connection, url.path.removeprefix(STREAM_PATH), url.query)
+            try:
+                admission = self._admission(request)
+            except BadQuery as exc:
+                return connection.respond(HttpStatus.BAD_REQUEST, f"{exc}\n")
+            refusal = self._admit_stream(connection, admission)
             if refusal is not None:
                 return refusal
+            if admission.adaptor is not None:
+                response.headers.update(admission.adaptor.headers)
         self._connections.add(connection)
         connection.on_lost = self._on_lost
         return None
 
-    def _admit_stream(self, connection: _Connection, name: str, query: str) -> Response | None:
-        try:
-            _check_name(name)
-            audio_format = parse_query(query)
-            language = self._language(audio_format)
-        except BadQuery as exc:
-            return connection.respond(HttpStatus.BAD_REQUEST, f"{exc}\n")
+    def _admission(self, request: Request) -> _Admission:
+        """What a handshake asks for.
+
+        Raises:
+            BadQuery: its URL asks for what cannot be.
+        """
+        url = urlsplit(request.path)
+        if url.path in ADAPTORS:
+            adaptor = ADAPTORS[url.path](request, self._config.vad)
+            audio_format = replace(FED, language=adaptor.language)
+            return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
+        name = url.path.removeprefix(STREAM_PATH)
+        _check_name(name)
+        audio_format = parse_query(url.query)
+        return _Admission(name, audio_format, self._language(audio_format))
+
+    def _admit_stream(self, connection: _Connection, admission: _Admission) -> Response | None:
+        name = admission.name
         ready = self._engine.ready
         if ready is None or not self._engine.is_ready:
             return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
@@ -180,7 +205,7 @@ class Server:
         if len(self._live) >= ready.n_slots:
             return connection.respond(HttpStatus.UNAVAILABLE, f"all {ready.n_slots} slots are taken\n")
         self._live.add(name)
-        connection.admission = _Admission(name, audio_format, language)
+        connection.admission = admission
         # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
         connection.ping_timeout = None
         return None
@@ -231,7 +256,7 @@ class Server:
 
     async def _produce(self, connection: _Connection, admission: _Admission) -> None:
         """A stream's whole life; its name and slot are free again once `session.closed` is out."""
-        name = admission.name
+        name, adaptor = admission.name, admission.adaptor
         self._log.open(name)
         ready = self._engine.ready
         assert ready is not None
@@ -244,7 +269,7 @@ class Server:
                 admission.audio_format,
                 admission.language,
                 ingest=self._config.ingest,
-                vad=self._config.vad,
+                vad=self._config.vad if adaptor is None else adaptor.endpointing(self._config.vad),
                 timeline=Timeline(self._config.transcript),
                 engine=self._engine,
                 outlets=Outlets(
@@ -254,7 +279,8 @@ class Server:
             )
             try:
                 session.open(self._clock_ms())
-                await Producer(connection, session, reader, self._log, limits, self._stopping).run()
+                talk = (connection, session, reader, self._log, limits, self._stopping)
+                await (Producer(*talk) if adaptor is None else Conversation(*talk, adaptor)).run()
             finally:
                 session.abandon("internal")  # changes nothing unless something above failed
 

@@ -153,7 +153,7 @@ class FakeEngine:
     def _progress(self, number: int, stream: Stream) -> None:
         # An edge lies at most 0.5 s before its mark; audio of open speech is needed from its next word.
         needed = min(stream.next_word, stream.consumed) if stream.is_speech else stream.consumed - 16_000
-        if needed > stream.start and not stream.is_unanswered:
+        if needed > stream.start:
             del stream.audio[: (needed - stream.start) * BYTES]
             stream.start = needed
         self._say(messages.Progress(number, stream.consumed, stream.start, stream.start))
