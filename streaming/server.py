@@ -19,7 +19,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from streaming.adaptors import openai
+from streaming.adaptors import deepgram, openai
 from streaming.adaptors.base import FED, Adaptor, Conversation
 from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
@@ -52,6 +52,7 @@ MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any m
 
 # Protocols of other people's: a path, and what makes an adaptor of its handshake or refuses it.
 ADAPTORS: Mapping[str, Callable[[Request, VadConfig], Adaptor]] = {
+    deepgram.PATH: deepgram.admit,
     openai.PATH: openai.admit,
 }
 

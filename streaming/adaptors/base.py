@@ -83,6 +83,9 @@ class Adaptor(Protocol):
     def idle(self) -> list[Event]:
         """What is due after a while in which the client sent nothing."""
 
+    async def work(self, talk: Conversation) -> None:
+        """What goes on beside taking frames. Ends only by raising what ends the connection."""
+
     async def take(self, frame: str | bytes, talk: Conversation) -> bool:
         """Do what a frame asks for; False once the client wants nothing more but the end.
 
@@ -143,7 +146,9 @@ class Conversation:
             if not sender.done():
                 await wire.send_rest(self._connection, self._reader, sender)
             closing = self._adaptor.closing(over)
-            await self._connection.close(closing.code, closing.reason[:100])
+            # A close frame holds 123 bytes.
+            reason = closing.reason.encode("ascii", "replace")[:120].decode()
+            await self._connection.close(closing.code, reason)
         finally:
             self._adaptor.stop()
             await wire.cancel(sender, taking, *([] if discarding is None else [discarding]))
@@ -179,6 +184,7 @@ class Conversation:
         try:
             await wire.race(
                 self._receive(),
+                self._adaptor.work(self),
                 wire.ended(taking),
                 wire.ended(sender),
                 wire.raise_when(self.session.is_lost, EngineLost("the engine could not be brought back")),

@@ -8,6 +8,7 @@ docs/openai.md says what is supported; event shapes are those of the package `op
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -141,6 +142,10 @@ class OpenAi:
         """Nothing is held."""
 
     # --- what the client says ------------------------------------------------------------
+
+    async def work(self, talk: Conversation) -> None:
+        """Nothing goes on beside taking frames."""
+        await asyncio.Event().wait()
 
     async def take(self, frame: str | bytes, talk: Conversation) -> bool:
         """Do what one client event asks for; the client ends by closing its connection.

@@ -110,6 +110,8 @@ class FakeEngine:
                     stream.next_word = max(stream.next_word, message.point)
                     stream.is_speech = stream.is_speech and message.kind != "stopped"
                 stream.resume_at = message.point
+                # Here too: with audio waiting, the next result is unanswered before there is progress.
+                self._progress(message.stream, stream)
                 self._go_on(message.stream, stream)
             case messages.Configure():
                 pass
@@ -153,7 +155,7 @@ class FakeEngine:
     def _progress(self, number: int, stream: Stream) -> None:
         # An edge lies at most 0.5 s before its mark; audio of open speech is needed from its next word.
         needed = min(stream.next_word, stream.consumed) if stream.is_speech else stream.consumed - 16_000
-        if needed > stream.start:
+        if needed > stream.start and not stream.is_unanswered:
             del stream.audio[: (needed - stream.start) * BYTES]
             stream.start = needed
         self._say(messages.Progress(number, stream.consumed, stream.start, stream.start))
