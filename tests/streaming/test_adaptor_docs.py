@@ -15,7 +15,7 @@ from streaming.engine.plan import Pcm
 from tests.streaming.support import TIMEOUT_S, running_server, s16, utterances
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-RATES = {"openai": 24_000}
+RATES = {"openai": 24_000, "deepgram": 16_000}
 
 
 @pytest.mark.parametrize("page", RATES)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -63,9 +64,36 @@ async def throw(connection: ClientConnection, garbage: list[str | bytes]) -> Non
     assert connection.close_code in ALLOWED_ENDS, (connection.close_code, connection.close_reason)
 
 
-def fuzz(case: Case, n_cases: int = N_CASES) -> None:
+class Faults(logging.Handler):
+    """What the server logs as a fault of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the text."""
+        self.found.append(self.format(record))
+
+
+@contextmanager
+def no_faults() -> Iterator[None]:
+    """Nothing in here is an error of the server's or of a task nobody looks at."""
+    faults = Faults()
+    loggers = [logging.getLogger(name) for name in ("streaming", "asyncio")]
+    for logger in loggers:
+        logger.addHandler(faults)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(faults)
+    assert not faults.found
+
+
+def fuzz(case: Case, n_cases: int = N_CASES, cases: st.SearchStrategy[list[str | bytes]] = cases) -> None:
     """Run many cases against one server, while another stream goes on undisturbed."""
-    with asyncio.Runner() as runner:
+    with no_faults(), asyncio.Runner() as runner:
         context = running_server("[server]\nmax_bad_messages = 4\nmax_message_bytes = 2048")
         running = runner.run(context.__aenter__())
         try:
