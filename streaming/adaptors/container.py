@@ -174,7 +174,9 @@ class ContainerDecoder:
             if not container.streams.audio:
                 raise BadAudio(f"the {name} container has no audio")
             stream = container.streams.audio[0]
-            codec = stream.codec_context.name
+            # PyAV gives None for a codec that FFmpeg cannot decode, though its types say otherwise.
+            context: av.AudioCodecContext | None = stream.codec_context
+            codec = "an unknown codec" if context is None else context.name
             if codec not in CODECS and not codec.startswith("pcm_"):
                 raise BadAudio(
                     f"the {name} container holds {codec}; expected one of {', '.join(CODECS)} or PCM"

@@ -236,7 +236,7 @@ class Deepgram:
         if isinstance(frame, bytes):
             await self._take_audio(frame, talk)
             return bool(frame)  # an empty one asks for the end, as it does at Deepgram
-        match _message_of(frame):
+        match read_message(frame):
             case "KeepAlive":
                 return True
             case "Finalize":
@@ -495,7 +495,12 @@ def _plain(word: str) -> str:
     return word.strip(_PUNCTUATION).lower() or word
 
 
-def _message_of(frame: str) -> str:
+def read_message(frame: str) -> str:
+    """The type of one message of the client's.
+
+    Raises:
+        BadMessage: it is none of Deepgram's.
+    """
     try:
         message = json.loads(frame)
     except (ValueError, RecursionError) as exc:

@@ -153,10 +153,10 @@ class OpenAi:
         Raises:
             BadMessage: the event is not one of the API's, or asks for what this server cannot do.
         """
-        event = _event_of(frame)
+        event = read_event(frame)
         match event["type"]:
             case "input_audio_buffer.append":
-                await self._feed(talk, _audio_of(event))
+                await self._feed(talk, read_audio(event))
             case "input_audio_buffer.commit":
                 await self._commit(talk)
             case "input_audio_buffer.clear":
@@ -351,7 +351,12 @@ class OpenAi:
         return beta_session_object(self._settings, self.stream)
 
 
-def _event_of(frame: str | bytes) -> Event:
+def read_event(frame: str | bytes) -> Event:
+    """One event of the client's, of a type this server takes.
+
+    Raises:
+        BadMessage: it is not.
+    """
     if isinstance(frame, bytes):
         raise BadMessage(
             f"got a binary frame of {len(frame)} bytes; expected a JSON object in a text frame",
@@ -384,7 +389,12 @@ def _event_id_of(frame: str | bytes) -> str | None:
     return event_id[:512] if isinstance(event_id, str) else None
 
 
-def _audio_of(event: Event) -> bytes:
+def read_audio(event: Event) -> bytes:
+    """The audio of an `input_audio_buffer.append`.
+
+    Raises:
+        BadMessage: it is no base64.
+    """
     audio = event.get("audio")
     if not isinstance(audio, str):
         raise BadMessage(f"audio is {shown(audio)}; expected a text in base64", "invalid_value", "audio")

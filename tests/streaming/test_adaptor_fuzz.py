@@ -29,9 +29,9 @@ from tests.streaming.test_protocol import json_values
 N_CASES = int(os.environ.get("MOSS_LIVE_FUZZ_CASES", "150"))
 SPEECH = pcm24(utterances(0.5))
 NOT_UTF8 = 1007  # the WebSocket library closes by itself
-names = st.sampled_from(
-    ["type", "audio", "input", "format", "rate", "transcription", "language", "turn_detection", "threshold", "silence_duration_ms", "include", "input_audio_format", "event_id", "session"]
-)
+NAMES = """type audio input format rate transcription language turn_detection threshold
+silence_duration_ms include input_audio_format event_id session"""
+names = st.sampled_from(NAMES.split())
 values = json_values | st.sampled_from(
     ["transcription", "audio/pcm", "audio/pcmu", "pcm16", "g711_alaw", "server_vad", "en", 24_000, 0.5, 500]
 )

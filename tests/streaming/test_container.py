@@ -175,6 +175,13 @@ async def test_a_container_without_audio_is_an_error() -> None:
         await decoded(iter([file.getvalue()]))
 
 
+async def test_a_codec_that_cannot_be_decoded_is_an_error() -> None:
+    """Found by fuzzing: PyAV then has no codec context to ask."""
+    data = contained("webm-opus").replace(b"A_OPUS", b"A_OPUZ")
+    with pytest.raises(BadAudio, match="an unknown codec"):
+        await decoded(iter([data]))
+
+
 async def test_nothing_at_all_is_no_audio() -> None:
     """An end before the first byte is no error."""
     assert len(await decoded(iter([]))) == 0

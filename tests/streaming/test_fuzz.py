@@ -27,6 +27,8 @@ from tests.streaming.test_protocol import client_messages, json_values
 
 AUDIO = s16(utterances(1.0))
 N_CASES = 500
+# The bystander says nothing while the cases run.
+LIMITS = "[server]\nmax_bad_messages = 4\nmax_message_bytes = 2048\nidle_timeout_s = 3600.0"
 ALLOWED_ENDS = {
     CloseCode.NORMAL,
     CloseCode.TOO_BIG,
@@ -94,7 +96,7 @@ def no_faults() -> Iterator[None]:
 def fuzz(case: Case, n_cases: int = N_CASES, cases: st.SearchStrategy[list[str | bytes]] = cases) -> None:
     """Run many cases against one server, while another stream goes on undisturbed."""
     with no_faults(), asyncio.Runner() as runner:
-        context = running_server("[server]\nmax_bad_messages = 4\nmax_message_bytes = 2048")
+        context = running_server(LIMITS)
         running = runner.run(context.__aenter__())
         try:
             bystander = runner.run(open_bystander(running))
