@@ -63,7 +63,8 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pcm, str]:
             pytest.skip(f"the demo's recording cannot be made here: {exc}")
     said = Path(recording).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     data = cut(b"".join(decode(str(recording))), *CALL_MS)
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768, " ".join(said[:N_SENTENCES])
+    pcm: Pcm = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+    return pcm, " ".join(said[:N_SENTENCES])
 
 
 async def test_the_openai_client_transcribes_a_call(
