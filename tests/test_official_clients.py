@@ -19,13 +19,13 @@ from openai import AsyncOpenAI
 
 from bench.measures import wer
 from clients.sources import SourceError, decode
+from scripts.demo import HOST
 from scripts.make_demo_recording import RecordingError, make
 from streaming.engine.plan import Pcm
 from tests.streaming.openai_support import pcm24
 from tests.streaming.test_container import KINDS, encode
 from tests.test_live_server import (
     CALL_MS,
-    HOST,
     MAX_WER,
     N_SENTENCES,
     ROOT,
