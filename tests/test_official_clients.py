@@ -19,13 +19,13 @@ from openai import AsyncOpenAI
 
 from bench.measures import wer
 from clients.sources import SourceError, decode
+from scripts.demo import HOST
 from scripts.make_demo_recording import RecordingError, make
 from streaming.engine.plan import Pcm
 from tests.streaming.openai_support import pcm24
 from tests.streaming.test_container import KINDS, encode
 from tests.test_live_server import (
     CALL_MS,
-    HOST,
     MAX_WER,
     N_SENTENCES,
     ROOT,
@@ -63,7 +63,8 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pcm, str]:
             pytest.skip(f"the demo's recording cannot be made here: {exc}")
     said = Path(recording).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     data = cut(b"".join(decode(str(recording))), *CALL_MS)
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768, " ".join(said[:N_SENTENCES])
+    pcm: Pcm = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+    return pcm, " ".join(said[:N_SENTENCES])
 
 
 async def test_the_openai_client_transcribes_a_call(

@@ -27,8 +27,15 @@ from tests.streaming.test_protocol import client_messages, json_values
 
 AUDIO = s16(utterances(1.0))
 N_CASES = 500
-# The bystander says nothing while the cases run.
-LIMITS = "[server]\nmax_bad_messages = 4\nmax_message_bytes = 2048\nidle_timeout_s = 3600.0"
+# The bystander says nothing while the cases run. A slot is free again a moment after its client is gone.
+LIMITS = """
+[server]
+max_bad_messages = 4
+max_message_bytes = 2048
+idle_timeout_s = 3600.0
+[engine]
+n_slots = 64
+"""
 ALLOWED_ENDS = {
     CloseCode.NORMAL,
     CloseCode.TOO_BIG,
