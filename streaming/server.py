@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as SocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -26,7 +25,7 @@ from streaming.access import Scope, without_token
 from streaming.config import Config
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
-from streaming.guard import Guard, GuardedConnection, tls_context
+from streaming.guard import Guard, GuardedConnection, split_target, tls_context
 from streaming.hub import Hub
 from streaming.ingest import AudioFormat, parse_query
 from streaming.log import Log
@@ -161,7 +160,7 @@ class Server:
         refusal = self._guard.check(connection, request)
         if refusal is not None:
             return refusal
-        match urlsplit(request.path).path:
+        match split_target(request)[0]:
             case protocol.HEALTH_PATH:
                 return connection.respond(HttpStatus.OK, "ok\n")
             case protocol.READY_PATH if self._engine.is_ready:
@@ -195,10 +194,10 @@ class Server:
             if response.status_code == HttpStatus.UPGRADE_REQUIRED:
                 return self._guard.refuse(connection, Refusal.NO_UPGRADE)
             return None
-        url = urlsplit(request.path)
-        is_stream = url.path != SUBSCRIBE_PATH
+        path, query = split_target(request)
+        is_stream = path != SUBSCRIBE_PATH
         if is_stream:
-            refusal = self._admit_stream(connection, url.path.removeprefix(STREAM_PATH), url.query)
+            refusal = self._admit_stream(connection, path.removeprefix(STREAM_PATH), query)
             if refusal is not None:
                 return refusal
         connection.is_subscriber = not is_stream
