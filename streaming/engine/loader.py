@@ -19,6 +19,7 @@ from streaming.config import EngineSettings, MossConfig
 from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
+from streaming.engine.sounds import load_scorer
 from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
@@ -31,6 +32,7 @@ def load_runner(settings: EngineSettings) -> Runner:
     Raises:
         CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
             the message says why.
+        ConfigError: `[events]` names a sound that the model does not know.
     """
     model, engine = settings.model, settings.engine
     if engine.threads:
@@ -47,7 +49,14 @@ def load_runner(settings: EngineSettings) -> Runner:
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
-    runner = WhisperRunner(checkpoint, engine.n_slots, device=device, dtype=dtype, pads_fully=pads_fully)
+    runner = WhisperRunner(
+        checkpoint,
+        engine.n_slots,
+        device=device,
+        dtype=dtype,
+        pads_fully=pads_fully,
+        sounds=load_scorer(settings.events, engine.n_slots),
+    )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
             f"model.language is {model.language!r}; expected auto or one of "
