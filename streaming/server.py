@@ -23,10 +23,8 @@ from websockets.http11 import Request, Response
 from streaming import protocol
 from streaming.access import Scope, without_token
 from streaming.config import Config
-from streaming.engine.messages import Ready
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
-from streaming.events import EventTracker
 from streaming.guard import Guard, GuardedConnection, split_target, tls_context
 from streaming.hub import Hub
 from streaming.ingest import AudioFormat, parse_query
@@ -48,7 +46,7 @@ from streaming.protocol import (
 )
 from streaming.session import Outlets, Session
 from streaming.subscriber import Subscriber
-from streaming.timeline import Timeline
+from streaming.timeline import new_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +299,7 @@ class Server:
                 admission.language,
                 ingest=self._config.ingest,
                 vad=self._config.vad,
-                timeline=self._new_timeline(ready),
+                timeline=new_timeline(self._config, ready.tasks, ready.sounds),
                 engine=self._engine,
                 outlets=Outlets(
                     publish=lambda message: self._publish(name, message),
@@ -314,12 +312,6 @@ class Server:
                 await Producer(connection, session, reader, self._log, limits, self._stopping).run()
             finally:
                 session.abandon("internal")  # changes nothing unless something above failed
-
-    def _new_timeline(self, ready: Ready) -> Timeline:
-        """A timeline with the trackers of what is wanted and what the model does."""
-        events = self._config.events
-        has_events = events.enabled and "events" in ready.tasks
-        return Timeline(self._config.transcript, EventTracker(events, ready.sounds) if has_events else None)
 
     def _publish(self, name: str, message: Message) -> None:
         envelope = self._log.append(name, message)

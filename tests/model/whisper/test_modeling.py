@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,6 +77,21 @@ def test_rows_of_different_lengths_are_encoded_as_alone(lengths: list[int], seed
         own_cache = MODEL.decoder.new_cache_heard(own, heard(n_heard), PADDING, 1)
         for ours, theirs in zip(cache.audio_keys, own_cache.audio_keys, strict=True):
             assert_close(ours[row], theirs[0])
+
+
+def test_taps_change_no_bit_and_hold_every_layer() -> None:
+    """What the first layer takes and what each gives; the last one normalised is the output."""
+    mel = random_mel(30)
+    for encode in (
+        lambda taps: MODEL.encoder(random_mel(N_AUDIO_POSITIONS), taps),
+        lambda taps: MODEL.encoder.forward_heard(mel, heard(30), PADDING, taps),
+    ):
+        taps: list[Tensor] = []
+        encoded = encode(taps)
+        assert torch.equal(encoded, encode(None))
+        assert len(taps) == MODEL.config.n_encoder_layers + 1
+        assert torch.equal(MODEL.encoder.layer_norm(taps[-1]), encoded)
+        assert not any(torch.equal(a, b) for a, b in itertools.pairwise(taps))
 
 
 def new_cache(n_rows: int = 1, n_tokens: int = 16) -> DecoderCache:
