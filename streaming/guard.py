@@ -143,6 +143,11 @@ class Guard:
             oldest.transport.abort()
         self._half_open[connection] = None
 
+    def drop_half_open(self) -> None:
+        """The server is stopping: it waits for nobody who has not asked for anything yet."""
+        for connection in self._half_open:
+            connection.transport.abort()
+
     def lost(self, connection: GuardedConnection) -> None:
         """A connection is gone, with whatever it held."""
         if connection in self._half_open:

@@ -143,6 +143,7 @@ class Server:
         self._stopping.set()
         self._check_finalised()
         sockets.close(close_connections=False)
+        self._guard.drop_half_open()
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.server.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
