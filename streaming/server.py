@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as SocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -28,7 +27,7 @@ from streaming.adaptors.base import FED, Adaptor, Conversation
 from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
-from streaming.guard import Guard, GuardedConnection, tls_context
+from streaming.guard import Guard, GuardedConnection, split_target, tls_context
 from streaming.hub import Hub
 from streaming.ingest import AudioFormat, parse_query
 from streaming.log import Log
@@ -153,6 +152,7 @@ class Server:
         self._stopping.set()
         self._check_finalised()
         sockets.close(close_connections=False)
+        self._guard.drop_half_open()
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.server.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
@@ -170,7 +170,7 @@ class Server:
         refusal = self._guard.check(connection, request)
         if refusal is not None:
             return refusal
-        match urlsplit(request.path).path:
+        match split_target(request)[0]:
             case protocol.HEALTH_PATH:
                 return connection.respond(HttpStatus.OK, "ok\n")
             case protocol.READY_PATH if self._engine.is_ready:
@@ -204,12 +204,12 @@ class Server:
             if response.status_code == HttpStatus.UPGRADE_REQUIRED:
                 return self._guard.refuse(connection, Refusal.NO_UPGRADE)
             return None
-        url = urlsplit(request.path)
-        is_stream = url.path != SUBSCRIBE_PATH
+        path, query = split_target(request)
+        is_stream = path != SUBSCRIBE_PATH
         admission: _Admission | None = None
         if is_stream:
             try:
-                admission = self._admission(request)
+                admission = self._admission(path, query, request)
             except BadQuery as exc:
                 return self._guard.refuse(connection, Refusal.BAD_QUERY, str(exc))
             refusal = self._check_stream(connection, admission.name)
@@ -230,20 +230,18 @@ class Server:
         connection.on_lost = self._on_lost
         return None
 
-    def _admission(self, request: Request) -> _Admission:
+    def _admission(self, path: str, query: str, request: Request) -> _Admission:
         """What a handshake asks for.
 
         Raises:
             BadQuery: its URL asks for what cannot be.
         """
-        url = urlsplit(request.path)
-        query = without_token(url.query)
-        if url.path in ADAPTORS:
-            asked = Request(f"{url.path}?{query}", request.headers)
-            adaptor = ADAPTORS[url.path](asked, self._config.vad)
+        query = without_token(query)
+        if path in ADAPTORS:
+            adaptor = ADAPTORS[path](Request(f"{path}?{query}", request.headers), self._config.vad)
             audio_format = replace(FED, language=adaptor.language)
             return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
-        name = url.path.removeprefix(STREAM_PATH)
+        name = path.removeprefix(STREAM_PATH)
         _check_name(name)
         audio_format = parse_query(query)
         return _Admission(name, audio_format, self._language(audio_format))

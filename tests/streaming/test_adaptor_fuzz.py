@@ -109,7 +109,7 @@ def test_garbage_in_an_openai_session_stays_there() -> None:
             for text in found:
                 check_openai(json.loads(text), is_beta=is_beta)
 
-    fuzz(case, N_CASES, st.lists(openai_frames, min_size=1, max_size=6))
+    fuzz(case, N_CASES, strategy=st.lists(openai_frames, min_size=1, max_size=6))
 
 
 def test_garbage_in_a_deepgram_stream_stays_there() -> None:
@@ -135,7 +135,7 @@ def test_garbage_in_a_deepgram_stream_stays_there() -> None:
             await reading
             assert connection.close_code in (CloseCode.NORMAL, 1008, CloseCode.TOO_BIG, NOT_UTF8)
 
-    fuzz(case, N_CASES, st.lists(deepgram_frames, min_size=1, max_size=6))
+    fuzz(case, N_CASES, strategy=st.lists(deepgram_frames, min_size=1, max_size=6))
 
 
 parameters = st.sampled_from(
