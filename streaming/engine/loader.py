@@ -23,19 +23,25 @@ from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
 from streaming.engine.sounds import load_scorer
-from streaming.engine.whisper_runner import WhisperRunner
+from streaming.engine.whisper_runner import GUARD_POSITIONS, WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
 EMOTION_WEIGHTS = Path(model_package.__file__).parent / "weights" / "emotion.safetensors"
 
 
-def load_runner(settings: EngineSettings, emotion_weights: Path = EMOTION_WEIGHTS) -> Runner:
+def load_runner(
+    settings: EngineSettings,
+    *,
+    emotion_weights: Path = EMOTION_WEIGHTS,
+    guard_positions: int = GUARD_POSITIONS,
+) -> Runner:
     """The runner of the configured model, on its device, not yet warm. What is disabled is not loaded.
 
     Args:
-        settings: What the configuration says.
+        settings: Which checkpoint, where, in which arithmetic; how many slots and threads.
         emotion_weights: The embedded model's emotion head, where another than the one that ships is wanted.
+        guard_positions: As `WhisperRunner` takes it; for measuring.
 
     Raises:
         CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
@@ -59,7 +65,8 @@ def load_runner(settings: EngineSettings, emotion_weights: Path = EMOTION_WEIGHT
             return _moss_runner(settings, folder, device, dtype)
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
-        checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
+        # Remembered padding was measured with the embedded weights alone (docs/short_context.md).
+        checkpoint, pads_fully = load_hugging_face(folder), True
     runner = WhisperRunner(
         checkpoint,
         engine.n_slots,
@@ -68,6 +75,7 @@ def load_runner(settings: EngineSettings, emotion_weights: Path = EMOTION_WEIGHT
         pads_fully=pads_fully,
         sounds=load_scorer(settings.events, engine.n_slots),
         emotion=emotion,
+        guard_positions=guard_positions,
     )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(

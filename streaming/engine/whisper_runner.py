@@ -18,7 +18,8 @@ from model.emotion import EmotionHead, affect, pool
 from model.mel import HOP, SILENCE, StreamingMel, normalise
 from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded, Decoder, DecodeRequest
-from model.whisper.modeling import FRAMES_PER_POSITION, Padding
+from model.whisper.modeling import FRAMES_PER_POSITION
+from model.whisper.padding import Padding
 from model.whisper.tokens import Vocabulary, is_punctuation, split_words
 from streaming.engine.plan import (
     Capabilities,
@@ -36,8 +37,8 @@ from streaming.engine.sounds import SoundScorer
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
-GUARD_POSITIONS = 10  # silence computed behind the audio before remembered padding takes over, 0.2 s
-PADDING_LEVEL = -0.6  # normalised log-mel of silence; -1.2 to -0.3 give the same word error rate
+GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
+PADDING_LEVEL = -0.8  # normalised log-mel of silence
 MAX_CONTEXT_TOKENS = 100
 MAX_BATCH = 16  # windows encoded at once; more would only take more memory
 
@@ -116,6 +117,7 @@ class WhisperRunner:
         pads_fully: bool,
         sounds: SoundScorer | None = None,
         emotion: EmotionHead | None = None,
+        guard_positions: int = GUARD_POSITIONS,
     ) -> None:
         """Move the model to its device.
 
@@ -127,12 +129,14 @@ class WhisperRunner:
             pads_fully: Encode 30 s each time instead of remembering what padding becomes.
             sounds: Scores the sounds of every slot; None: no sounds are looked for.
             emotion: A head of this checkpoint's encoder; None: no emotion is answered.
+            guard_positions: Silence computed behind the audio before remembered padding takes over.
         """
         self._model = checkpoint.model.to(device=device, dtype=dtype)
         self._vocabulary = Vocabulary(checkpoint.tokenizer)
         self._decoder = Decoder(self._model, self._vocabulary)
         self._device, self._dtype = device, dtype
         self._emotion = None if emotion is None else emotion.to(device)
+        self._guard_positions = guard_positions
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
         self._sounds = sounds
@@ -231,7 +235,7 @@ class WhisperRunner:
         wanted = taps if any(item.emotion for item in due) else None
         config = self._model.config
         requests = [item.request for item in due]
-        n_heard = [min(r.n_positions + GUARD_POSITIONS, config.n_audio_positions) for r in requests]
+        n_heard = [min(r.n_positions + self._guard_positions, config.n_audio_positions) for r in requests]
         n_frames = config.n_frames
         if self._padding is not None:
             # One position more: the convolutions of the longest window too must see silence behind it,
