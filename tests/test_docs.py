@@ -70,6 +70,14 @@ def test_every_type_of_message_is_on_the_page(kind: str) -> None:
     assert f"### `{kind}`\n" in read("protocol.md")
 
 
+def test_every_path_and_pattern_is_on_the_page() -> None:
+    """All that a client may ask for, and the names that its stream gets there."""
+    page = read("protocol.md")
+    for name, value in vars(protocol).items():
+        if name.endswith(("_PATH", "_STREAMS")) and isinstance(value, str):
+            assert f"`{value}" in page, name
+
+
 # --- the operator's page -----------------------------------------------------------------
 
 
