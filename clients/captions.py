@@ -1,4 +1,4 @@
-"""Captions in a terminal: committed words firm, interim words grey, with times.
+"""Captions in a terminal: committed words firm, interim words grey, with sounds, emotion and times.
 
 `CaptionState` holds what is on the screen and knows no terminal; `LiveCaptions` draws it where
 there is one, `PlainCaptions` prints lines where there is none. Neither knows a socket.
@@ -81,6 +81,7 @@ class CaptionState:
     heard_ms: int = 0  # the latest time any message spoke of
     lag_s: float | None = None  # how far the newest words were behind the audio when they came
     open_events: dict[str, str] = field(default_factory=dict)  # id -> label, as many as the server has open
+    emotion: str | None = None  # of whoever speaks; None while nobody does
 
     def apply(self, message: Message) -> None:
         """Take in one message."""
@@ -101,13 +102,16 @@ class CaptionState:
             case SpeechStarted():
                 self.is_speech = True
             case SpeechStopped():
-                self.is_speech = False
+                self.is_speech, self.emotion = False, None
+            case EmotionUpdate():
+                self.emotion = message.label if self.is_speech else None
             case EventStarted():
                 self.open_events[message.id] = message.label
             case EventEnded():
                 self.open_events.pop(message.id, None)
             case SessionClosed():
-                self.is_speech = False
+                self.is_speech, self.emotion = False, None
+                self.open_events.clear()
 
     def _open(self, start_ms: int) -> None:
         if self.start_ms is None:
@@ -124,6 +128,7 @@ class LiveCaptions:
 
     def __init__(self, console: Console, position: Position) -> None:
         self._state = CaptionState(position)
+        self._emotions = EmotionChanges()
         self._live = Live(
             console=console, refresh_per_second=REDRAWS_PER_S, get_renderable=self._draw, transient=True
         )
@@ -146,8 +151,10 @@ class LiveCaptions:
                 self._live.console.print(Text.assemble((clock(start_ms), "cyan"), " ", printable(text)))
             case Error() | Degraded():
                 self._live.console.print(Text(describe(message) or "", "yellow"))
+            case EventStarted():
+                pass  # it stands below, until it ends
             case _:
-                line = describe(message)
+                line = describe(message) if self._emotions.is_news(message) else None
                 if line:
                     self._live.console.print(Text(line, "magenta"))
 
@@ -164,6 +171,8 @@ class LiveCaptions:
         status.append(f"  heard {clock(state.heard_ms)}", "dim")
         if state.lag_s is not None:
             status.append(f"  {state.lag_s:.1f} s behind", "dim")
+        if state.emotion is not None:
+            status.append(f"  ~ {printable(state.emotion)}", "yellow")
         for label in state.open_events.values():
             status.append(f"  ♪ {printable(label)}", "magenta")
         return Group(caption, status)
@@ -174,6 +183,7 @@ class PlainCaptions:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._emotions = EmotionChanges()
 
     def __enter__(self) -> Self:
         return self
@@ -191,10 +201,24 @@ class PlainCaptions:
             case TranscriptFinal(text=text, start_ms=start_ms, end_ms=end_ms):
                 line = f"{clock(start_ms)}-{clock(end_ms)} {printable(text)}"
             case message:
-                line = describe(message)
+                line = describe(message) if self._emotions.is_news(message) else None
         if line:
             # As it is: no markup, no wrapping, nothing coloured.
             self._console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+class EmotionChanges:
+    """Updates come every few seconds: a line is worth only one that says something else."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str | None] | None = None
+
+    def is_news(self, message: Message) -> bool:
+        """Whether a message is no emotion, or another one than the last."""
+        if not isinstance(message, EmotionUpdate):
+            return True
+        last, self._last = self._last, (message.label, message.description)
+        return self._last != last
 
 
 def describe(message: Message) -> str | None:

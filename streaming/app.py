@@ -26,6 +26,7 @@ async def run(
     `on_listening` is called with the port once connections are taken.
 
     Raises:
+        ConfigError: a file that the configuration names cannot be used.
         ExceptionGroup: of the `EngineLost` that ended it.
     """
     stop = asyncio.Event()

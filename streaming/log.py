@@ -47,6 +47,11 @@ class Log:
             oldest, _ = self._closed.popitem(last=False)
             del self._streams[oldest]
 
+    @property
+    def n_messages(self) -> int:
+        """Messages that are kept, of all streams."""
+        return sum(len(stream) for stream in self._streams.values())
+
     def last_seq(self, name: str) -> int:
         """The `seq` of the newest logged message; 0 where there is none."""
         stream = self._streams.get(name)
@@ -72,6 +77,9 @@ class _Stream:
     def __init__(self, history: int) -> None:
         self.last_seq = 0
         self._kept: deque[Envelope] = deque(maxlen=history)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def append(self, envelope: Envelope) -> None:
         assert envelope.seq == self.last_seq + 1, (envelope.seq, self.last_seq)

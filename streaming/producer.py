@@ -13,7 +13,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from streaming import connection as wire
-from streaming.config import ServerConfig
+from streaming.config import LimitsConfig, ServerConfig
 from streaming.errors import (
     BadMessages,
     ConnectionOver,
@@ -21,8 +21,10 @@ from streaming.errors import (
     IdleConnection,
     ServerStopping,
     SlowReader,
+    TooFast,
 )
 from streaming.hub import Subscription
+from streaming.limits import AudioPace
 from streaming.log import Log
 from streaming.protocol import (
     STREAM_MESSAGES,
@@ -46,8 +48,10 @@ class ProducerLimits:
     """The settings a producer's connection goes by."""
 
     server: ServerConfig
+    limits: LimitsConfig
     ack_interval_s: float
     languages: tuple[str, ...]  # codes the model can be set to
+    tasks: tuple[str, ...]  # what the model does
 
 
 class Producer:
@@ -69,6 +73,7 @@ class Producer:
         self._limits = limits
         self._stopping = stopping
         self._n_bad = 0
+        self._pace = new_pace(limits)
 
     async def run(self) -> None:
         """Converse until the stream is over, finalise it, and close."""
@@ -142,7 +147,10 @@ class Producer:
         while True:
             frame = await self._next_frame()
             if isinstance(frame, bytes):
+                wait_s = seconds_ahead(self._pace, self._limits, self._session.seconds_of(len(frame)))
                 await self._session.feed(frame)
+                if wait_s:
+                    await asyncio.sleep(wait_s)  # and the socket is not read meanwhile
                 continue
             try:
                 message = decode_client(frame, STREAM_MESSAGES)
@@ -156,6 +164,8 @@ class Producer:
                     await self._session.flush(flush_id)
                 case SessionUpdate():
                     self._update(message)
+                case Ask() if "answer" in self._limits.tasks:
+                    self._session.ask(message)
                 case Ask():
                     self.tell(Error("unsupported", "the loaded model answers no questions", fatal=False))
 
@@ -196,3 +206,28 @@ class Producer:
         self.tell(Error(exc.code, str(exc), fatal=False))
         if self._n_bad >= self._limits.server.max_bad_messages:
             raise BadMessages(f"{self._n_bad} messages that could not be read")
+
+
+def new_pace(limits: ProducerLimits) -> AudioPace:
+    """Of a connection whose audio begins now."""
+    return AudioPace(
+        limits.limits.audio_speed,
+        limits.limits.audio_burst_s,
+        limits.limits.audio_ahead_s,
+        asyncio.get_running_loop().time(),
+    )
+
+
+def seconds_ahead(pace: AudioPace, limits: ProducerLimits, audio_s: float) -> float:
+    """Seconds to wait after so much audio, until no more is ahead of real time than may be.
+
+    Raises:
+        TooFast: it is further ahead than the server puts up with.
+    """
+    wait_s = pace.take(audio_s, asyncio.get_running_loop().time())
+    if wait_s is None:
+        raise TooFast(
+            f"the audio is more than {limits.limits.audio_ahead_s:g} s ahead; expected at most "
+            f"{limits.limits.audio_burst_s:g} s at once, then {limits.limits.audio_speed:g} s a second"
+        )
+    return wait_s

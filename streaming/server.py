@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as SocketServer
@@ -19,18 +21,21 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from streaming import protocol
+from streaming.access import Scope, without_token
 from streaming.adaptors import deepgram, openai
 from streaming.adaptors.base import FED, Adaptor, Conversation
 from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
+from streaming.guard import Guard, GuardedConnection, tls_context
 from streaming.hub import Hub
 from streaming.ingest import AudioFormat, parse_query
 from streaming.log import Log
+from streaming.logs import socket_logger, where_raised
+from streaming.metrics import CONTENT_TYPE, Observed
 from streaming.producer import Producer, ProducerLimits
 from streaming.protocol import (
-    HEALTH_PATH,
-    READY_PATH,
     STREAM_NAME,
     STREAM_PATH,
     SUBSCRIBE_PATH,
@@ -38,12 +43,13 @@ from streaming.protocol import (
     Envelope,
     HttpStatus,
     Message,
+    Refusal,
     SessionClosed,
     Subscribe,
 )
 from streaming.session import Outlets, Session
 from streaming.subscriber import Subscriber
-from streaming.timeline import Timeline
+from streaming.timeline import new_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +58,8 @@ MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any m
 
 # Protocols of other people's: a path, and what makes an adaptor of its handshake or refuses it.
 ADAPTORS: Mapping[str, Callable[[Request, VadConfig], Adaptor]] = {
-    deepgram.PATH: deepgram.admit,
-    openai.PATH: openai.admit,
+    protocol.LISTEN_PATH: deepgram.admit,
+    protocol.REALTIME_PATH: openai.admit,
 }
 
 
@@ -67,10 +73,11 @@ class _Admission:
     adaptor: Adaptor | None = None  # None: the native protocol
 
 
-class _Connection(ServerConnection):
+class _Connection(GuardedConnection):
     """A connection that gives back what it was admitted with, however it is lost."""
 
     admission: _Admission | None = None  # until the handler takes it over
+    is_subscriber: bool = False
     on_lost: Callable[[_Connection], None] | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -85,11 +92,19 @@ class Server:
     def __init__(
         self, config: Config, engine: EngineClient, clock_ms: Callable[[], int] | None = None
     ) -> None:
+        """Read what the configuration names.
+
+        Raises:
+            ConfigError: the tokens file, an origin, the certificate or its key cannot be used.
+        """
         self._config = config
         self._engine = engine
         self._clock_ms = clock_ms or _unix_ms
         self._log = Log(config.log)
         self._hub = Hub(self._log, config.server.subscriber_queue)
+        self._metrics = engine.metrics
+        self._guard = Guard(config, self._metrics, now_s=time.monotonic)
+        self._tls = tls_context(config.server.tls_cert, config.server.tls_key)
         self._connections: set[_Connection] = set()  # WebSockets, from their admission to their loss
         self._live: set[str] = set()  # names of streams, from their admission to `session.closed`
         self._numbers = itertools.count(1)
@@ -105,13 +120,14 @@ class Server:
     async def listening(self) -> AsyncIterator[int]:
         """Serve; gives the port. On exit every stream is finalised and every connection closed."""
         config = self._config.server
+        timeout_s = self._config.limits.handshake_timeout_s
         sockets = await serve(
             self._handle,
             config.host,
             config.port,
             process_request=self._answer_http,
             process_response=self._admit,
-            create_connection=_Connection,
+            create_connection=cast("type[ServerConnection]", partial(_Connection, guard=self._guard)),
             compression=None,  # audio does not compress, and captions are small
             max_size=config.max_message_bytes,
             max_queue=MAX_FRAMES_WAITING,
@@ -119,6 +135,10 @@ class Server:
             ping_timeout=config.ping_interval_s,
             close_timeout=CLOSE_TIMEOUT_S,
             server_header=None,
+            open_timeout=timeout_s,
+            logger=socket_logger(),
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else timeout_s,
         )
         port = int(sockets.sockets[0].getsockname()[1])
         logger.info("listening on %s:%d", config.host, port)
@@ -146,34 +166,57 @@ class Server:
     # --- who is let in -------------------------------------------------------------------
 
     def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
-        path = urlsplit(request.path).path
-        if path == HEALTH_PATH:
-            return connection.respond(HttpStatus.OK, "ok\n")
-        if path == READY_PATH:
-            if self._engine.is_ready:
+        assert isinstance(connection, _Connection), connection
+        refusal = self._guard.check(connection, request)
+        if refusal is not None:
+            return refusal
+        match urlsplit(request.path).path:
+            case protocol.HEALTH_PATH:
+                return connection.respond(HttpStatus.OK, "ok\n")
+            case protocol.READY_PATH if self._engine.is_ready:
                 return connection.respond(HttpStatus.OK, "ready\n")
-            return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
-        if path != SUBSCRIBE_PATH and not path.startswith(STREAM_PATH) and path not in ADAPTORS:
-            return connection.respond(HttpStatus.NOT_FOUND, "no such path\n")
+            case protocol.READY_PATH:
+                return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
+            case protocol.METRICS_PATH:
+                response = connection.respond(HttpStatus.OK, self._metrics.render(self._observed()).decode())
+                del response.headers["Content-Type"]
+                response.headers["Content-Type"] = CONTENT_TYPE
+                return response
         return None
+
+    def _observed(self) -> Observed:
+        """The state that the metrics show."""
+        return Observed(
+            n_streams=len(self._live),
+            n_slots=0 if self._engine.ready is None else self._engine.ready.n_slots,
+            n_connections=len(self._connections),
+            n_half_open=self._guard.n_half_open,
+            is_engine_ready=self._engine.is_ready,
+            n_log_messages=self._log.n_messages,
+            n_subscribers=sum(connection.is_subscriber for connection in self._connections),
+            queue_depths=self._hub.depths(),
+        )
 
     def _admit(self, connection: ServerConnection, request: Request, response: Response) -> Response | None:
         """Take a place, name and slot for a handshake that succeeded, or say what there is none of."""
-        if response.status_code != 101:
-            return None
         assert isinstance(connection, _Connection), connection
-        n_max = self._config.server.max_connections
-        if len(self._connections) >= n_max:
-            return connection.respond(HttpStatus.TOO_MANY, f"all {n_max} connections are taken\n")
+        if response.status_code != 101:
+            if response.status_code == HttpStatus.UPGRADE_REQUIRED:
+                return self._guard.refuse(connection, Refusal.NO_UPGRADE)
+            return None
         url = urlsplit(request.path)
-        if url.path != SUBSCRIBE_PATH:
-            try:
-                admission = self._admission(request)
-            except BadQuery as exc:
-                return connection.respond(HttpStatus.BAD_REQUEST, f"{exc}\n")
-            refusal = self._admit_stream(connection, admission)
+        is_stream = url.path != SUBSCRIBE_PATH
+        if is_stream:
+            refusal = self._admit_stream(connection, request)
             if refusal is not None:
                 return refusal
+        connection.is_subscriber = not is_stream
+        refusal = self._guard.take_place(connection, Scope.PUBLISH if is_stream else Scope.SUBSCRIBE)
+        if refusal is not None:
+            return refusal
+        admission = connection.admission
+        if admission is not None:
+            self._live.add(admission.name)
             if admission.adaptor is not None:
                 response.headers.update(admission.adaptor.headers)
         self._connections.add(connection)
@@ -193,19 +236,22 @@ class Server:
             return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
         name = url.path.removeprefix(STREAM_PATH)
         _check_name(name)
-        audio_format = parse_query(url.query)
+        audio_format = parse_query(without_token(url.query))
         return _Admission(name, audio_format, self._language(audio_format))
 
-    def _admit_stream(self, connection: _Connection, admission: _Admission) -> Response | None:
-        name = admission.name
+    def _admit_stream(self, connection: _Connection, request: Request) -> Response | None:
+        refuse = self._guard.refuse
+        try:
+            admission = self._admission(request)
+        except BadQuery as exc:
+            return refuse(connection, Refusal.BAD_QUERY, str(exc))
         ready = self._engine.ready
         if ready is None or not self._engine.is_ready:
-            return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
-        if name in self._live:
-            return connection.respond(HttpStatus.CONFLICT, f"stream {name} is live\n")
+            return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
+        if admission.name in self._live:
+            return refuse(connection, Refusal.NAME_TAKEN)
         if len(self._live) >= ready.n_slots:
-            return connection.respond(HttpStatus.UNAVAILABLE, f"all {ready.n_slots} slots are taken\n")
-        self._live.add(name)
+            return refuse(connection, Refusal.NO_SLOT)
         connection.admission = admission
         # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
         connection.ping_timeout = None
@@ -244,15 +290,18 @@ class Server:
         try:
             if admission is None:
                 subscriber = Subscriber(
-                    connection, self._hub, self._log, self._config.server, self._finalised
+                    connection, self._hub, self._log, self._config.server, self._finalised, connection.granted
                 )
                 await subscriber.run()
             else:
                 await self._produce(connection, admission)
         except ConnectionClosed:
             logger.debug("a connection was lost while it was being closed")
-        except Exception:
-            logger.exception("connection failed: %s", admission or "subscriber")
+        except Exception as exc:
+            # Without the text of the fault, which may hold what a client sent.
+            who = "a subscriber" if admission is None else f"stream {admission.name}"
+            logger.error("%s: connection failed: %s", who, where_raised(exc))  # noqa: TRY400
+            logger.debug("the fault's text", exc_info=True)
             await connection.close(CloseCode.INTERNAL, "a fault of the server's")
 
     async def _produce(self, connection: _Connection, admission: _Admission) -> None:
@@ -261,7 +310,13 @@ class Server:
         self._log.open(name)
         ready = self._engine.ready
         assert ready is not None
-        limits = ProducerLimits(self._config.server, self._config.ingest.ack_interval_s, ready.languages)
+        limits = ProducerLimits(
+            self._config.server,
+            self._config.limits,
+            self._config.ingest.ack_interval_s,
+            ready.languages,
+            ready.tasks,
+        )
         with self._hub.subscription() as reader:
             self._hub.subscribe(reader, Subscribe((name,)))
             session = Session(
@@ -271,11 +326,12 @@ class Server:
                 admission.language,
                 ingest=self._config.ingest,
                 vad=self._config.vad if adaptor is None else adaptor.endpointing(self._config.vad),
-                timeline=Timeline(self._config.transcript),
+                timeline=new_timeline(self._config, ready.tasks, ready.sounds),
                 engine=self._engine,
                 outlets=Outlets(
                     publish=lambda message: self._publish(name, message),
                     tell=lambda message: reader.put(Envelope(name, self._log.last_seq(name), message)),
+                    metrics=self._metrics,
                 ),
             )
             try:
@@ -287,6 +343,7 @@ class Server:
 
     def _publish(self, name: str, message: Message) -> None:
         envelope = self._log.append(name, message)
+        self._metrics.published(message)
         if isinstance(message, SessionClosed):
             self._log.close(name)
             self._release(name)

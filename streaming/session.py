@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -23,15 +23,20 @@ from streaming.engine.plan import Pcm
 from streaming.engine_client import EngineClient, EngineState
 from streaming.errors import BadAudio, EngineFault
 from streaming.ingest import AudioFormat, Ingest
+from streaming.metrics import Metrics
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ack,
+    AnswerDelta,
+    AnswerFinal,
+    Ask,
     Degraded,
     Error,
     Flushed,
     Message,
     SessionClosed,
     SessionCreated,
+    TranscriptDelta,
     ms_of,
 )
 from streaming.ring import Ring
@@ -45,7 +50,9 @@ logger = logging.getLogger(__name__)
 SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
 SLICE_S = 0.5  # a longer binary frame is worked on in slices, so that other streams get their turn
+REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
+MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
 
 FromEngine = messages.Result | messages.Progress | messages.Skipped  # of one stream
 
@@ -56,6 +63,7 @@ class Outlets:
 
     publish: Callable[[Message], None]  # to its log and every reader
     tell: Callable[[Message], None]  # to its producer alone
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 @dataclass(slots=True)
@@ -63,7 +71,7 @@ class _PendingMark:
     """A mark that the engine has not answered; it is sent again to the next engine."""
 
     mark: Mark
-    flush_id: str | None = None  # None: not a client's flush
+    client_id: str | None = None  # of the client's flush or question; None: not a client's
     is_announced: bool = False
 
 
@@ -85,6 +93,7 @@ class Session:
     ) -> None:
         self.name = name
         self.is_lost = asyncio.Event()  # the engine will not come back
+        self._opened_at = asyncio.get_running_loop().time()
         self._number = number  # the engine's name for this stream
         self._format = audio_format
         self._language = language  # None: detect
@@ -140,6 +149,10 @@ class Session:
             if self._ingest.n_samples - self._n_acked >= self._ack_step:
                 self.acknowledge()
 
+    def seconds_of(self, n_bytes: int) -> float:
+        """How long so many bytes of this stream's audio last."""
+        return n_bytes / (self._format.frame_bytes * self._format.rate_hz)
+
     @property
     def has_unacknowledged(self) -> bool:
         """Whether audio arrived after the last `ack`."""
@@ -161,6 +174,17 @@ class Session:
         await self._push(self._ingest.flush())
         self.acknowledge()
         self._mark_flush(flush_id)
+
+    def ask(self, ask: Ask) -> None:
+        """Answer a question about the last audio fed; refused while too many wait."""
+        if sum(pending.mark.kind == "ask" for pending in self._pending) >= MAX_QUESTIONS:
+            text = f"ask {ask.id!r}: {MAX_QUESTIONS} questions wait for their answers"
+            self._outlets.tell(Error("busy", text, fatal=False))
+            return
+        at = self._ring.end
+        since = max(0, at - ask.last_ms * SAMPLE_RATE_HZ // 1000)
+        self._pending.append(_PendingMark(Mark("ask", at, since, ask.question), ask.id))
+        self._pump()
 
     def set_language(self, language: str | None) -> None:
         """Decode in this language, or detect it, beginning with the audio that is sent next."""
@@ -243,6 +267,7 @@ class Session:
                 self._window_start = max(self._window_start, message.window_start)
                 self._ring.forget(message.needed_from)
             case messages.Skipped(start=start, end=end, n_points=n_points):
+                self._outlets.metrics.skipped(n_points)
                 text = f"{n_points} decode points skipped"
                 self._outlets.publish(Degraded("overload", text, ms_of(start), ms_of(end)))
         self._pump()
@@ -297,6 +322,7 @@ class Session:
         if self.is_lost.is_set():
             return  # nobody will hear it, and the connection is being closed for that
         self._ring.push(pcm)
+        self._outlets.metrics.heard(len(pcm))
         self._pending.extend(_PendingMark(mark) for mark in self._vad.push(pcm))
         self._announce()
         self._pump()
@@ -340,12 +366,13 @@ class Session:
             self._n_marks_sent += len(due)
 
     def _on_result(self, result: messages.Result) -> None:
+        self._outlets.metrics.decoded(result)
         self._consume(result.point)
         self._window_start = max(self._window_start, result.window_start)
         if self._language_from is None:
             self._settled_language = result.settled_language
         answered: _PendingMark | None = None
-        if result.kind != "tick":
+        if result.kind not in ("tick", "sound"):
             answered = self._answered(result)
             if answered.mark.kind == "stopped":
                 self._speech_edge = None
@@ -354,9 +381,21 @@ class Session:
         applied = self._timeline.apply(result)
         self._engine.send(messages.Commit(self._number, result.point, result.kind, applied.n_committed))
         self._publish(applied.messages)
-        if answered is not None and answered.flush_id is not None:
-            self._outlets.publish(Flushed(answered.flush_id, ms_of(answered.mark.at)))
+        if answered is not None and answered.client_id is not None:
+            self._reply(answered.client_id, answered.mark, result)
         self._announce()
+
+    def _reply(self, client_id: str, mark: Mark, result: messages.Result) -> None:
+        """Tell a client that its flush is done, or what the model answered."""
+        if mark.kind == "flush":
+            self._outlets.publish(Flushed(client_id, ms_of(mark.at)))
+            return
+        if result.answer is None:
+            raise EngineFault(f"stream {self.name}: a question at {mark.at} without an answer")
+        answer = result.answer
+        if answer.text:
+            self._outlets.publish(AnswerDelta(client_id, answer.text))
+        self._outlets.publish(AnswerFinal(client_id, answer.text, ms_of(answer.start), ms_of(answer.end)))
 
     def _answered(self, result: messages.Result) -> _PendingMark:
         """Take off the mark that this result answers."""
@@ -395,6 +434,13 @@ class Session:
     def _publish(self, found: tuple[Message, ...] | list[Message]) -> None:
         for message in found:
             self._outlets.publish(message)
+            if isinstance(message, TranscriptDelta) and self._is_in_real_time():
+                self._outlets.metrics.committed(message, ms_of(self._ring.end))
+
+    def _is_in_real_time(self) -> bool:
+        """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
+        elapsed_s = asyncio.get_running_loop().time() - self._opened_at
+        return self._ring.end <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         """Wait for something that the engine's messages bring about, or for the engine's loss."""

@@ -1,5 +1,7 @@
 """From hypotheses to messages: what is shown, what is committed, when a segment closes.
 
+Sound events and emotion have trackers of their own; here they take their place among the words.
+
 Pure: no socket, no tensor, no clock but the sample count. Interim text may be replaced; committed
 words never change and are never taken back.
 
@@ -13,9 +15,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from streaming.config import TranscriptConfig
-from streaming.engine.messages import MAX_CONTEXT_CHARS, Heard, Result
+from streaming.config import EngineSettings, TranscriptConfig
+from streaming.emotion import EmotionTracker
+from streaming.engine.messages import (
+    MAX_CONTEXT_CHARS,
+    Emotion,
+    Events,
+    Heard,
+    Result,
+    Sound,
+    Sounds,
+)
+from streaming.events import EventTracker
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Message,
@@ -41,11 +54,58 @@ class Applied:
     n_committed: int  # of the result's words, from the first on
 
 
-class Timeline:
-    """One stream's text, from its first sample to its last."""
+class SoundTracker(Protocol):
+    """From scores or names of sounds to events that begin and end."""
 
-    def __init__(self, config: TranscriptConfig) -> None:
+    def push(self, sounds: Sounds) -> list[Message]:
+        """Take rows of scores; rows already taken change nothing."""
+
+    def named(self, events: Events) -> list[Message]:
+        """Take what the model named in a window."""
+
+    def finish(self, end: int) -> list[Message]:
+        """End what is open: nothing follows after sample `end`."""
+
+
+class VoiceTracker(Protocol):
+    """From what each window sounds like to how the speaker feels."""
+
+    def speech_started(self, edge: int) -> None:
+        """Somebody speaks since sample `edge`."""
+
+    def push(self, emotion: Emotion) -> list[Message]:
+        """Take what a window sounds like."""
+
+    def final(self, start_ms: int, end_ms: int) -> list[Message]:
+        """A segment was closed: what it sounded like."""
+
+
+def new_timeline(settings: EngineSettings, tasks: Sequence[str], sounds: Sequence[Sound]) -> Timeline:
+    """A timeline with the trackers of what is wanted and what the model does.
+
+    Args:
+        settings: What is wanted.
+        tasks: What the model does.
+        sounds: Columns of its scores; empty where it names sounds itself or hears none.
+    """
+    has_events = settings.events.enabled and "events" in tasks
+    has_emotion = settings.emotion.enabled and "emotion" in tasks
+    return Timeline(
+        settings.transcript,
+        EventTracker(settings.events, sounds) if has_events else None,
+        EmotionTracker(settings.emotion) if has_emotion else None,
+    )
+
+
+class Timeline:
+    """One stream's text, sounds and emotion, from its first sample to its last."""
+
+    def __init__(
+        self, config: TranscriptConfig, sounds: SoundTracker | None = None, voice: VoiceTracker | None = None
+    ) -> None:
         self._config = config
+        self._sounds = sounds  # None: no events are wanted
+        self._voice = voice  # None: no emotion is wanted
         self._edge = int(config.edge_s * SAMPLE_RATE_HZ)
         self._patience = max(self._edge, int(config.patience_s * SAMPLE_RATE_HZ))
         self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
@@ -64,6 +124,8 @@ class Timeline:
     def speech_started(self, edge: int) -> list[Message]:
         """Somebody speaks since sample `edge`."""
         self._speech_edge = edge
+        if self._voice is not None:
+            self._voice.speech_started(edge)
         return [SpeechStarted(ms_of(edge))]
 
     def speech_stopped(self, edge: int) -> list[Message]:
@@ -71,7 +133,35 @@ class Timeline:
         return [SpeechStopped(ms_of(self._speech_edge), ms_of(edge))]
 
     def apply(self, result: Result) -> Applied:
-        """Take a hypothesis: show it, commit of it what is sure."""
+        """Take what was found at a point: show it, commit of it what is sure."""
+        heard = self._hear(result)
+        if result.kind in ("sound", "ask"):
+            return Applied(tuple(heard), 0)
+        words = self._apply_words(result)
+        felt = self._feel(result, words.messages)
+        return Applied((*heard, *words.messages, *felt), words.n_committed)
+
+    def _hear(self, result: Result) -> list[Message]:
+        """The sound events that begin or end."""
+        if self._sounds is None:
+            return []
+        messages = [] if result.sounds is None else self._sounds.push(result.sounds)
+        return messages if result.events is None else messages + self._sounds.named(result.events)
+
+    def _feel(self, result: Result, said: Sequence[Message]) -> list[Message]:
+        """How the speaker sounds: of each segment that was closed, else as it is now.
+
+        Endpointing takes some sounds for a voice; where no word was heard, nobody has an emotion.
+        """
+        finals = [message for message in said if isinstance(message, TranscriptFinal)]
+        if self._voice is None or not (result.words or self._segment or finals):
+            return []
+        now = [] if result.emotion is None else self._voice.push(result.emotion)
+        if not finals:
+            return now
+        return [message for final in finals for message in self._voice.final(final.start_ms, final.end_ms)]
+
+    def _apply_words(self, result: Result) -> Applied:
         self._language = result.language or self._language
         words = result.words
         n_committed = len(words) if result.kind != "tick" else self._n_sure(words, result.point)
@@ -94,7 +184,8 @@ class Timeline:
     def finish(self, end: int) -> list[Message]:
         """Nothing follows after sample `end`: what is not committed is dropped, the segment closed."""
         self._guesses.clear()
-        return [*self._show((), end), *self._close(len(self._segment))]
+        sounds = [] if self._sounds is None else self._sounds.finish(end)
+        return [*self._show((), end), *self._close(len(self._segment)), *sounds]
 
     def window(self, window_start: int) -> tuple[tuple[Heard, ...], str]:
         """The committed words inside a window, and the end of the committed text before it.

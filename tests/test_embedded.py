@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench import virtual
+from bench.encoders import LAST_S, Ears, agreement
 from bench.manifest import join, load_manifest, read_audio
 from bench.measures import pooled_wer
 from scripts.make_demo_recording import RecordingError, make
@@ -32,7 +33,7 @@ MINUTE = 60 * 16_000
 @pytest.fixture(scope="module")
 def runner() -> Runner:
     """The embedded model, as the configuration's defaults have it."""
-    return load_runner(CONFIG.model, CONFIG.engine)
+    return load_runner(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,19 @@ def pink_noise(n_samples: int, dbfs: float) -> Pcm:
 def test_nothing_is_heard_where_nobody_speaks(runner: Runner) -> None:
     """A minute of digital zeros, and one of pink noise at -50 dBFS."""
     assert captions(runner, np.zeros(MINUTE, np.float32), pink_noise(MINUTE, -50.0)) == [[], []]
+
+
+def test_the_short_encoder_hears_what_the_padded_one_hears(runner: Runner, demo: tuple[Pcm, str]) -> None:
+    """Windows cut off anywhere: the words before the last second, and when they were said."""
+    padded_model = CONFIG.model.model_copy(update={"short_context": False})
+    padded = Ears(load_runner(CONFIG.model_copy(update={"model": padded_model})), CONFIG)
+    short = Ears(runner, CONFIG)
+    found = []
+    for start_s, end_s in ((0.0, 4.3), (2.1, 9.0), (5.0, 17.7)):
+        pcm = demo[0][int(start_s * 16_000) : int(end_s * 16_000)]
+        found.append(agreement(padded.hear(pcm, "en"), short.hear(pcm, "en"), end_s - start_s - LAST_S))
+    n_words = sum(a.n_words for a in found)
+    assert n_words > 15
+    assert sum(a.n_same for a in found) >= 0.9 * (n_words + sum(a.n_added for a in found))
+    shifts_s = [shift for a in found for shift in a.shifts_s]
+    assert np.mean(shifts_s) < 0.05

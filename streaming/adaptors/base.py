@@ -33,7 +33,7 @@ from streaming.errors import (
 from streaming.hub import Subscription
 from streaming.ingest import AudioFormat
 from streaming.log import Log
-from streaming.producer import ProducerLimits
+from streaming.producer import ProducerLimits, new_pace, seconds_ahead
 from streaming.protocol import SAMPLE_RATE_HZ, Envelope
 from streaming.session import Session
 
@@ -129,6 +129,7 @@ class Conversation:
         self._adaptor = adaptor
         self._sending = asyncio.Lock()  # what one message becomes is not cut in two
         self._has_begun = asyncio.Event()  # the stream's first message was sent
+        self._pace = new_pace(limits)
         self._n_bad = 0
 
     async def run(self) -> None:
@@ -154,12 +155,16 @@ class Conversation:
             await wire.cancel(sender, taking, *([] if discarding is None else [discarding]))
 
     async def feed(self, pcm: Pcm) -> None:
-        """Take 16 kHz mono audio of the client's; waits while the ring is full.
+        """Take 16 kHz mono audio of the client's; waits while the ring is full, or the audio too fast.
 
         Raises:
             BadAudio: a sample is not a number.
+            TooFast: it is further ahead of real time than the server puts up with.
         """
+        wait_s = seconds_ahead(self._pace, self.limits, len(pcm) / SAMPLE_RATE_HZ)
         await self.session.feed(pcm.tobytes())
+        if wait_s:
+            await asyncio.sleep(wait_s)
 
     async def say(self, make: Callable[[], Sequence[Event]]) -> None:
         """Send events that are made when it is their turn.
@@ -195,8 +200,8 @@ class Conversation:
             return None, "disconnected"
         except ConnectionOver as over:
             name = self.session.name
-            is_ours = isinstance(over, ServerStopping)
-            logger.log(logging.INFO if is_ours else logging.WARNING, "stream %s: ends: %s", name, over)
+            level = logging.INFO if isinstance(over, ServerStopping) else logging.WARNING
+            logger.log(level, "stream %s: ends: %s", name, over.reason)  # the text may hold what came
             for envelope in wire.fatal_error(name, self._log.last_seq(name), over):
                 self._reader.put(envelope)
             return over, over.reason
@@ -213,7 +218,7 @@ class Conversation:
         try:
             await self._adaptor.end_audio(self)
         except ConnectionOver as over:  # the stream ends anyway; what can be heard is heard
-            logger.warning("stream %s: its end is left out: %s", self.session.name, over)
+            logger.warning("stream %s: its end is left out: %s", self.session.name, over.reason)
         await self.session.finish(reason)
 
     async def _stop_deadline(self) -> None:

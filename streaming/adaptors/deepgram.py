@@ -46,7 +46,6 @@ from streaming.protocol import (
 )
 from streaming.text import join_words, split_words
 
-PATH = "/v1/listen"
 MAX_PARAMETERS = 128  # keyterms among them
 RAW: Mapping[str, Encoding] = {"linear16": "s16le", "mulaw": "mulaw", "alaw": "alaw"}
 IN_CONTAINERS = ("ogg-opus", "flac")  # encodings whose container says everything else

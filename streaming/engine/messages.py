@@ -16,16 +16,18 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length m
 _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size
 
-MarkKind = Literal["started", "stopped", "flush"]
-PointKind = Literal["tick", "stopped", "flush"]
+MarkKind = Literal["started", "stopped", "flush", "ask"]
+# A "tick" hears words and sounds while somebody speaks, a "sound" point sounds alone while nobody does.
+PointKind = Literal["tick", "sound", "stopped", "flush", "ask"]
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """Something decided on the sample clock: endpointing, or a client's flush."""
+    """Something decided on the sample clock: endpointing, or a client's flush or question."""
 
     kind: MarkKind
     at: int  # the decision is known once this many samples have arrived
-    edge: int  # where speech really began or ended; for a flush, the same as `at`
+    edge: int  # where speech really began or ended; what a question is about begins here; of a flush, `at`
+    question: str = ""  # of an "ask"
 
 
 MAX_CONTEXT_CHARS = 224  # of the committed text before a window
@@ -82,7 +84,7 @@ class Audio(msgspec.Struct, frozen=True, tag=True):
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """The timeline's answer to a `Result`: so many of its words are now committed.
+    """The answer to a `Result`: so many of its words are now committed.
 
     The stream is not decoded again before this arrives, so that results depend on no clock.
     """
@@ -113,6 +115,14 @@ ToEngine = Open | Audio | Commit | Configure | CloseStream
 # --- engine to server --------------------------------------------------------------------
 
 
+class Sound(msgspec.Struct, frozen=True, array_like=True):
+    """A kind of sound the model scores. As `plan.SoundLabel`."""
+
+    name: str
+    parent: str | None
+    threshold: float
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded and warm."""
 
@@ -122,12 +132,59 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     n_slots: int
     load_s: float
     warm_up_s: float
+    sounds: tuple[Sound, ...] = ()  # columns of `Sounds`
+
+
+class Sounds(msgspec.Struct, frozen=True, array_like=True):
+    """Rows of sound scores on the 12.5 Hz grid. As `plan.SoundScores`, in 255ths."""
+
+    start: int  # samples
+    scores: bytes  # [n_frames, n_labels] uint8, row by row
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """A sound that the model named itself. As `plan.HeardEvent`."""
+
+    label: str
+    start: int
+    end: int
+    score: float
+
+
+class Events(msgspec.Struct, frozen=True, array_like=True):
+    """What the model named in a window. As `plan.HeardEvents`."""
+
+    window_start: int
+    window_end: int
+    stable_end: int
+    events: tuple[Event, ...]
+
+
+class Emotion(msgspec.Struct, frozen=True, array_like=True):
+    """How the speaker sounded in a window. As `plan.HeardEmotion`."""
+
+    start: int
+    end: int
+    label: str | None
+    score: float
+    scores: dict[str, float]
+    valence: float | None
+    arousal: float | None
+    traits: dict[str, str]
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What the model said to a question. As `plan.HeardAnswer`."""
+
+    start: int  # the audio it is about
+    end: int
+    text: str
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):
-    """A transcript hypothesis at a decode point; answered with `Commit`.
+    """What was found at a decode point; answered with `Commit`.
 
-    Every `stopped` and `flush` mark gets exactly one, with no words where nothing was open.
+    Every `stopped`, `flush` and `ask` mark gets exactly one, with no words where nothing was open.
     """
 
     stream: int
@@ -141,6 +198,10 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     compute_s: float  # wall time of the step that made it
     window_start: int = 0  # of the window that was heard; a restart goes on with it
     settled_language: str | None = None  # as set, or detected and settled; a restart opens with it
+    sounds: Sounds | None = None  # where the model scores sounds and a row is complete
+    events: Events | None = None  # where it names them, at every so many points
+    emotion: Emotion | None = None
+    answer: Answer | None = None  # of an "ask"
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -17,6 +17,17 @@ Pcm = NDArray[np.float32]  # [n_samples], 16 kHz mono
 
 Task = Literal["transcript", "events", "emotion", "answer"]
 
+SOUND_FRAME = 1280  # samples of one row of `SoundScores`: 80 ms, the encoder's 12.5 Hz
+
+
+@dataclass(frozen=True, slots=True)
+class SoundLabel:
+    """A kind of sound that a model scores on the 12.5 Hz grid."""
+
+    name: str
+    parent: str | None  # the more general label it belongs to, where that is scored too
+    threshold: float  # the score from which the sound is there, 0 to 1
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -27,6 +38,9 @@ class Capabilities:
     languages: tuple[str, ...]  # codes a stream may be set to; empty where it cannot be set
     max_window_s: float  # audio the model can look at in one go
     min_tick_s: float  # asking more often than this gives nothing
+    sounds: tuple[SoundLabel, ...] = ()  # columns of `SoundScores`; empty: it answers `events` forks instead
+    events_every_s: float = 0.64  # how often it should look for events: what an `events` fork costs
+    emotions: tuple[str, ...] = ()  # labels of `HeardEmotion`; empty where the model uses its own words
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +58,9 @@ class Fork:
     """One question on one slot's audio, answered and forgotten."""
 
     task: Task
-    window_start: int  # the audio from this sample on is looked at
+    # The audio from this sample on is looked at. That of an `emotion` fork lies inside the window of
+    # the `transcript` fork that always stands before it, so that one encoding serves both.
+    window_start: int
     prefix: tuple[str, ...]  # words already agreed on inside the window; the answer goes on from them
     context: str  # text before the window, for the model's orientation only
     language: str | None  # None: detect
@@ -54,7 +70,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class SlotStep:
-    """What one slot gets in one step."""
+    """What one slot gets in one step. Where the runner scores sounds, it does so with or without forks."""
 
     slot_idx: int
     owner: int  # the stream that held the slot when this was planned
@@ -82,6 +98,21 @@ class Hypothesis:
     language_score: float  # probability of `language`; 1 where it was set
     no_speech: float  # probability that the window holds no speech, 0 to 1
     n_loops_cut: int  # repetitions the guard removed
+
+
+@dataclass(frozen=True, slots=True)
+class SoundScores:
+    """How sure each sound is, on the 12.5 Hz grid, for audio of which more can no longer change it.
+
+    Rows follow one another over the steps without a gap, from the first that can be known after the
+    slot began; frame i of the grid is the audio from `SOUND_FRAME` i on. A row depends on the audio
+    around it alone, at most 2.5 s back: after a restart the same rows come again.
+    """
+
+    slot_idx: int
+    owner: int
+    start: int  # samples, a multiple of SOUND_FRAME: where the first row begins
+    scores: NDArray[np.float32]  # [n_frames, n_labels], 0 to 1; may be empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +147,10 @@ class HeardEmotion:
     window_end: int  # samples
     label: str | None  # from a closed list; None where the model named none of it
     score: float  # probability of the answer, 0 to 1
-    traits: tuple[tuple[str, str], ...]  # what the model said of the voice: name, description
+    scores: tuple[tuple[str, float], ...] = ()  # of every label, where the model scores them
+    valence: float | None = None  # -1 (unpleasant) to 1, where derivable
+    arousal: float | None = None  # -1 (calm) to 1, where derivable
+    traits: tuple[tuple[str, str], ...] = ()  # what the model said of the voice: name, description
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +166,13 @@ class HeardAnswer:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the runner found: per task, fork by fork, in the order of the plan."""
+    """What the runner found: per task, fork by fork, in the order of the plan; sounds per slot."""
 
     hypotheses: tuple[Hypothesis, ...]
     events: tuple[HeardEvents, ...] = ()
     emotions: tuple[HeardEmotion, ...] = ()
     answers: tuple[HeardAnswer, ...] = ()
+    sounds: tuple[SoundScores, ...] = ()  # per slot of the plan at most one, in its order
 
 
 class Runner(Protocol):

@@ -1,8 +1,10 @@
 """Decides what is due, on the sample clock. Touches no tensor.
 
 A stream is decoded at points of a fixed grid while somebody speaks, and at every mark (speech
-stopped, flush). After each decode the timeline says how many words it commits, and the stream
-waits for that: so what is decoded depends on samples alone, not on how fast anything came.
+stopped, flush, question). After each decode the timeline says how many words it commits, and the
+stream waits for that: so what is decoded depends on samples alone, not on how fast anything came.
+Where a model is asked for more than words it hears all audio without a gap, and the points of a
+slower grid go on while nobody speaks.
 
 The window of a stream is the audio a decode looks at. It grows with the stream and is cut at a
 pause between committed words before it gets too long; a new window starts where speech begins
@@ -18,7 +20,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from streaming.config import TranscriptConfig
+from streaming.config import EmotionConfig, EventsConfig, TranscriptConfig
+from streaming.engine.findings import Findings, by_slot
 from streaming.engine.messages import (
     MAX_CONTEXT_CHARS,
     Audio,
@@ -32,7 +35,7 @@ from streaming.engine.messages import (
     Result,
     Skipped,
 )
-from streaming.engine.plan import Fork, Hypothesis, Pcm, SlotStep, StepPlan, StepResult
+from streaming.engine.plan import Capabilities, Fork, Hypothesis, Pcm, SlotStep, StepPlan, StepResult, Task
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import ends_sentence, join_words
 
@@ -47,7 +50,46 @@ SETTLE_SCORE = 0.5
 LOST_AT_TICK = 3 * SAMPLE_RATE_HZ
 LOST_AT_STOP = SAMPLE_RATE_HZ * 3 // 5
 LONGEST_WINDOW_S = 29.0  # a window may grow to this while nothing in it is committed
-EXTRA_TOKENS = 8  # of a fork's budget, whatever the length of its audio
+EXTRA_TOKENS = 8  # of a transcript's budget, whatever the length of its audio
+EVENTS_TOKENS = 160  # ten lines
+EMOTION_TOKENS = 256  # thirteen phrases
+ANSWER_TOKENS = 192
+# Scores of sounds come up to 0.8 s late and look back 2.5 s: what a restart hears again for them.
+SOUND_REACH = 4 * SAMPLE_RATE_HZ
+EMOTION_WINDOW = 4 * SAMPLE_RATE_HZ  # speech that an emotion is read from, at most ...
+MIN_EMOTION = SAMPLE_RATE_HZ * 4 // 5  # ... and at least
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What a model is asked for beside words, in ticks of the grid; 0: it is not."""
+
+    sound_ticks: int = 0  # between points while nobody speaks; 0: what is no speech is not heard
+    events_ticks: int = 0  # between `events` forks
+    emotion_ticks: int = 0  # between `emotion` forks while somebody speaks
+
+    @classmethod
+    def to(
+        cls, capabilities: Capabilities, events: EventsConfig, emotion: EmotionConfig, tick: int
+    ) -> Listening:
+        """What is wanted of what a model can do; `tick` in samples."""
+
+        def ticks(seconds: float) -> int:
+            return max(1, round(seconds * SAMPLE_RATE_HZ / tick))
+
+        wants_events = events.enabled and "events" in capabilities.tasks
+        wants_emotion = emotion.enabled and "emotion" in capabilities.tasks
+        # A question may be about anything that sounded, so what answers questions hears everything.
+        hears_all = wants_events or "answer" in capabilities.tasks
+        events_ticks = ticks(capabilities.events_every_s)
+        return cls(
+            sound_ticks=events_ticks if hears_all else 0,
+            events_ticks=events_ticks if wants_events and not capabilities.sounds else 0,
+            emotion_ticks=ticks(emotion.interval_s) if wants_emotion else 0,
+        )
+
+
+WORDS_ALONE = Listening()
 
 
 class EngineFull(RuntimeError):
@@ -60,6 +102,9 @@ class _Point:
 
     at: int
     kind: PointKind
+    since: int = 0  # of a tick or sound point: what slower grids hold after this is due here
+    asked: Mark | None = None  # the question
+    is_retry: bool = False  # its words are decoded again, in a shorter window, and nothing else
 
 
 @dataclass(slots=True)
@@ -85,6 +130,7 @@ class _Stream:
     arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, `due` there
     awaiting: _Point | None = None
     hypothesis: tuple[Heard, ...] = ()  # of the awaited point
+    findings: Findings = field(default_factory=Findings)  # of a point that is decoded again
     next_language: Configure | None = None  # takes effect at the first point after its position
     retry: _Point | None = None  # decode this point again, in a shorter window
     speech_end: int = 0  # at a `stopped` point: where speech ended
@@ -96,7 +142,6 @@ class Schedule:
     """What is due now."""
 
     plan: StepPlan
-    points: tuple[tuple[int, PointKind, int], ...]  # per fork: position, kind, stream
     results: tuple[Result, ...]  # points that need no model
     skipped: tuple[Skipped, ...]
     progress: tuple[Progress, ...]
@@ -114,6 +159,7 @@ class Scheduler:
         shed_after_s: float,
         clock: Callable[[], float],
         longest_window_s: float = LONGEST_WINDOW_S,
+        listening: Listening = WORDS_ALONE,
     ) -> None:
         """Nothing is open.
 
@@ -124,11 +170,13 @@ class Scheduler:
             shed_after_s: Wall-clock seconds a live stream may be behind before points are left out; 0: never.
             clock: Seconds, monotonic. Only shedding looks at it.
             longest_window_s: What the model can look at.
+            listening: What is wanted beside words.
         """
         self._config = config
         self._tick = tick
         self._shed_after_s = shed_after_s
         self._clock = clock
+        self._listening = listening
         self._longest_window = int(min(longest_window_s, LONGEST_WINDOW_S) * SAMPLE_RATE_HZ)
         self._window = min(int(config.window_s * SAMPLE_RATE_HZ), self._longest_window)
         self._join_gap = int(config.join_gap_s * SAMPLE_RATE_HZ)
@@ -210,7 +258,6 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Everything that is due, at most one point of each stream."""
         steps: list[SlotStep] = []
-        points: list[tuple[int, PointKind, int]] = []
         results: list[Result] = []
         skipped: list[Skipped] = []
         for stream in self._streams.values():
@@ -224,95 +271,90 @@ class Scheduler:
             if point is None:
                 continue
             stream.awaiting = point
-            if not stream.is_speech:  # a mark with nothing open
-                results.append(self._empty_result(stream, point))
+            forks = self._forks(stream, point)
+            if not forks and not self._listening.sound_ticks:  # a mark with nothing open
+                results.append(_result(stream, point, None, Findings(), 0.0))
                 continue
-            if stream.next_language is not None and point.at > stream.next_language.at:
-                stream.language, stream.next_language = stream.next_language.language, None
-            self._cut_window(stream, point.at)
             start, pcm = self._take(stream, point.at)
-            steps.append(
-                SlotStep(stream.slot_idx, stream.number, start, pcm, (self._fork(stream, point.at),))
-            )
-            points.append((point.at, point.kind, stream.number))
+            steps.append(SlotStep(stream.slot_idx, stream.number, start, pcm, forks))
         progress = [p for stream in self._streams.values() if (p := self._progress(stream)) is not None]
-        return Schedule(
-            StepPlan(tuple(steps)), tuple(points), tuple(results), tuple(skipped), tuple(progress)
-        )
+        return Schedule(StepPlan(tuple(steps)), tuple(results), tuple(skipped), tuple(progress))
 
     def apply(self, schedule: Schedule, result: StepResult, compute_s: float) -> list[Result]:
         """The results of a schedule's plan; each stream now waits for its `Commit`."""
         results = []
-        for (at, kind, number), hypothesis in zip(schedule.points, result.hypotheses, strict=True):
-            stream = self._streams.get(number)
-            if stream is None or hypothesis.owner != number:
+        for step, (hypothesis, findings) in zip(
+            schedule.plan.slots, by_slot(schedule.plan, result), strict=True
+        ):
+            stream = self._streams.get(step.owner)
+            if stream is None:
                 continue  # the slot changed hands meanwhile
-            stream.hypothesis = _words_after(stream, hypothesis)
-            if _lost_its_place(stream, at, kind):
-                # A step of the grid further: else a very short last word would stay in it, for ever.
-                self._move_window(stream, stream.committed[-1].end + GRID)
-                stream.awaiting, stream.retry = None, _Point(at, kind)
-                continue
-            if (
-                stream.language is None
-                and hypothesis.language_score >= SETTLE_SCORE
-                and at - stream.window_start >= SETTLE_AUDIO
-                and hypothesis.words
-            ):
-                stream.language = hypothesis.language
-            results.append(
-                Result(
-                    stream=number,
-                    point=at,
-                    kind=kind,
-                    words=stream.hypothesis,
-                    stable_end=hypothesis.stable_end,
-                    language=hypothesis.language,
-                    no_speech=hypothesis.no_speech,
-                    n_loops_cut=hypothesis.n_loops_cut,
-                    compute_s=compute_s,
-                    window_start=stream.window_start,
-                    settled_language=stream.language,
-                )
-            )
+            point = stream.awaiting
+            assert point is not None, step
+            stream.findings = findings.or_else(stream.findings)
+            if hypothesis is not None:
+                stream.hypothesis = _words_after(stream, hypothesis)
+                if _lost_its_place(stream, point.at, point.kind):
+                    # A step of the grid further: else a very short last word would stay in it, for ever.
+                    self._move_window(stream, stream.committed[-1].end + GRID)
+                    point.is_retry = True
+                    stream.awaiting, stream.retry = None, point
+                    continue
+                _settle_language(stream, point.at, hypothesis)
+            results.append(_result(stream, point, hypothesis, stream.findings, compute_s))
+            stream.findings = Findings()
         return results
 
     def _next_point(self, stream: _Stream) -> tuple[_Point | None, Skipped | None]:
         """Go on to the stream's next decode point if its audio is there; `consumed` moves with it."""
-        while stream.marks and stream.marks[0].kind == "started":
-            # A tick before the mark cannot be due: nobody speaks before it.
-            started = stream.marks.popleft()
-            self._begin_speech(stream, started)
-            stream.consumed = max(stream.consumed, started.at)
-        mark = stream.marks[0] if stream.marks else None
-        left_out = None
-        if stream.is_speech:
-            first = max(stream.consumed, stream.speech_edge + MIN_SPEECH - 1)
-            tick = (first // self._tick + 1) * self._tick
-            last = stream.received
-            if mark is not None:  # a stop is decoded instead of a tick at its sample, a flush after it
-                last = min(last, mark.at - 1 if mark.kind == "stopped" else mark.at)
-            if tick <= last:
-                if self._is_late(stream, tick):
-                    newest = last // self._tick * self._tick
-                    if newest > tick:
-                        n_points = (newest - tick) // self._tick
-                        left_out = Skipped(stream.number, tick, newest, n_points)
-                        tick = newest
-                stream.consumed = tick
-                return _Point(tick, "tick"), left_out
+        while True:
+            mark = stream.marks[0] if stream.marks else None
+            point, left_out = self._next_on_grid(stream, mark)
+            if point is not None:
+                stream.consumed = point.at
+                return point, left_out
+            if mark is None or mark.kind != "started":
+                break
+            stream.marks.popleft()
+            self._begin_speech(stream, mark)
+            stream.consumed = max(stream.consumed, mark.at)
         if mark is not None:
             assert mark.kind != "started", mark
             stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
             if mark.kind == "stopped":
                 stream.last_stop = stream.speech_end = mark.edge
-            return _Point(mark.at, mark.kind), left_out
-        if not stream.is_speech:
+            return _Point(mark.at, mark.kind, asked=mark if mark.kind == "ask" else None), None
+        if not stream.is_speech and not self._listening.sound_ticks:
             stream.consumed = max(stream.consumed, stream.received)
             self._drop_silence(stream)
         stream.due = min(stream.due, self._clock())  # caught up: no lead is owed to what comes next
-        return None, left_out
+        return None, None
+
+    def _next_on_grid(self, stream: _Stream, mark: Mark | None) -> tuple[_Point | None, Skipped | None]:
+        """The next tick or sound point, if it lies before the next mark and its audio is there."""
+        last = stream.received
+        if mark is not None:  # a start or stop is decided instead of a point at its sample, others after it
+            last = min(last, mark.at - 1 if mark.kind in ("started", "stopped") else mark.at)
+        kind: PointKind
+        if stream.is_speech:
+            kind, step = "tick", self._tick
+            first = max(stream.consumed, stream.speech_edge + MIN_SPEECH - 1)
+        elif self._listening.sound_ticks:
+            kind, step = "sound", self._tick * self._listening.sound_ticks
+            first = stream.consumed
+        else:
+            return None, None
+        at = (first // step + 1) * step
+        if at > last:
+            return None, None
+        newest = last // step * step
+        if newest == at or not self._is_late(stream, at):
+            return _Point(at, kind, at - step), None
+        # Sounds that are scored row by row lose nothing by it: the rows come with the newer point.
+        gives_up = kind == "tick" or self._listening.events_ticks
+        left_out = Skipped(stream.number, at, newest, (newest - at) // step) if gives_up else None
+        return _Point(newest, kind, at - step), left_out
 
     def _begin_speech(self, stream: _Stream, mark: Mark) -> None:
         """Speech began: go on with the window after a short pause, else start a new one."""
@@ -352,7 +394,39 @@ class Scheduler:
             gone.append(stream.committed.popleft().text)
         stream.context = join_words([stream.context, *gone] if stream.context else gone)[-MAX_CONTEXT_CHARS:]
 
-    def _fork(self, stream: _Stream, at: int) -> Fork:
+    def _forks(self, stream: _Stream, point: _Point) -> tuple[Fork, ...]:
+        """What is asked at a point: words first, for an emotion is read from the same encoding."""
+        forks = []
+        if stream.is_speech and point.kind in ("tick", "stopped", "flush"):
+            if stream.next_language is not None and point.at > stream.next_language.at:
+                stream.language, stream.next_language = stream.next_language.language, None
+            self._cut_window(stream, point.at)
+            forks.append(self._transcript(stream, point.at))
+            if point.is_retry:
+                return tuple(forks)
+            heard_to = stream.speech_end if point.kind == "stopped" else point.at
+            if (
+                self._is_due(self._listening.emotion_ticks, point)
+                and heard_to - stream.speech_edge >= MIN_EMOTION
+            ):
+                start = max(stream.window_start, stream.speech_edge, heard_to - EMOTION_WINDOW)
+                forks.append(_plain_fork("emotion", start, EMOTION_TOKENS))
+        if point.kind != "stopped" and self._is_due(self._listening.events_ticks, point):
+            start = max(stream.start, point.at - self._longest_window)
+            forks.append(_plain_fork("events", start, EVENTS_TOKENS))
+        if point.asked is not None:
+            start = max(stream.start, min(point.asked.edge, point.at))
+            forks.append(_plain_fork("answer", start, ANSWER_TOKENS, point.asked.question))
+        return tuple(forks)
+
+    def _is_due(self, n_ticks: int, point: _Point) -> bool:
+        """Whether a point lies on a grid of `n_ticks`, left-out points included; marks but questions do."""
+        if not n_ticks or point.kind == "ask":
+            return False
+        step = n_ticks * self._tick
+        return point.kind not in ("tick", "sound") or point.at // step > point.since // step
+
+    def _transcript(self, stream: _Stream, at: int) -> Fork:
         last = stream.committed[-1].end if stream.committed else stream.window_start
         open_s = max(0, at - last) / SAMPLE_RATE_HZ
         return Fork(
@@ -366,7 +440,9 @@ class Scheduler:
 
     def _take(self, stream: _Stream, end: int) -> tuple[int, Pcm]:
         """Audio from where the runner is, or from where the window needs it, to `end`."""
-        start = max(stream.given, stream.start, stream.window_start - MARGIN)
+        start = max(stream.given, stream.start)
+        if not self._listening.sound_ticks:
+            start = max(start, stream.window_start - MARGIN)
         taken: list[Pcm] = []
         while stream.pieces and stream.pieces[0][0] < end:
             at, pcm = stream.pieces.popleft()
@@ -385,6 +461,9 @@ class Scheduler:
     def _needed_from(self, stream: _Stream) -> int:
         """A restart, or the next window, needs the audio from here on."""
         needed = (stream.consumed - START_DELAY) // GRID * GRID - MARGIN
+        if self._listening.sound_ticks:
+            reach = self._longest_window if self._listening.events_ticks else SOUND_REACH
+            needed = min(needed, (stream.consumed - reach) // GRID * GRID)
         if stream.is_speech or stream.consumed - stream.last_stop <= self._join_gap + START_DELAY:
             needed = min(needed, stream.window_start - MARGIN)
         return max(stream.start, needed)
@@ -411,28 +490,51 @@ class Scheduler:
 
     def _progress(self, stream: _Stream) -> Progress | None:
         consumed = stream.consumed
-        if stream.awaiting is not None and stream.awaiting.kind == "tick":
+        if stream.awaiting is not None and stream.awaiting.kind in ("tick", "sound"):
             consumed -= 1  # not answered yet: after a crash it is due again
         if consumed - stream.reported < SAMPLE_RATE_HZ // 2:
             return None
         stream.reported = consumed
         return Progress(stream.number, consumed, self._needed_from(stream), stream.window_start)
 
-    @staticmethod
-    def _empty_result(stream: _Stream, point: _Point) -> Result:
-        return Result(
-            stream=stream.number,
-            point=point.at,
-            kind=point.kind,
-            words=(),
-            stable_end=point.at,
-            language=stream.language,
-            no_speech=1.0,
-            n_loops_cut=0,
-            compute_s=0.0,
-            window_start=stream.window_start,
-            settled_language=stream.language,
-        )
+
+def _plain_fork(task: Task, window_start: int, max_tokens: int, question: str = "") -> Fork:
+    """A fork that goes on from nothing."""
+    return Fork(task, window_start, (), "", None, max_tokens, question)
+
+
+def _result(
+    stream: _Stream, point: _Point, hypothesis: Hypothesis | None, findings: Findings, compute_s: float
+) -> Result:
+    """What is told of a point; with no words where none were asked for."""
+    return Result(
+        stream=stream.number,
+        point=point.at,
+        kind=point.kind,
+        words=stream.hypothesis,
+        stable_end=point.at if hypothesis is None else hypothesis.stable_end,
+        language=stream.language if hypothesis is None else hypothesis.language,
+        no_speech=1.0 if hypothesis is None else hypothesis.no_speech,
+        n_loops_cut=0 if hypothesis is None else hypothesis.n_loops_cut,
+        compute_s=compute_s,
+        window_start=stream.window_start,
+        settled_language=stream.language,
+        sounds=findings.sounds,
+        events=findings.events,
+        emotion=findings.emotion,
+        answer=findings.answer,
+    )
+
+
+def _settle_language(stream: _Stream, at: int, hypothesis: Hypothesis) -> None:
+    """Stay with a detected language once it is sure and enough was heard."""
+    if (
+        stream.language is None
+        and hypothesis.language_score >= SETTLE_SCORE
+        and at - stream.window_start >= SETTLE_AUDIO
+        and hypothesis.words
+    ):
+        stream.language = hypothesis.language
 
 
 def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
@@ -450,8 +552,13 @@ def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
 
 
 def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:
-    """The hypothesis' words, none of them before what is committed or before anybody spoke."""
-    floor = stream.committed[-1].end if stream.committed else stream.window_start
+    """The hypothesis' words, none of them before what is committed or before anybody spoke.
+
+    What a model hears after a pause it likes to begin inside the pause: endpointing knows better.
+    """
+    floor = max(stream.window_start, stream.speech_edge)
+    if stream.committed:
+        floor = max(floor, stream.committed[-1].end)
     words: list[Heard] = []
     for word in hypothesis.words:
         start = max(word.start, floor)

@@ -1,8 +1,8 @@
 """An engine process without a model, for tests: it speaks the real frames and hears "words" in speech.
 
 Every 320 ms of open speech are one word, whose text is the checksum of its samples: the text shows
-that every sample arrived, once and at its place. Ticks, stops and flushes behave as the real
-scheduler's. Started as `python fake_engine.py [--fault NAME] --fd N`.
+that every sample arrived, once and at its place. Ticks, stops, flushes and questions behave as the
+real scheduler's. Started as `python fake_engine.py [--fault NAME] --fd N`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class FakeEngine:
     def __init__(self, pipe: socket.socket, fault: str) -> None:
         self._pipe = pipe
         self._fault = fault
+        self._tasks = ("transcript",) if fault == "answers_nothing" else ("transcript", "answer")
         self._streams: dict[int, Stream] = {}
         self._n_results = 0
 
@@ -77,7 +78,7 @@ class FakeEngine:
             self._say(messages.Failed("no weights"))
             return
         n_slots = settings["engine"]["n_slots"]
-        self._say(messages.Ready("fake", ("transcript",), ("de", "en"), n_slots, 0.0, 0.0))
+        self._say(messages.Ready("fake", self._tasks, ("de", "en"), n_slots, 0.0, 0.0))
         while True:
             self._hear(messages.decode_to_engine(self._take()))
 
@@ -106,7 +107,7 @@ class FakeEngine:
                 assert message.n_words <= len(words), (message, words)
                 if message.n_words:
                     stream.next_word = words[message.n_words - 1].end
-                if message.kind != "tick":
+                if message.kind in ("stopped", "flush"):
                     stream.next_word = max(stream.next_word, message.point)
                     stream.is_speech = stream.is_speech and message.kind != "stopped"
                 stream.resume_at = message.point
@@ -132,6 +133,13 @@ class FakeEngine:
                     stream.next_word = max(stream.next_word, mark.edge)
                     if self._fault == "hangs" and mark.edge > 0:
                         time.sleep(3600)  # stands for a step that never ends
+                elif mark.kind == "ask":
+                    stream.is_unanswered = True
+                    answer = messages.Answer(mark.edge, mark.at, f"{mark.question} Nothing much.")
+                    result = messages.Result(
+                        number, mark.at, "ask", (), mark.at, "en", 0.0, 0, 0.0, answer=answer
+                    )
+                    self._say(result)
                 else:
                     self._result(number, stream, mark.at, mark.kind)
             elif tick <= stream.end:

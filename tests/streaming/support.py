@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +94,13 @@ class Running:
 
 
 @asynccontextmanager
-async def running_server(text: str = "", fault: str = "", *, wait: bool = True) -> AsyncIterator[Running]:
-    """A server on port 0 with the fake engine; `text` is added to its configuration."""
+async def running_server(
+    text: str = "", fault: str = "", *, wait: bool = True, command: Sequence[str] | None = None
+) -> AsyncIterator[Running]:
+    """A server on port 0 with the fake engine or another; `text` is added to its configuration."""
     config = with_port_0(text)
-    engine = EngineClient(config.engine, engine_settings(config), (*FAKE_ENGINE, f"--fault={fault}"))
+    command = (*FAKE_ENGINE, f"--fault={fault}") if command is None else command
+    engine = EngineClient(config.engine, engine_settings(config), command)
     server = Server(config, engine)
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -250,7 +250,7 @@ async def test_a_fault_of_ours_ends_one_stream_only(monkeypatch: pytest.MonkeyPa
 
 async def test_what_the_model_cannot_do_is_said() -> None:
     """A question, and a language it does not have; a language it has is taken."""
-    async with running_server() as running, running.stream("a") as connection:
+    async with running_server(fault="answers_nothing") as running, running.stream("a") as connection:
         await connection.send(encode_client(Ask("q", "What was that?", 1000)))
         await connection.send(encode_client(SessionUpdate("xx")))
         await connection.send(encode_client(SessionUpdate("de")))

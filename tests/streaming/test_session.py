@@ -15,6 +15,9 @@ from websockets.asyncio.client import ClientConnection
 from streaming.engine_client import EngineState
 from streaming.protocol import (
     UNLOGGED,
+    AnswerDelta,
+    AnswerFinal,
+    Ask,
     Close,
     CloseCode,
     Degraded,
@@ -28,6 +31,7 @@ from streaming.protocol import (
     TranscriptDelta,
     encode_client,
 )
+from streaming.session import MAX_QUESTIONS
 from tests.streaming.support import (
     TIMEOUT_S,
     Running,
@@ -114,6 +118,43 @@ async def send_and_close(connection: ClientConnection, data: bytes, cut: int) ->
     for at in range(0, len(data), cut):
         await connection.send(data[at : at + cut])
     await connection.send(encode_client(Close()))
+
+
+async def test_a_question_is_answered_once_even_by_the_next_engine() -> None:
+    """About the audio before it; it is asked again where the engine died before it answered."""
+    async with running_server() as running, running.stream("a") as connection:
+        await connection.send(AUDIO[: 3 * 32_000])
+        await connection.send(encode_client(Ask("before", "Who?", 2000)))
+        found = await receive_until(connection, AnswerFinal)
+        os.kill(pid_of(running), signal.SIGSTOP)
+        await connection.send(AUDIO[3 * 32_000 :])
+        await connection.send(encode_client(Ask("after", "What?", 1_000_000)))
+        os.kill(pid_of(running), signal.SIGKILL)
+        await connection.send(encode_client(Close()))
+        found += await receive_until(connection, SessionClosed)
+    answers = [e.message for e in found if isinstance(e.message, AnswerFinal)]
+    end_ms = len(AUDIO) // 32
+    assert answers == [
+        AnswerFinal("before", "Who? Nothing much.", 1000, 3000),
+        AnswerFinal("after", "What? Nothing much.", 0, end_ms),
+    ]
+    assert [e.message.id for e in found if isinstance(e.message, AnswerDelta)] == ["before", "after"]
+    assert said(found) == await words_undisturbed()
+
+
+async def test_too_many_questions_are_refused() -> None:
+    """Those that wait are answered; the stream goes on."""
+    async with running_server() as running, running.stream("a") as connection:
+        os.kill(pid_of(running), signal.SIGSTOP)
+        for number in range(MAX_QUESTIONS + 2):
+            await connection.send(encode_client(Ask(str(number), "Who?", 1000)))
+        refused = [(await receive_until(connection, Error))[-1].message for _ in range(2)]
+        os.kill(pid_of(running), signal.SIGCONT)
+        await connection.send(encode_client(Close()))
+        found = await receive_until(connection, SessionClosed)
+    assert [e.code for e in refused if isinstance(e, Error)] == ["busy", "busy"]
+    answered = [e.message.id for e in found if isinstance(e.message, AnswerFinal)]
+    assert answered == [str(number) for number in range(MAX_QUESTIONS)]
 
 
 async def test_flushes_survive_the_engine() -> None:

@@ -2,7 +2,8 @@
 
 A runner that reads words off the samples, and the server's side of a stream as `streaming.session`
 has it, crashes of the engine included. Speech is runs of a constant sample value, one run a word;
-the value is the word's number.
+the value is the word's number. Sounds, emotions and answers are checksums of the audio they are
+about, so that they show what was looked at.
 """
 
 from __future__ import annotations
@@ -22,25 +23,42 @@ from streaming.engine.messages import (
     Audio,
     CloseStream,
     Commit,
+    Emotion,
+    Events,
     Mark,
     Open,
     PointKind,
     Progress,
     Result,
     Skipped,
+    Sounds,
 )
 from streaming.engine.plan import (
+    SOUND_FRAME,
     Capabilities,
     Fork,
+    HeardAnswer,
+    HeardEmotion,
+    HeardEvent,
+    HeardEvents,
     HeardWord,
     Hypothesis,
     Pcm,
     SlotStep,
+    SoundScores,
     StepPlan,
     StepResult,
 )
-from streaming.engine.scheduler import MARGIN, Scheduler
-from streaming.protocol import SAMPLE_RATE_HZ, Message, TranscriptDelta
+from streaming.engine.scheduler import MARGIN, WORDS_ALONE, Listening, Scheduler
+from streaming.protocol import (
+    SAMPLE_RATE_HZ,
+    AnswerFinal,
+    EmotionUpdate,
+    EventEnded,
+    EventStarted,
+    Message,
+    TranscriptDelta,
+)
 from streaming.timeline import Timeline
 
 GRID = 320  # samples; endpointing decides on it
@@ -49,6 +67,10 @@ TICK = 5120  # samples
 FRAGMENT = 320  # samples; less of a run, at a window's start, is not heard
 LONGEST_WINDOW_S = 7.0  # what the runner can look at
 UNIT = 1 / 4096  # sample value of word number 1
+SOUND_PAST = 2 * SAMPLE_RATE_HZ  # samples that a row of sound scores looks back on ...
+SOUND_DELAY = SAMPLE_RATE_HZ * 3 // 5  # ... and how long it is waited for
+SCORED = Listening(sound_ticks=1, emotion_ticks=4)  # as a model that scores sounds row by row
+NAMED = Listening(sound_ticks=4, events_ticks=4, emotion_ticks=6)  # as one that names them when asked
 CONFIG = TranscriptConfig(
     window_s=5.0,
     join_gap_s=1.0,
@@ -69,6 +91,10 @@ class Script:
     marks: tuple[Mark, ...]
     n_words: int
 
+    def without_questions(self) -> Script:
+        """For a model that answers none."""
+        return Script(self.pcm, tuple(mark for mark in self.marks if mark.kind != "ask"), self.n_words)
+
 
 @dataclass(frozen=True)
 class Utterance:
@@ -85,6 +111,7 @@ def make_script(
     stop_delay: int = 10,
     pad: int = 4,
     flushes: Sequence[float] = (),
+    questions: Sequence[float] = (),
 ) -> Script:
     """A recording of these utterances, endpointed with delays and a pad given in grid steps."""
     pieces: list[Pcm] = []
@@ -110,6 +137,8 @@ def make_script(
     pieces.append(np.zeros((stop_delay + 1) * GRID, np.float32))
     pcm = np.concatenate(pieces)
     marks += [Mark("flush", at, at) for at in (int(part * len(pcm)) for part in flushes)]
+    asked = [int(part * len(pcm)) for part in questions]
+    marks += [Mark("ask", at, max(0, at - 3 * SAMPLE_RATE_HZ), "what was that?") for at in asked]
     marks.append(Mark("flush", len(pcm), len(pcm)))
     marks.sort(key=lambda mark: mark.at)  # stable: endpointing comes before a flush at the same sample
     return Script(pcm, tuple(marks), n_words)
@@ -126,7 +155,9 @@ scripts = st.builds(
     stop_delay=st.sampled_from([10, 30]),
     pad=st.sampled_from([0, 15, 50]),
     flushes=st.lists(st.floats(0.05, 0.95) | st.sampled_from([0.25, 0.5]), max_size=2),
+    questions=st.lists(st.floats(0.05, 0.95) | st.sampled_from([0.25, 0.5]), max_size=2),
 )
+listenings = st.sampled_from([WORDS_ALONE, SCORED, NAMED])
 
 
 @dataclass(frozen=True)
@@ -143,6 +174,7 @@ class _Slot:
     owner: int
     start: int
     pcm: Pcm
+    next_row: int = 0  # of sound scores, by position
 
     @property
     def end(self) -> int:
@@ -154,31 +186,78 @@ class FakeRunner:
 
     capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0, 0.08)
 
-    def __init__(self) -> None:
-        self.asked: dict[int, Asked] = {}  # the last question of each owner
+    def __init__(self, listening: Listening = WORDS_ALONE) -> None:
+        self.asked: dict[int, Asked] = {}  # the last transcript fork of each owner
+        self._listening = listening
         self._slots: dict[int, _Slot] = {}
 
     def step(self, plan: StepPlan) -> StepResult:
         """What a pure function of window and prefix makes of them."""
         assert len({step.slot_idx for step in plan.slots}) == len(plan.slots)
-        return StepResult(tuple(self._hear(step, fork) for step in plan.slots for fork in step.forks))
+        words, events, emotions, answers, sounds = [], [], [], [], []
+        for step in plan.slots:
+            slot = self._take(step)
+            if self._listening.sound_ticks and not self._listening.events_ticks:
+                sounds.append(self._score(step, slot))
+            for fork in step.forks:
+                about = slot.pcm[fork.window_start - slot.start :]
+                said = f"{fork.task}-{zlib.crc32(about.tobytes()):08x}"
+                span = (step.slot_idx, step.owner, fork.window_start, slot.end)
+                match fork.task:
+                    case "transcript":
+                        words.append(self._hear(step, slot, fork))
+                    case "events":
+                        found = (HeardEvent(said, fork.window_start, slot.end, 1.0),)
+                        events.append(HeardEvents(*span, slot.end, found))
+                    case "emotion":
+                        assert step.forks[0].task == "transcript"
+                        assert fork.window_start >= step.forks[0].window_start
+                        emotions.append(HeardEmotion(*span, said, 1.0))
+                    case "answer":
+                        answers.append(HeardAnswer(step.slot_idx, step.owner, said, fork.question, True))
+        return StepResult(tuple(words), tuple(events), tuple(emotions), tuple(answers), tuple(sounds))
+
+    def asked_at(self, owner: int) -> int | None:
+        """Where the last transcript fork of an owner was."""
+        return self.asked[owner].point if owner in self.asked else None
 
     def reset(self, slots: Sequence[int]) -> None:
         """Forget."""
         for slot_idx in slots:
             self._slots.pop(slot_idx, None)
 
-    def _hear(self, step: SlotStep, fork: Fork) -> Hypothesis:
+    def _take(self, step: SlotStep) -> _Slot:
         slot = self._slots.get(step.slot_idx)
         if slot is None or slot.owner != step.owner:
-            slot = _Slot(step.owner, step.start, step.pcm)
+            slot = self._begin(step)
         elif step.start == slot.end:
-            slot = _Slot(slot.owner, slot.start, np.concatenate([slot.pcm, step.pcm]))
+            slot.pcm = np.concatenate([slot.pcm, step.pcm])
         else:
             assert step.start > slot.end, "a jump goes ahead"
-            slot = _Slot(step.owner, step.start, step.pcm)
+            assert not self._listening.sound_ticks, "what hears everything misses nothing"
+            slot = self._begin(step)
         self._slots[step.slot_idx] = slot
         assert slot.start % HOP == 0
+        return slot
+
+    @staticmethod
+    def _begin(step: SlotStep) -> _Slot:
+        known = step.start + SOUND_PAST if step.start else 0
+        return _Slot(step.owner, step.start, step.pcm, -(-known // SOUND_FRAME) * SOUND_FRAME)
+
+    @staticmethod
+    def _score(step: SlotStep, slot: _Slot) -> SoundScores:
+        """One label, whose score is a checksum of what the row looks at."""
+        start, rows = slot.next_row, []
+        while slot.next_row + SOUND_DELAY <= slot.end:
+            first = max(0, slot.next_row - SOUND_PAST) - slot.start
+            about = slot.pcm[first : slot.next_row + SOUND_DELAY - slot.start]
+            rows.append(zlib.crc32(about.tobytes()) % 256 / 255)
+            slot.next_row += SOUND_FRAME
+        scores = np.array(rows, np.float32).reshape(-1, 1)
+        return SoundScores(step.slot_idx, step.owner, start, scores)
+
+    def _hear(self, step: SlotStep, slot: _Slot, fork: Fork) -> Hypothesis:
         assert fork.window_start % GRID == 0
         assert slot.start <= max(0, fork.window_start - MARGIN), "the first mel frames look before the window"
         assert slot.end - fork.window_start <= LONGEST_WINDOW_S * SAMPLE_RATE_HZ
@@ -200,13 +279,53 @@ def runs(window: Pcm, start: int) -> list[HeardWord]:
     return found
 
 
+class Recorder:
+    """Trackers that put on the timeline whatever they get."""
+
+    def __init__(self) -> None:
+        self._next_row = 0
+
+    def push(self, found: Sounds | Emotion) -> list[Message]:
+        """Rows once each, without a gap; every emotion."""
+        if isinstance(found, Emotion):
+            at = (found.start, found.end)
+            return [EmotionUpdate(found.label or "", {}, None, None, None, *at)]
+        assert found.start <= self._next_row, (found.start, self._next_row)
+        n_known = (self._next_row - found.start) // SOUND_FRAME
+        rows: list[Message] = []
+        for score in found.scores[n_known:]:
+            rows.append(EventStarted("", str(score), 1.0, self._next_row, 0))
+            self._next_row += SOUND_FRAME
+        return rows
+
+    def named(self, events: Events) -> list[Message]:
+        """Every event."""
+        return [EventEnded("", e.label, e.score, e.start, e.end) for e in events.events]
+
+    def final(self, start: int, end: int) -> list[Message]:
+        """Nothing: what was pushed last is not told."""
+        return []
+
+    def finish(self, end: int) -> list[Message]:
+        """Nothing."""
+        return []
+
+    def speech_started(self, edge: int) -> None:
+        """Nothing."""
+
+
+def make_timeline() -> Timeline:
+    """With trackers that record."""
+    return Timeline(CONFIG, Recorder(), Recorder())
+
+
 @dataclass
 class Stream:
     """The server's side of one stream, as `streaming.session.Session` has it."""
 
     number: int
     script: Script
-    timeline: Timeline = field(default_factory=lambda: Timeline(CONFIG))
+    timeline: Timeline = field(default_factory=make_timeline)
     arrived: int = 0  # samples the server has
     ring_start: int = 0
     consumed: int = 0
@@ -237,8 +356,11 @@ class Stream:
 class World:
     """Streams and an engine that runs in steps, may be restarted, and may have a clock."""
 
-    def __init__(self, n_slots: int = 8, *, shed_after_s: float = 0.0) -> None:
+    def __init__(
+        self, n_slots: int = 8, *, shed_after_s: float = 0.0, listening: Listening = WORDS_ALONE
+    ) -> None:
         self.now_s = 0.0
+        self._listening = listening
         self._n_slots, self._shed_after_s = n_slots, shed_after_s
         self.streams: dict[int, Stream] = {}
         self.scheduler, self.runner = self._new_engine()
@@ -252,11 +374,14 @@ class World:
             shed_after_s=self._shed_after_s,
             clock=lambda: self.now_s,
             longest_window_s=LONGEST_WINDOW_S,
+            listening=self._listening,
         )
-        return scheduler, FakeRunner()
+        return scheduler, FakeRunner(self._listening)
 
     def open(self, number: int, script: Script) -> Stream:
         """A new stream."""
+        if not self._listening.events_ticks:
+            script = script.without_questions()
         stream = self.streams[number] = Stream(number, script)
         self.scheduler.open(Open(number, "en"))
         return stream
@@ -302,7 +427,8 @@ class World:
         if schedule.plan.slots:
             answers = self.runner.step(schedule.plan)
             for result in self.scheduler.apply(schedule, answers, 0.0):
-                self.outbox.append((result, self.runner.asked[result.stream]))
+                has_words = result.kind != "sound" and self.runner.asked_at(result.stream) == result.point
+                self.outbox.append((result, self.runner.asked[result.stream] if has_words else None))
         return bool(schedule.plan.slots or schedule.results)
 
     def take(self, n_messages: int = 1_000_000) -> None:
@@ -325,7 +451,7 @@ class World:
     def _on_result(self, stream: Stream, result: Result, asked: Asked | None) -> None:
         self._consume(stream, result.point)
         stream.window_start = max(stream.window_start, result.window_start)
-        if result.kind != "tick":
+        if result.kind not in ("tick", "sound"):
             assert stream.n_sent
             mark = stream.pending.popleft()
             stream.n_sent -= 1
@@ -338,6 +464,10 @@ class World:
             stream.asked.append((result.kind, asked))
         applied = stream.timeline.apply(result)
         stream.messages += applied.messages
+        if result.answer is not None:
+            stream.messages.append(
+                AnswerFinal("", result.answer.text, result.answer.start, result.answer.end)
+            )
         self.scheduler.commit(Commit(stream.number, result.point, result.kind, applied.n_committed))
 
     @staticmethod
@@ -385,9 +515,9 @@ class World:
             assert self.streams[number].is_done, self.streams[number]
 
 
-def alone(script: Script) -> Stream:
+def alone(script: Script, listening: Listening = WORDS_ALONE) -> Stream:
     """The script heard by an engine of its own, all at once."""
-    world = World(1)
+    world = World(1, listening=listening)
     stream = world.open(1, script)
     world.finish(1)
     return stream

@@ -10,18 +10,39 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from streaming.config import EmotionConfig, EventsConfig
 from streaming.engine.messages import Audio, Commit, Configure, Mark, Open
-from streaming.engine.scheduler import EngineFull, Scheduler
-from streaming.protocol import SAMPLE_RATE_HZ, TranscriptFinal
+from streaming.engine.plan import (
+    SOUND_FRAME,
+    Capabilities,
+    HeardWord,
+    Hypothesis,
+    SoundLabel,
+    StepResult,
+)
+from streaming.engine.scheduler import WORDS_ALONE, EngineFull, Listening, Scheduler
+from streaming.protocol import (
+    SAMPLE_RATE_HZ,
+    AnswerFinal,
+    EmotionUpdate,
+    EventEnded,
+    EventStarted,
+    TranscriptFinal,
+)
 from tests.streaming.engine.harness import (
     CONFIG,
     GRID,
+    LONGEST_WINDOW_S,
+    NAMED,
+    SCORED,
+    SOUND_DELAY,
     TICK,
     Script,
     Stream,
     Utterance,
     World,
     alone,
+    listenings,
     make_script,
     scripts,
 )
@@ -58,18 +79,18 @@ def assert_same(ours: Stream, theirs: Stream) -> None:
     assert ours.messages == theirs.messages
 
 
-@given(script=scripts, actions=actions, holds_flush=st.booleans())
-@settings(max_examples=40)
+@given(script=scripts, actions=actions, holds_flush=st.booleans(), listening=listenings)
+@settings(max_examples=60)
 def test_no_timing_changes_anything(
-    script: Script, actions: list[tuple[str, int]], holds_flush: bool
+    script: Script, actions: list[tuple[str, int]], holds_flush: bool, listening: Listening
 ) -> None:
     """However audio is cut, in however many messages, whenever the engine has its turns."""
-    world = World(1)
+    world = World(1, listening=listening)
     stream = world.open(1, script)
     for action, n in actions:
         act(world, stream, action, n, holds_flush=holds_flush)
     world.finish(1)
-    assert_same(stream, alone(script))
+    assert_same(stream, alone(script, listening))
 
 
 def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
@@ -98,13 +119,14 @@ def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
         st.tuples(st.integers(0, 3), st.sampled_from(["arrive", "join", "leave", "tick", "take"]), cuts),
         max_size=60,
     ),
+    listening=listenings,
 )
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_neighbours_change_nothing(
-    mine: Script, others: list[Script], order: list[tuple[int, str, int]]
+    mine: Script, others: list[Script], order: list[tuple[int, str, int]], listening: Listening
 ) -> None:
     """Streams that join, speak and leave, in any order, in slots that change hands."""
-    world = World(len(others) + 1)
+    world = World(len(others) + 1, listening=listening)
     stream = world.open(0, mine)
     next_number = 1
     for who, action, n in order:
@@ -120,20 +142,20 @@ def test_neighbours_change_nothing(
             act(world, world.streams[numbers[who % len(numbers)]], action, n % 7 if action == "take" else n)
     world.finish(*world.streams)
     for number, other in world.streams.items():
-        assert_same(other, alone(other.script))
+        assert_same(other, alone(other.script, listening))
         assert number != 0 or other is stream
 
 
-@given(script=scripts)
-@settings(max_examples=40)
-def test_every_mark_is_answered_once_and_in_order(script: Script) -> None:
-    """Stops and flushes each have a result, at their place; ticks lie on the grid between them."""
-    stream = alone(script)
-    marks = [(mark.at, mark.kind) for mark in script.marks if mark.kind != "started"]
-    assert [(at, kind) for at, kind in stream.answered if kind != "tick"] == marks
+@given(script=scripts, listening=listenings)
+@settings(max_examples=60)
+def test_every_mark_is_answered_once_and_in_order(script: Script, listening: Listening) -> None:
+    """Stops, flushes and questions each have a result, at their place; ticks lie on the grid between them."""
+    stream = alone(script, listening)
+    marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "started"]
+    assert [(at, kind) for at, kind in stream.answered if kind not in ("tick", "sound")] == marks
     points = [at for at, _ in stream.answered]
     assert points == sorted(points)
-    assert all(at % TICK == 0 for at, kind in stream.answered if kind == "tick")
+    assert all(at % TICK == 0 for at, kind in stream.answered if kind in ("tick", "sound"))
 
 
 def numbers_of(words: list[str]) -> list[int]:
@@ -162,11 +184,14 @@ def test_every_word_is_committed_once(script: Script) -> None:
         | st.tuples(st.just("crash"), st.just(0)),
         max_size=50,
     ),
+    listening=listenings,
 )
-@settings(max_examples=80)
-def test_a_crash_at_any_point_changes_nothing(script: Script, order: list[tuple[str, int]]) -> None:
+@settings(max_examples=120)
+def test_a_crash_at_any_point_changes_nothing(
+    script: Script, order: list[tuple[str, int]], listening: Listening
+) -> None:
     """The next engine asks what the dead one would have asked, and what was committed goes on."""
-    world = World(1)
+    world = World(1, listening=listening)
     stream = world.open(1, script)
     for action, n in order:
         if action == "crash":
@@ -175,7 +200,7 @@ def test_a_crash_at_any_point_changes_nothing(script: Script, order: list[tuple[
             act(world, stream, action, n)
     world.crash()
     world.finish(1)
-    assert_same(stream, alone(script))
+    assert_same(stream, alone(script, listening))
 
 
 @pytest.mark.parametrize("n_taken", range(8))
@@ -229,6 +254,19 @@ def test_speech_that_is_known_late_is_heard_from_its_beginning(pause: int) -> No
         while world.tick() or world.outbox:
             world.take()
     assert_same(stream, alone(script))
+
+
+def test_a_word_does_not_begin_before_anybody_speaks() -> None:
+    """Models let the first word after a pause begin inside the pause; its end is kept."""
+    scheduler = Scheduler(CONFIG, n_slots=1, tick=TICK, shed_after_s=0.0, clock=float)
+    scheduler.open(Open(1, "en"))
+    edge = 2 * TICK
+    scheduler.push(Audio(1, 0, bytes(4 * 4 * TICK), (Mark("started", edge + 640, edge),)))
+    schedule = scheduler.schedule()
+    early = HeardWord("Hello", 0, edge + 3000, 1.0)
+    answer = Hypothesis(0, 1, (early,), 0, "en", 1.0, 0.0, 0)
+    (result,) = scheduler.apply(schedule, StepResult((answer,)), 0.0)
+    assert [(word.start, word.end) for word in result.words] == [(edge, edge + 3000)]
 
 
 def test_it_waits_for_the_commit() -> None:
@@ -354,6 +392,124 @@ def test_the_language_may_change() -> None:
     world.tick()
     world.take()
     assert [asked.fork.language for _, asked in stream.asked] == ["en", "de"]
+
+
+# --- more than words -------------------------------------------------------------------------
+
+
+def rows_of(stream: Stream) -> list[int]:
+    """Which rows of sound scores came, by position."""
+    return [m.start_ms for m in stream.messages if isinstance(m, EventStarted)]
+
+
+@given(script=scripts)
+@settings(max_examples=20)
+def test_sounds_are_heard_in_silence_as_in_speech(script: Script) -> None:
+    """Every row once, from the first to the last that can be known, whoever speaks."""
+    rows = rows_of(alone(script, SCORED))
+    n_rows = max(0, len(script.pcm) - SOUND_DELAY) // SOUND_FRAME + (len(script.pcm) >= SOUND_DELAY)
+    assert rows == [SOUND_FRAME * i for i in range(n_rows)]
+
+
+def test_a_sound_point_comes_while_nobody_speaks() -> None:
+    """On its own grid, and only where sounds are wanted: in between come the ticks."""
+    script = make_script([Utterance(200, ((4000, 400),) * 12), Utterance(300, ((4000, 400),) * 3)])
+    stream = alone(script, NAMED)
+    quiet = [at for at, kind in stream.answered if kind == "sound"]
+    step = TICK * NAMED.sound_ticks
+    spans, speaks_from = [], None
+    for mark in script.marks:
+        if mark.kind == "started":
+            speaks_from = mark.at
+        elif mark.kind == "stopped":
+            spans.append((speaks_from, mark.at))
+    grid = range(step, len(script.pcm) + 1, step)
+    assert quiet == [at for at in grid if not any(first <= at <= last for first, last in spans if first)]
+    assert not [at for at, kind in alone(script).answered if kind == "sound"]
+
+
+def test_named_events_are_asked_for_on_their_grid_and_at_a_flush() -> None:
+    """Every so many ticks, through speech and silence alike, over the longest window."""
+    script = make_script([Utterance(200, ((4000, 400),) * 60)], flushes=[0.3])
+    stream = alone(script, NAMED)
+    asked = [m.end_ms for m in stream.messages if isinstance(m, EventEnded)]
+    step = TICK * NAMED.events_ticks
+    flushes = [mark.at for mark in script.marks if mark.kind == "flush"]
+    grid = [at for at, kind in stream.answered if kind in ("tick", "sound") and at % step == 0]
+    assert asked == sorted([*grid, *flushes])
+    longest = max(m.end_ms - m.start_ms for m in stream.messages if isinstance(m, EventEnded))
+    assert longest == LONGEST_WINDOW_S * SECOND
+
+
+def test_an_emotion_is_read_of_speech_alone() -> None:
+    """From where it began, at most four seconds, on its grid and where speech ends."""
+    script = make_script([Utterance(40, ((4000, 400),) * 40), Utterance(90, ((2000, 0),))])
+    stream = alone(script, SCORED)
+    updates = [m for m in stream.messages if isinstance(m, EmotionUpdate)]
+    (first, second) = [mark.edge for mark in script.marks if mark.kind == "started"]
+    assert first < second
+    assert len(updates) >= 8
+    for update in updates:
+        assert first <= update.start_ms < update.end_ms
+        assert update.end_ms - update.start_ms <= 5 * SECOND
+        assert update.end_ms % (TICK * SCORED.emotion_ticks) == 0 or update.end_ms < second
+    assert all(update.start_ms < second for update in updates), "0.1 s of speech is too little"
+
+
+def test_a_question_is_answered_at_its_place() -> None:
+    """About the audio before it, in silence and in speech, each once."""
+    script = make_script([Utterance(100, ((4000, 400),) * 40)], questions=[0.1, 0.5, 0.5])
+    stream = alone(script, NAMED)
+    answers = [(m.start_ms, m.end_ms) for m in stream.messages if isinstance(m, AnswerFinal)]
+    assert answers == [(mark.edge, mark.at) for mark in script.marks if mark.kind == "ask"]
+
+
+def test_a_slow_engine_leaves_no_row_out() -> None:
+    """Where points are skipped, words come late and sounds with the next point."""
+    world = World(1, shed_after_s=1.0, listening=SCORED)
+    stream = world.open(1, MINUTE)
+    live(world, stream, 0.96)
+    assert stream.skipped
+    assert rows_of(stream) == rows_of(alone(MINUTE, SCORED))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        (Capabilities("words", ("transcript",), (), 30.0, 0.08), WORDS_ALONE),
+        (
+            Capabilities(
+                "scores",
+                ("transcript", "events", "emotion"),
+                (),
+                30.0,
+                0.08,
+                sounds=(SoundLabel("Dog", None, 0.5),),
+            ),
+            Listening(sound_ticks=1, events_ticks=0, emotion_ticks=3),
+        ),
+        (
+            Capabilities(
+                "names",
+                ("transcript", "events", "emotion", "answer"),
+                (),
+                30.0,
+                0.08,
+                events_every_s=2.56,
+            ),
+            Listening(sound_ticks=4, events_ticks=4, emotion_ticks=3),
+        ),
+    ],
+    ids=lambda value: value.model if isinstance(value, Capabilities) else "",
+)
+def test_a_model_is_asked_what_it_can_and_what_is_wanted(
+    capabilities: Capabilities, expected: Listening
+) -> None:
+    """Nothing that is switched off; but a model that answers questions hears everything."""
+    wanted = Listening.to(capabilities, EventsConfig(), EmotionConfig(), 10_240)
+    assert wanted == expected
+    off = Listening.to(capabilities, EventsConfig(enabled=False), EmotionConfig(enabled=False), 10_240)
+    assert off == Listening(sound_ticks=expected.sound_ticks if "answer" in capabilities.tasks else 0)
 
 
 # --- load ----------------------------------------------------------------------------------
