@@ -95,7 +95,8 @@ def parse_arguments() -> argparse.Namespace:
 def measure_offline(clips: Sequence[Clip], config: Config, seconds: float) -> float:
     """Word error rate of whole clips, each decoded at once in a window padded to 30 s."""
     model = config.model.model_copy(update={"short_context": False})
-    runner = load_runner(config.model_copy(update={"model": model}))
+    events = config.events.model_copy(update={"enabled": False})
+    runner = load_runner(config.model_copy(update={"model": model, "events": events}))
     pairs: list[tuple[str, str]] = []
     heard_s = 0.0
     for clip in clips:

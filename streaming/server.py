@@ -47,7 +47,7 @@ from streaming.protocol import (
 )
 from streaming.session import Outlets, Session
 from streaming.subscriber import Subscriber
-from streaming.timeline import Timeline
+from streaming.timeline import new_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ class Server:
                 admission.language,
                 ingest=self._config.ingest,
                 vad=self._config.vad,
-                timeline=Timeline(self._config.transcript),
+                timeline=new_timeline(self._config, ready.tasks, ready.sounds),
                 engine=self._engine,
                 outlets=Outlets(
                     publish=lambda message: self._publish(name, message),

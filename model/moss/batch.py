@@ -48,6 +48,8 @@ def compute(model: MossAudio, buffers: KvBuffers, segments: Sequence[Segment], a
     for slot_idx in sorted(by_slot):
         row = by_slot[slot_idx]
         n_tokens = sum(len(segment.ids) for segment in row)
+        # On a GPU it would be open which of two tokens an entry keeps.
+        assert len({entry for segment in row for entry in segment.entries}) == n_tokens, slot_idx
         if rows and (len(rows) + 1) * max(width, n_tokens) > MAX_CALL_TOKENS:
             hidden |= _call(model, buffers, rows, width, audio_id)
             rows, width = [], 0

@@ -9,6 +9,9 @@ where a key lies, only which position it was rotated for, so evicting a block mo
 becomes the growing block's. Branches (questions and their answers) write to the scratch and read the
 rest where it is. The spare entry takes what padding writes.
 
+What is appended waits for the next questions and goes through the model in one call with them; it is
+computed before anything else of its slot changes.
+
 Counts live on the host; tensors are written in place and never rebound.
 """
 
@@ -158,9 +161,10 @@ class RollingCache:
         self._added = weight.new_zeros(n_slots, n_kept, model.config.n_deepstack, self.block_tokens, hidden)
 
         self._slots = [_Slot(origin=len(self._prefix)) for _ in range(n_slots)]
+        self._waiting: list[Segment] = []  # at most a block and a growing one per slot
         # The prompt is the same for all: computed once, at position 0, and placed from there.
-        with torch.inference_mode():
-            self._run([Segment(0, layout.prefix, None, 0, self._prefix, ())])
+        self._waiting.append(Segment(0, layout.prefix, None, 0, self._prefix, ()))
+        self.flush()
         at = slice(self._prefix.start, self._prefix.stop)
         self._prefix_k = self.buffers.k[:, 0, :, at].clone()  # [L, K, P, D]
         self._prefix_v = self.buffers.v[:, 0, :, at].clone()
@@ -201,6 +205,7 @@ class RollingCache:
 
     def read(self, slot_idx: int) -> Remembered:
         """Copies of the keys and values of a slot, in the order of positions."""
+        self.flush()
         entries = [entry for run in self._visible(slot_idx, self.blocks(slot_idx).start) for entry in run]
         slot = self._slots[slot_idx]
         n_prefix = len(self._prefix)
@@ -222,6 +227,7 @@ class RollingCache:
                 up again in its middle, so that absolute markers go on where they were.
         """
         for slot_idx in slots:
+            self._waiting = [one for one in self._waiting if one.slot_idx != slot_idx]
             zero = first_block if self.settings.markers == "restart" else 0
             self._slots[slot_idx] = _Slot(len(self._prefix), first_block=first_block, marker_zero=zero)
             self._place_prefix(slot_idx, 0)
@@ -232,7 +238,7 @@ class RollingCache:
 
         Evicts, and moves positions back, where it must.
         """
-        segments = []
+        self._settle(heard)
         for slot_idx in sorted(heard):
             slot = self._slots[slot_idx]
             slot.n_tail = 0
@@ -242,28 +248,41 @@ class RollingCache:
             new = slot.first_block + slot.n_blocks
             self._keep(slot_idx, new, heard[slot_idx])
             if is_full and self.settings.markers == "restart":
-                segments.append(self._whole_window(slot_idx, range(slot.first_block, new + 1)))
+                self._waiting.append(self._whole_window(slot_idx, range(slot.first_block, new + 1)))
             else:
                 self._make_room(slot_idx)
-                segments.append(self._block_segment(slot_idx, new, heard[slot_idx]))
+                self._waiting.append(self._block_segment(slot_idx, new, heard[slot_idx]))
             slot.n_blocks += 1
-        self._run(segments)
 
     @torch.inference_mode()
     def set_tail(self, heard: Mapping[int, AudioEmbeddings]) -> None:
         """Put what is known of the growing block in the place of what was known before."""
-        segments = []
+        # A complete block that waits is looked at in the same call; an older growing one must be gone.
+        self._settle(slot_idx for slot_idx in heard if self._slots[slot_idx].n_tail)
         for slot_idx in sorted(heard):
             slot = self._slots[slot_idx]
             self._make_room(slot_idx)
-            segments.append(self._block_segment(slot_idx, self.blocks(slot_idx).stop, heard[slot_idx]))
-            slot.n_tail = heard[slot_idx].embeds.shape[0]
-        self._run(segments)
+            segment = self._block_segment(slot_idx, self.blocks(slot_idx).stop, heard[slot_idx])
+            self._waiting.append(segment)
+            slot.n_tail = len(heard[slot_idx].embeds)
 
     def drop_tail(self, slots: Iterable[int]) -> None:
         """Roll back the growing block; what is left is bit for bit what was there before it."""
+        slots = set(slots)
+        self._settle(slots)
         for slot_idx in slots:
             self._slots[slot_idx].n_tail = 0
+
+    @torch.inference_mode()
+    def flush(self) -> None:
+        """Compute what waits, now."""
+        waiting, self._waiting = self._waiting, []
+        compute(self.model, self.buffers, waiting, self.layout.special.audio)
+
+    def _settle(self, slots: Iterable[int]) -> None:
+        """Compute what waits if any of it is of these slots, which are about to change."""
+        if {segment.slot_idx for segment in self._waiting} & set(slots):
+            self.flush()
 
     # --- branches ---------------------------------------------------------------------------
 
@@ -291,7 +310,7 @@ class RollingCache:
 
     @torch.inference_mode()
     def step(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> Tensor:
-        """Add tokens to branches, all in one call: logits after the last of each, [n, vocab].
+        """Add tokens to branches, all in one call with what waits: logits after the last of each, [n, vocab].
 
         Raises:
             ValueError: more tokens than a branch keeps scratch for.
@@ -304,7 +323,9 @@ class RollingCache:
             segments.append(Segment(branch.slot_idx, new, None, branch.position, entries, branch.visible))
             branch.n_tokens += len(new)
             branch.position += len(new)
-        last = torch.stack([hidden[-1] for hidden in self._run(segments)])
+        waiting, self._waiting = self._waiting, []
+        hidden = compute(self.model, self.buffers, [*waiting, *segments], self.layout.special.audio)
+        last = torch.stack([states[-1] for states in hidden[len(waiting) :]])
         return self.model.lm_head(last)  # type: ignore[no-any-return]
 
     def clear(self, slots: Iterable[int]) -> None:
@@ -371,6 +392,7 @@ class RollingCache:
         delta = slot.origin - len(self._prefix)
         if delta == 0:
             return  # turning by nothing would still round the keys
+        self._settle([slot_idx])
         held = [entry for run in self._visible(slot_idx, slot.first_block)[1:] for entry in run]
         old = torch.arange(slot.origin, slot.origin + len(held), device=self.model.device)
         if held:
@@ -426,6 +448,3 @@ class RollingCache:
         added = self._added[slot_idx, cells].transpose(0, 1).flatten(1, 2)  # [n_deepstack, n_blocks * 50, H]
         audio = AudioEmbeddings(embeds, added)
         return Segment(slot_idx, ids, audio, self._slots[slot_idx].origin, entries, (self._prefix,))
-
-    def _run(self, segments: Sequence[Segment]) -> list[Tensor]:
-        return compute(self.model, self.buffers, segments, self.layout.special.audio)

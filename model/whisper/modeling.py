@@ -46,6 +46,11 @@ class WhisperConfig:
         return self.n_audio_positions * FRAMES_PER_POSITION
 
 
+def _tap(taps: list[Tensor] | None, x: Tensor) -> None:
+    if taps is not None:
+        taps.append(x)
+
+
 class AudioEncoder(nn.Module):
     """Mel frames to encoder positions, 50 a second."""
 
@@ -61,37 +66,46 @@ class AudioEncoder(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(width)
 
-    def forward(self, mel: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, taps: list[Tensor] | None = None) -> Tensor:
         """Encode full windows, padding and all, as Whisper was trained.
 
         Args:
             mel: [B, M, 2 S], S positions of a full window.
+            taps: Where given, what the first layer takes and what each layer gives is appended,
+                [B, S, D] each. The output is the same to the bit.
 
         Returns:
             [B, S, D].
         """
         x = self._embed(mel)
+        _tap(taps, x)
         for layer in self.layers:
             x = layer(x)
+            _tap(taps, x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
-    def forward_heard(self, mel: Tensor, n_heard: Tensor, padding: Padding) -> Tensor:
+    def forward_heard(
+        self, mel: Tensor, n_heard: Tensor, padding: Padding, taps: list[Tensor] | None = None
+    ) -> Tensor:
         """Encode what was heard; what lies behind it is remembered padding, not computed.
 
         Args:
             mel: [B, M, 2 T], T positions, at least each row's.
             n_heard: [B] int64, positions of each row that count.
             padding: Of a full window, put behind each row's own positions.
+            taps: As in `forward`, [B, T, D] each.
 
         Returns:
-            [B, T, D]. Positions of a row after its own last are not to be read.
+            [B, T, D]. Positions of a row after its own last are not to be read, nor those of taps.
         """
         x = self._embed(mel)
+        _tap(taps, x)
         for layer, silence in zip(self._layers, padding.encoder, strict=True):
             h = layer.self_attn_layer_norm(x)
             k, v, bias = silence.behind(*layer.self_attn.keys_values(h), n_heard)
             x = x + layer.self_attn.attend_biased(layer.self_attn.queries(h), k, v, bias)
             x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+            _tap(taps, x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
     def remember_padding(self, mel: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:

@@ -17,7 +17,7 @@ import time
 import msgspec
 
 from model.errors import CheckpointError
-from streaming.config import EngineSettings
+from streaming.config import ConfigError, EngineSettings
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Runner
@@ -148,7 +148,7 @@ def main() -> int:
             _serve(pipe)
         except (EOFError, ConnectionError):
             return 0
-        except (CheckpointError, msgspec.MsgspecError) as exc:
+        except (CheckpointError, ConfigError, msgspec.MsgspecError) as exc:
             pipe.send(messages.Failed(str(exc)))
             return 1
         except Exception as exc:  # a step that raises ends the process, never the step alone

@@ -8,25 +8,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import model as model_package
+from model.emotion import EmotionHead, load_head
 from model.errors import CheckpointError
 from model.hub import find
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
 from model.moss.config import MODEL_TYPE
 from model.moss.memory import plan_memory
 from model.moss.window import WindowSettings
-from model.whisper.checkpoint import load_embedded, load_hugging_face
+from model.whisper.checkpoint import EMBEDDED_SHA256, load_embedded, load_hugging_face
+from model.whisper.modeling import WhisperConfig
 from streaming.config import EngineSettings, MossConfig
 from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
+from streaming.engine.sounds import load_scorer
 from streaming.engine.whisper_runner import GUARD_POSITIONS, WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
+EMOTION_WEIGHTS = Path(model_package.__file__).parent / "weights" / "emotion.safetensors"
 
 
 def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITIONS) -> Runner:
-    """The runner of the configured model, on its device, not yet warm.
+    """The runner of the configured model, on its device, not yet warm. What is disabled is not loaded.
 
     Args:
         settings: Which checkpoint, where, in which arithmetic; how many slots and threads.
@@ -35,14 +40,18 @@ def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITI
     Raises:
         CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
             the message says why.
+        ConfigError: `[events]` names a sound that the model does not know.
     """
     model, engine = settings.model, settings.engine
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = device_of(model.device)
     dtype = dtype_of(model.dtype, device)
+    emotion: EmotionHead | None = None
     if model.name == EMBEDDED:
         checkpoint, pads_fully = load_embedded(), not model.short_context
+        if settings.emotion.enabled:
+            emotion = emotion_head(checkpoint.model.config)
     else:
         folder = find(model.name)
         kind = model_type(folder)
@@ -59,6 +68,8 @@ def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITI
         dtype=dtype,
         pads_fully=pads_fully,
         guard_positions=guard_positions,
+        sounds=load_scorer(settings.events, engine.n_slots),
+        emotion=emotion,
     )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
@@ -66,6 +77,15 @@ def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITI
             + ", ".join(runner.capabilities.languages)
         )
     return runner
+
+
+def emotion_head(config: WhisperConfig, path: Path = EMOTION_WEIGHTS) -> EmotionHead:
+    """The emotion head that ships, or another of the embedded model's encoder.
+
+    Raises:
+        CheckpointError: it is missing, or the head of another encoder.
+    """
+    return load_head(path, EMBEDDED_SHA256, config.n_encoder_layers + 1, config.width)
 
 
 def _moss_runner(

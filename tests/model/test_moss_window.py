@@ -154,6 +154,7 @@ def test_a_fork_leaves_the_cache_bit_identical() -> None:
     """Whatever is asked, everything before the scratch is the same, in all slots."""
     cache = filled(MODEL, SMALL, 5, n_slots=3)
     cache.set_tail({1: random_audio(MODEL, 9, 31)})
+    cache.flush()
     n_fixed = cache.buffers.k.shape[3] - SMALL.scratch_tokens
     before = [t[:, :, :, 1:n_fixed].clone() for t in (cache.buffers.k, cache.buffers.v)]  # 0 takes padding
     held = [cache.read(slot_idx) for slot_idx in range(3)]
@@ -208,6 +209,11 @@ def test_reset_touches_only_its_slots() -> None:
     held = {s: cache.read(s) for s in (0, 2)}
     cache.reset([1])
     assert cache.ids(1) == LAYOUT.prefix
+    cache.append({1: random_audio(MODEL, 8)})  # waits, and is forgotten before it is computed
+    cache.reset([1])
+    before = cache.buffers.k.clone()
+    cache.flush()
+    assert torch.equal(cache.buffers.k, before)
     for slot_idx, old in held.items():
         assert torch.equal(old.k, cache.read(slot_idx).k)
     cache.append({1: random_audio(MODEL, 5)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +96,21 @@ def test_rows_of_different_lengths_are_encoded_as_alone(lengths: list[int], seed
         hidden, _ = MODEL.decoder(tokens, [2], cache.select([row]))
         expected, _ = MODEL.decoder(tokens, [2], own_cache)
         assert_close(hidden, expected)
+
+
+def test_taps_change_no_bit_and_hold_every_layer() -> None:
+    """What the first layer takes and what each gives; the last one normalised is the output."""
+    mel = random_mel(30)
+    for encode in (
+        lambda taps: MODEL.encoder(random_mel(N_AUDIO_POSITIONS), taps),
+        lambda taps: MODEL.encoder.forward_heard(mel, heard(30), PADDING, taps),
+    ):
+        taps: list[Tensor] = []
+        encoded = encode(taps)
+        assert torch.equal(encoded, encode(None))
+        assert len(taps) == MODEL.config.n_encoder_layers + 1
+        assert torch.equal(MODEL.encoder.layer_norm(taps[-1]), encoded)
+        assert not any(torch.equal(a, b) for a, b in itertools.pairwise(taps))
 
 
 def new_cache(n_rows: int = 1, n_tokens: int = 16) -> DecoderCache:
