@@ -30,11 +30,17 @@ EMBEDDED = "embedded"
 EMOTION_WEIGHTS = Path(model_package.__file__).parent / "weights" / "emotion.safetensors"
 
 
-def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITIONS) -> Runner:
+def load_runner(
+    settings: EngineSettings,
+    *,
+    emotion_weights: Path = EMOTION_WEIGHTS,
+    guard_positions: int = GUARD_POSITIONS,
+) -> Runner:
     """The runner of the configured model, on its device, not yet warm. What is disabled is not loaded.
 
     Args:
         settings: Which checkpoint, where, in which arithmetic; how many slots and threads.
+        emotion_weights: The embedded model's emotion head, where another than the one that ships is wanted.
         guard_positions: As `WhisperRunner` takes it; for measuring.
 
     Raises:
@@ -51,7 +57,7 @@ def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITI
     if model.name == EMBEDDED:
         checkpoint, pads_fully = load_embedded(), not model.short_context
         if settings.emotion.enabled:
-            emotion = emotion_head(checkpoint.model.config)
+            emotion = emotion_head(checkpoint.model.config, emotion_weights)
     else:
         folder = find(model.name)
         kind = model_type(folder)
@@ -67,9 +73,9 @@ def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITI
         device=device,
         dtype=dtype,
         pads_fully=pads_fully,
-        guard_positions=guard_positions,
         sounds=load_scorer(settings.events, engine.n_slots),
         emotion=emotion,
+        guard_positions=guard_positions,
     )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
@@ -79,8 +85,8 @@ def load_runner(settings: EngineSettings, *, guard_positions: int = GUARD_POSITI
     return runner
 
 
-def emotion_head(config: WhisperConfig, path: Path = EMOTION_WEIGHTS) -> EmotionHead:
-    """The emotion head that ships, or another of the embedded model's encoder.
+def emotion_head(config: WhisperConfig, path: Path) -> EmotionHead:
+    """The emotion head that ships, or another one of the embedded model's encoder.
 
     Raises:
         CheckpointError: it is missing, or the head of another encoder.

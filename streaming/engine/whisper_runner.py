@@ -115,9 +115,9 @@ class WhisperRunner:
         device: torch.device,
         dtype: torch.dtype,
         pads_fully: bool,
-        guard_positions: int = GUARD_POSITIONS,
         sounds: SoundScorer | None = None,
         emotion: EmotionHead | None = None,
+        guard_positions: int = GUARD_POSITIONS,
     ) -> None:
         """Move the model to its device.
 
@@ -127,16 +127,16 @@ class WhisperRunner:
             device: Where to run.
             dtype: Arithmetic of the model; mel and alignment stay float32.
             pads_fully: Encode 30 s each time instead of remembering what padding becomes.
-            guard_positions: Silence computed behind the audio before remembered padding takes over.
             sounds: Scores the sounds of every slot; None: no sounds are looked for.
             emotion: A head of this checkpoint's encoder; None: no emotion is answered.
+            guard_positions: Silence computed behind the audio before remembered padding takes over.
         """
         self._model = checkpoint.model.to(device=device, dtype=dtype)
         self._vocabulary = Vocabulary(checkpoint.tokenizer)
         self._decoder = Decoder(self._model, self._vocabulary)
         self._device, self._dtype = device, dtype
-        self._guard_positions = guard_positions
         self._emotion = None if emotion is None else emotion.to(device)
+        self._guard_positions = guard_positions
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
         self._sounds = sounds

@@ -366,6 +366,20 @@ async def test_half_open_connections_are_gone_after_the_timeout(many_files: None
         assert await counted(running, Refusal.NO_HANDSHAKE) == 300
 
 
+async def test_a_stopping_server_does_not_wait_for_half_open_connections() -> None:
+    """They are dropped at once, long before their timeout."""
+    async with (
+        running_server(settings(limits="handshake_timeout_s = 300.0")) as running,
+        half_open(running.port, 10) as readers,
+    ):
+        assert (await ask(running, "/healthz"))[0] == 200  # the others were accepted before it
+        running.stop.set()
+        async with asyncio.timeout(TIMEOUT_S):
+            for reader in readers:
+                with suppress(ConnectionError):
+                    await reader.read()
+
+
 # --- TLS ---------------------------------------------------------------------------------
 
 
