@@ -35,6 +35,7 @@ from streaming.logs import socket_logger, where_raised
 from streaming.metrics import CONTENT_TYPE, Observed
 from streaming.producer import Producer, ProducerLimits
 from streaming.protocol import (
+    MAX_TEXT_CHARS,
     STREAM_NAME,
     STREAM_PATH,
     SUBSCRIBE_PATH,
@@ -215,6 +216,8 @@ class Server:
             refusal = self._check_stream(connection, admission.name)
             if refusal is not None:
                 return refusal
+        if not is_stream:  # it sends no audio, and what half a message holds is memory
+            connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.server.max_message_bytes)
         refusal = self._guard.take_place(connection, Scope.PUBLISH if is_stream else Scope.SUBSCRIBE)
         if refusal is not None:
             return refusal

@@ -15,10 +15,10 @@ from bench.encoders import LAST_S, Ears, agreement
 from bench.manifest import join, load_manifest, read_audio
 from bench.measures import pooled_wer
 from scripts.make_demo_recording import RecordingError, make
-from streaming.config import Config, EngineConfig
+from streaming.config import Config, EmotionConfig, EngineConfig
 from streaming.engine.loader import load_runner
 from streaming.engine.plan import Pcm, Runner
-from streaming.protocol import Message, TranscriptDelta, TranscriptFinal
+from streaming.protocol import EmotionUpdate, Message, TranscriptDelta, TranscriptFinal
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +100,35 @@ def test_neighbours_do_not_add_words(runner: Runner, demo: tuple[Pcm, str]) -> N
     assert silent == []
     assert words
     assert words == twin
+
+
+def test_emotion_is_told_while_somebody_speaks(runner: Runner, demo: tuple[Pcm, str]) -> None:
+    """Of every closed segment, and on the way; nothing in silence; the same for a twin in the batch."""
+    audio = demo[0][: 12 * 16_000]
+    silence = np.zeros(MINUTE // 4, np.float32)
+    told = [
+        [message for _, message in heard.arrivals]
+        for heard in virtual.run([audio, silence, audio], runner, CONFIG, speed=1000.0).runs
+    ]
+    updates = [[m for m in messages if isinstance(m, EmotionUpdate)] for messages in told]
+    assert updates[1] == []
+    assert [u.label for u in updates[0]] == [u.label for u in updates[2]]
+    spans = {(u.start_ms, u.end_ms) for u in updates[0]}
+    finals = [m for m in told[0] if isinstance(m, TranscriptFinal) and m.end_ms - m.start_ms > 1000]
+    assert finals
+    assert {(m.start_ms, m.end_ms) for m in finals} <= spans
+    for update in updates[0]:
+        assert update.label in runner.capabilities.emotions
+        assert sum(update.scores.values()) == pytest.approx(1.0, abs=0.01)
+        assert update.valence is not None
+
+
+def test_emotion_can_be_switched_off() -> None:
+    """Then no head is loaded, and the model says that it cannot be asked."""
+    off = Config(engine=CONFIG.engine, emotion=EmotionConfig(enabled=False))
+    capabilities = load_runner(off).capabilities
+    assert "emotion" not in capabilities.tasks
+    assert capabilities.emotions == ()
 
 
 def pink_noise(n_samples: int, dbfs: float) -> Pcm:

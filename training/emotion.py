@@ -74,10 +74,11 @@ def main() -> int:
     probabilities = cross_validate(rows, arguments.taps, arguments.l2, arguments.cache / "folds")
     report = measure(Scored(LABELS, probabilities.numpy(), rows.fold, features))
     print(json.dumps(dataclasses.asdict(report), indent=1))
-    temperature = fit_temperature(probabilities, rows.y, is_emotional(features))
-    head = fit(rows, np.ones(len(rows.y), bool), arguments.taps, arguments.l2, temperature)
+    temperature = fit_temperature(probabilities, rows.y, features.corpus, is_emotional(features))
+    print(f"temperature {temperature:.3f}")
     if arguments.dry_run:
         return 0
+    head = fit(rows, np.ones(len(rows.y), bool), arguments.taps, arguments.l2, temperature)
     WEIGHTS.parent.mkdir(exist_ok=True)
     save_head(head, WEIGHTS, EMBEDDED_SHA256)
     write_card(CARD, report, LABELS, arguments.taps, WEIGHTS.stat().st_size)
@@ -154,7 +155,7 @@ def cross_validate(rows: Rows, taps: tuple[int, ...], l2: float, folder: Path) -
     for fold, head in enumerate(heads):
         # Each fold's temperature from the other folds: its actors have no part in it.
         unseen = torch.from_numpy(rows.fold == fold)
-        temperature = fit_temperature(probabilities, rows.y, emotional & ~unseen)
+        temperature = fit_temperature(probabilities, rows.y, rows.about.corpus, emotional & ~unseen)
         calibrated[unseen] = torch.softmax(probabilities[unseen].log() / temperature, dim=1)
         save_head(_cooled(head, temperature), folder / f"fold-{fold}.safetensors", EMBEDDED_SHA256)
     held_out = {str(speaker): fold_of(str(speaker)) for speaker in np.unique(rows.about.speaker)}
@@ -209,12 +210,15 @@ def _cooled(head: EmotionHead, temperature: float) -> EmotionHead:
     return dataclasses.replace(head, weight=head.weight / temperature, bias=head.bias / temperature)
 
 
-def fit_temperature(probabilities: Tensor, y: Tensor, chosen: Tensor) -> float:
-    """What logits of unheard speakers must be divided by to be as likely as can be."""
-    logits, labels = probabilities[chosen].clamp(min=1e-9).log(), y[chosen]
+def fit_temperature(probabilities: Tensor, y: Tensor, corpus: NDArray[np.str_], chosen: Tensor) -> float:
+    """What logits of unheard speakers must be divided by to be as likely as can be, each corpus alike."""
     candidates = torch.linspace(0.5, 2.5, 81)
-    losses = [float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in candidates]
-    return float(candidates[int(np.argmin(losses))])
+    losses = torch.zeros(len(candidates))
+    for name in np.unique(corpus[chosen.numpy()]):
+        inside = chosen & torch.from_numpy(corpus == name)
+        logits, labels = probabilities[inside].clamp(min=1e-9).log(), y[inside]
+        losses += torch.stack([torch.nn.functional.cross_entropy(logits / t, labels) for t in candidates])
+    return float(candidates[int(losses.argmin())])
 
 
 if __name__ == "__main__":

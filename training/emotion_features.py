@@ -156,7 +156,7 @@ class _Maker:
             # Its own generator: what a clip becomes does not depend on how shards are cut.
             rng = np.random.default_rng([presentation, *clip.path.name.encode()])
             stream, clip_start = self._present(clip, presentation, rng)
-            for is_stop, at, window_start, start in _points(stream, clip_start, self._config, rng):
+            for is_stop, at, window_start, start in points(stream, clip_start, self._config, rng):
                 self._ask(stream, at, window_start, start)
                 about.append((clip, is_stop, at - start))
         return Features(
@@ -197,7 +197,7 @@ class _Maker:
         return np.clip(stream, -1.0, 1.0).astype(np.float32), sum(len(piece) for piece in before)
 
 
-def _points(
+def points(
     stream: Pcm, clip_start: int, config: Config, rng: np.random.Generator
 ) -> Iterator[tuple[bool, int, int, int]]:
     """Where the server would ask about the clip: at one tick, and at each stop.
