@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from model.sounds import yamnet as yamnet_module
-from model.sounds.head import AROUND, WEIGHTS, SoundHead, load_weights
+from model.sounds.head import AROUND, WEIGHTS
 from model.sounds.stream import CONTEXT, LOOK_AHEAD, SoundStream
 from model.sounds.yamnet import N_CLASSES, Yamnet
 from streaming.engine.plan import SOUND_FRAME
 from streaming.engine.sounds import Catalogue, load_catalogue
 from streaming.protocol import SAMPLE_RATE_HZ
 from training.mixtures import SCENE_S, Audio, Occurrence, Sources, load_sources, make_scene, stem
-from training.sound_head import Examples, save, train
+from training.sound_head import Examples, finish, save, train
 
 # The trained sounds: what the clips call them, and AudioSet.
 LABELS = {
@@ -58,10 +58,11 @@ N_ROWS = round(SCENE_S * SAMPLE_RATE_HZ) // SOUND_FRAME
 N_EPOCHS = 10
 SEED = 20261125
 
-GUARD_QUANTILE = 0.02  # of a sound's own rows: YAMNet's score below which it is not believed
+THRESHOLD = 0.5
+GUARD_BELOW_BEST = 1.0  # logits a guard may lie below the threshold that serves YAMNet alone best
+GUARD_QUANTILE = 0.9999  # of the rows of speech, and of music, without the sound: a guard lies above them
 BASE_OFFSET = 0.0  # logit from which a sound that is not trained is there, at least
 MARGIN = 1.0  # logits above what YAMNet says of recordings without the sound
-MIN_THRESHOLD, MAX_THRESHOLD = 0.5, 0.9
 
 
 def main() -> int:
@@ -165,33 +166,48 @@ def hear_quiet(data: Path, work: Path, yamnet: Yamnet) -> dict[str, NDArray[np.u
 
 
 def make_head(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet, path: Path) -> None:
-    """Train a head, set its guards and thresholds, and write it; nothing where it is there."""
-    if path.exists():
-        return
-    started = time.perf_counter()
-    head = train(examples, yamnet, [*LABELS.values(), *NEAR], N_EPOCHS, SEED)
-    guards = _guards(examples, yamnet)
-    catalogue = load_catalogue(yamnet.names)
-    offsets = _offsets(quiet, yamnet, catalogue)
-    thresholds = torch.full((N_CLASSES,), MIN_THRESHOLD)
-    temporary = path.with_suffix(".tmp")
-    save(head, temporary, list(LABELS.values()), guards, offsets, thresholds)
-    thresholds = _thresholds(temporary, quiet, yamnet, catalogue)
-    save(head, temporary, list(LABELS.values()), guards, offsets, thresholds)
-    temporary.rename(path)
-    print(
-        f"{path.name}: {len(examples.embeddings)} scenes, {time.perf_counter() - started:.0f} s", flush=True
-    )
+    """Train a head, where that was not done before, and set its guards and offsets; `path` is the result."""
+    trained = path.with_suffix(".trained")
+    if not trained.exists():
+        started = time.perf_counter()
+        head = train(examples, yamnet, [*LABELS.values(), *NEAR], N_EPOCHS, SEED)
+        temporary = path.with_suffix(".tmp")
+        save(head, temporary)
+        temporary.rename(trained)
+        took_s = time.perf_counter() - started
+        print(f"{path.name}: {len(examples.embeddings)} scenes, {took_s:.0f} s", flush=True)
+    calibration = {
+        "guards": _guards(examples, quiet, yamnet),
+        "offsets": _offsets(quiet, yamnet),
+        "thresholds": torch.full((N_CLASSES,), THRESHOLD),
+    }
+    finish(trained, path, tuple(LABELS.values()), calibration)
 
 
-def _guards(examples: Examples, yamnet: Yamnet) -> torch.Tensor:
-    """Per trained sound the logit that YAMNet gives nearly all rows that hold it."""
+def _guards(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet) -> torch.Tensor:
+    """Per trained sound YAMNet's logit that it must have: near its best threshold, above other recordings."""
     guards = []
     for column, name in enumerate(LABELS.values()):
-        scene, row = np.nonzero(examples.targets[:, :, column] > 0.5)
-        logits = _logits(examples.embeddings, yamnet, yamnet.names.index(name))
-        guards.append(float(np.quantile(logits[scene, row], GUARD_QUANTILE)))
+        index = yamnet.names.index(name)
+        logits = np.concatenate(
+            [_logits(part, yamnet, index) for part in np.array_split(examples.embeddings, 20)]
+        )
+        guard = _best_threshold(logits, examples.targets[:, :, column] > 0.5) - GUARD_BELOW_BEST
+        for kind in ("speech", "music"):
+            if name.casefold() != kind:
+                guard = max(guard, float(np.quantile(_logits(quiet[kind], yamnet, index), GUARD_QUANTILE)))
+        guards.append(guard)
     return torch.tensor(guards)
+
+
+def _best_threshold(logits: NDArray[np.float64], is_there: NDArray[np.bool_]) -> float:
+    """The logit above which most rows hold the sound, and most rows with it lie, by F1."""
+    candidates = np.arange(-15.0, 5.0, 0.5)
+    f1 = [
+        2 * np.sum(is_there & (logits > candidate)) / (np.sum(is_there) + np.sum(logits > candidate))
+        for candidate in candidates
+    ]
+    return float(candidates[int(np.argmax(f1))])
 
 
 def _logits(embeddings: NDArray[np.uint8], yamnet: Yamnet, column: int) -> NDArray[np.float64]:
@@ -203,8 +219,9 @@ def _logits(embeddings: NDArray[np.uint8], yamnet: Yamnet, column: int) -> NDArr
     return np.asarray(windows[..., CONTEXT - AROUND :], np.float64)
 
 
-def _offsets(quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet, catalogue: Catalogue) -> torch.Tensor:
+def _offsets(quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet) -> torch.Tensor:
     """Per sound the logit from which it is there: above all that is said of recordings without it."""
+    catalogue = load_catalogue(yamnet.names)
     last = yamnet.classifier
     highest = {}
     for kind, embeddings in quiet.items():
@@ -216,22 +233,6 @@ def _offsets(quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet, catalogue: Cat
             if not _holds(kind, name, catalogue):
                 offsets[column] = max(float(offsets[column]), float(values[column]) + MARGIN)
     return offsets
-
-
-def _thresholds(
-    path: Path, quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet, catalogue: Catalogue
-) -> torch.Tensor:
-    """Per trained sound the score from which it is there; of the others that is in their offset."""
-    names = list(LABELS.values())
-    head = SoundHead(load_weights(path), yamnet, names)
-    thresholds = torch.full((N_CLASSES,), MIN_THRESHOLD)
-    for kind, embeddings in quiet.items():
-        scores = np.quantile(head.scores(embeddings), 0.999, axis=0)
-        for name, score in zip(names, scores.tolist(), strict=True):
-            if not _holds(kind, name, catalogue):
-                column = yamnet.names.index(name)
-                thresholds[column] = min(max(float(thresholds[column]), score), MAX_THRESHOLD)
-    return thresholds
 
 
 def _holds(kind: str, name: str, catalogue: Catalogue) -> bool:

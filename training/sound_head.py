@@ -6,14 +6,14 @@ Only here does anything have a gradient; the architecture is that of `model/soun
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.sounds.stream import CONTEXT
@@ -91,15 +91,8 @@ def train(examples: Examples, yamnet: Yamnet, like: Sequence[str], n_epochs: int
     return head.eval()
 
 
-def save(
-    head: TrainedHead,
-    path: Path,
-    labels: Sequence[str],
-    guards: Tensor,
-    offsets: Tensor,
-    thresholds: Tensor,
-) -> None:
-    """Write the file that ships: the projection in whole numbers, all else in float32."""
+def save(head: TrainedHead, path: Path) -> None:
+    """Write what was trained: the projection in whole numbers, all else in float32."""
     weight = head.project.weight.detach().double()
     scale = weight.abs().amax(dim=1) / 127
     tensors = {
@@ -110,11 +103,13 @@ def save(
         "hidden_bias": head.hidden.bias.detach(),
         "out": head.out.weight.detach(),
         "out_bias": head.out.bias.detach(),
-        "guards": guards.float(),
-        "offsets": offsets.float(),
-        "thresholds": thresholds.float(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = {"labels": json.dumps(list(labels)), "taps": json.dumps(TAPS)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=meta)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def finish(trained: Path, path: Path, labels: Sequence[str], calibration: Mapping[str, Tensor]) -> None:
+    """Write the file that ships: what was trained, with guards, offsets and thresholds."""
+    tensors = load_file(trained) | {name: tensor.float() for name, tensor in calibration.items()}
+    save_file(tensors, path, metadata={"labels": json.dumps(list(labels)), "taps": json.dumps(TAPS)})
     path.chmod(0o644)

@@ -1,10 +1,10 @@
 """The head: from embeddings over two and a half seconds to how sure each sound is.
 
 Some sounds are trained (`training/events.py`): every patch's embedding is projected to a few
-features, and a row looks at those of some patches of its context; where YAMNet's own score is lower
-than it ever was for the sound, the trained one is lowered too. The other sounds of the 521 have
-YAMNet's own score, the mean logit of the patches around the row, moved by what YAMNet says of it over
-speech, music and noise.
+features, and a row looks at those of some patches of its context. Such a sound may be sure only where
+YAMNet's own score is above a guard, and goes on while that is not far below. The other sounds of the
+521 have YAMNet's own score, the mean logit of the patches around the row, moved by what YAMNet says
+of it over speech, music and noise.
 
 What is multiplied with embeddings are whole numbers, so that the sums are exact in float64: a row
 does not depend on how many rows are computed with it.
@@ -28,7 +28,7 @@ from model.sounds.stream import CONTEXT
 from model.sounds.yamnet import N_CLASSES, WIDTH, Yamnet
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "sounds.safetensors"
-GUARD_SLOPE = 2.0  # logits a trained sound loses per logit that YAMNet gives it less than its guard
+GUARD_SLOPE = 0.25  # logits that a trained sound may have per logit of YAMNet's above its guard
 AROUND = 3  # the last patches of the context, whose mean logit is the score of a sound that is not trained
 
 

@@ -13,7 +13,7 @@ from model.sounds.head import SoundHead, load_weights
 from model.sounds.stream import CONTEXT
 from training.events import LABELS, targets
 from training.mixtures import SCENE_S, Audio, Clip, Occurrence, Sources, is_free, make_scene
-from training.sound_head import Examples, save, train
+from training.sound_head import Examples, TrainedHead, finish, save, train
 
 
 def tone(hz: float, seconds: float) -> Audio:
@@ -77,6 +77,17 @@ def test_targets_are_how_much_of_a_row_a_sound_fills() -> None:
     np.testing.assert_allclose(found[:, names.index("speech")], [1.0, 0.0, 0.0, 0.0], atol=0.01)
 
 
+def write(head: TrainedHead, path: Path, labels: list[str], guard: float) -> None:
+    """The file of a head, every guard the same."""
+    save(head, path.with_suffix(".trained"))
+    calibration = {
+        "guards": torch.full((len(labels),), guard),
+        "offsets": torch.zeros(521),
+        "thresholds": torch.full((521,), 0.5),
+    }
+    finish(path.with_suffix(".trained"), path, labels, calibration)
+
+
 def test_the_written_head_is_the_trained_one(tmp_path: Path) -> None:
     """Through the file and in whole numbers, the scores are the same to a hundredth."""
     yamnet = yamnet_module.load()
@@ -85,8 +96,7 @@ def test_the_written_head_is_the_trained_one(tmp_path: Path) -> None:
     examples = Examples(embeddings, rng.random((4, 40, 2)).astype(np.float16))
     head = train(examples, yamnet, ["Bark", "Rain"], 2, 0)
     path = tmp_path / "sounds.safetensors"
-    everything = torch.full((521,), 0.5)
-    save(head, path, ["Bark", "Rain"], torch.full((2,), -1e6), torch.zeros(521), everything)
+    write(head, path, ["Bark", "Rain"], guard=-1e6)
     scores = SoundHead(load_weights(path), yamnet, ["Rain", "Bark"]).scores(embeddings[0])
     with torch.no_grad():
         expected = head(torch.from_numpy(embeddings[:1]).float())[0].sigmoid().numpy()
@@ -100,6 +110,5 @@ def test_a_guard_holds_back_what_yamnet_does_not_hear(tmp_path: Path) -> None:
     embeddings = (rng.random((2, 40 + CONTEXT - 1, 1024)) ** 8 * 255).astype(np.uint8)
     head = train(Examples(embeddings, np.ones((2, 40, 1), np.float16)), yamnet, ["Bark"], 2, 0)
     path = tmp_path / "sounds.safetensors"
-    everything = torch.full((521,), 0.5)
-    save(head, path, ["Bark"], torch.full((1,), 50.0), torch.zeros(521), everything)
+    write(head, path, ["Bark"], guard=1e4)
     assert SoundHead(load_weights(path), yamnet, ["Bark"]).scores(embeddings[0]).max() < 1e-3
