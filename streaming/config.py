@@ -51,6 +51,13 @@ class ServerConfig(_Section):
     def _a_list_will_do(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            ipaddress.ip_address(address)
+        return value
+
     @model_validator(mode="after")
     def _tls_has_both_files(self) -> ServerConfig:
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -9,12 +9,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as SocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -23,12 +22,12 @@ from websockets.http11 import Request, Response
 
 from streaming import protocol
 from streaming.access import Scope, without_token
-from streaming.config import Config
-from streaming.engine.messages import Ready
+from streaming.adaptors import deepgram, openai
+from streaming.adaptors.base import FED, Adaptor, Conversation
+from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery
-from streaming.events import EventTracker
-from streaming.guard import Guard, GuardedConnection, tls_context
+from streaming.guard import Guard, GuardedConnection, split_target, tls_context
 from streaming.hub import Hub
 from streaming.ingest import AudioFormat, parse_query
 from streaming.log import Log
@@ -36,6 +35,7 @@ from streaming.logs import socket_logger, where_raised
 from streaming.metrics import CONTENT_TYPE, Observed
 from streaming.producer import Producer, ProducerLimits
 from streaming.protocol import (
+    MAX_TEXT_CHARS,
     STREAM_NAME,
     STREAM_PATH,
     SUBSCRIBE_PATH,
@@ -49,12 +49,18 @@ from streaming.protocol import (
 )
 from streaming.session import Outlets, Session
 from streaming.subscriber import Subscriber
-from streaming.timeline import Timeline
+from streaming.timeline import new_timeline
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0  # for the peer's part of the closing handshake
 MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any more
+
+# Protocols of other people's: a path, and what makes an adaptor of its handshake or refuses it.
+ADAPTORS: Mapping[str, Callable[[Request, VadConfig], Adaptor]] = {
+    protocol.DEEPGRAM_PATH: deepgram.admit,
+    protocol.OPENAI_PATH: openai.admit,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,7 @@ class _Admission:
     name: str
     audio_format: AudioFormat
     language: str | None
+    adaptor: Adaptor | None = None  # None: the native protocol
 
 
 class _Connection(GuardedConnection):
@@ -146,6 +153,7 @@ class Server:
         self._stopping.set()
         self._check_finalised()
         sockets.close(close_connections=False)
+        self._guard.drop_half_open()
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.server.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
@@ -163,7 +171,7 @@ class Server:
         refusal = self._guard.check(connection, request)
         if refusal is not None:
             return refusal
-        match urlsplit(request.path).path:
+        match split_target(request)[0]:
             case protocol.HEALTH_PATH:
                 return connection.respond(HttpStatus.OK, "ok\n")
             case protocol.READY_PATH if self._engine.is_ready:
@@ -197,30 +205,53 @@ class Server:
             if response.status_code == HttpStatus.UPGRADE_REQUIRED:
                 return self._guard.refuse(connection, Refusal.NO_UPGRADE)
             return None
-        url = urlsplit(request.path)
-        is_stream = url.path != SUBSCRIBE_PATH
+        path, query = split_target(request)
+        is_stream = path != SUBSCRIBE_PATH
+        admission: _Admission | None = None
         if is_stream:
-            refusal = self._admit_stream(connection, url.path.removeprefix(STREAM_PATH), url.query)
+            try:
+                admission = self._admission(path, query, request)
+            except BadQuery as exc:
+                return self._guard.refuse(connection, Refusal.BAD_QUERY, str(exc))
+            refusal = self._check_stream(connection, admission.name)
             if refusal is not None:
                 return refusal
-        connection.is_subscriber = not is_stream
+        if not is_stream:  # it sends no audio, and what half a message holds is memory
+            connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.server.max_message_bytes)
         refusal = self._guard.take_place(connection, Scope.PUBLISH if is_stream else Scope.SUBSCRIBE)
         if refusal is not None:
             return refusal
-        if connection.admission is not None:
-            self._live.add(connection.admission.name)
+        connection.is_subscriber = not is_stream
+        if admission is not None:
+            self._live.add(admission.name)
+            connection.admission = admission
+            # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
+            connection.ping_timeout = None
+            if admission.adaptor is not None:
+                response.headers.update(admission.adaptor.headers)
         self._connections.add(connection)
         connection.on_lost = self._on_lost
         return None
 
-    def _admit_stream(self, connection: _Connection, name: str, query: str) -> Response | None:
+    def _admission(self, path: str, query: str, request: Request) -> _Admission:
+        """What a handshake asks for.
+
+        Raises:
+            BadQuery: its URL asks for what cannot be.
+        """
+        query = without_token(query)
+        if path in ADAPTORS:
+            adaptor = ADAPTORS[path](Request(f"{path}?{query}", request.headers), self._config.vad)
+            audio_format = replace(FED, language=adaptor.language)
+            return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
+        name = path.removeprefix(STREAM_PATH)
+        _check_name(name)
+        audio_format = parse_query(query)
+        return _Admission(name, audio_format, self._language(audio_format))
+
+    def _check_stream(self, connection: _Connection, name: str) -> Response | None:
+        """Refuse a stream for which there is no engine, name or slot."""
         refuse = self._guard.refuse
-        try:
-            _check_name(name)
-            audio_format = parse_query(without_token(query))
-            language = self._language(audio_format)
-        except BadQuery as exc:
-            return refuse(connection, Refusal.BAD_QUERY, str(exc))
         ready = self._engine.ready
         if ready is None or not self._engine.is_ready:
             return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
@@ -228,9 +259,6 @@ class Server:
             return refuse(connection, Refusal.NAME_TAKEN)
         if len(self._live) >= ready.n_slots:
             return refuse(connection, Refusal.NO_SLOT)
-        connection.admission = _Admission(name, audio_format, language)
-        # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
-        connection.ping_timeout = None
         return None
 
     def _language(self, audio_format: AudioFormat) -> str | None:
@@ -282,7 +310,7 @@ class Server:
 
     async def _produce(self, connection: _Connection, admission: _Admission) -> None:
         """A stream's whole life; its name and slot are free again once `session.closed` is out."""
-        name = admission.name
+        name, adaptor = admission.name, admission.adaptor
         self._log.open(name)
         ready = self._engine.ready
         assert ready is not None
@@ -301,8 +329,8 @@ class Server:
                 admission.audio_format,
                 admission.language,
                 ingest=self._config.ingest,
-                vad=self._config.vad,
-                timeline=self._new_timeline(ready),
+                vad=self._config.vad if adaptor is None else adaptor.endpointing(self._config.vad),
+                timeline=new_timeline(self._config, ready.tasks, ready.sounds),
                 engine=self._engine,
                 outlets=Outlets(
                     publish=lambda message: self._publish(name, message),
@@ -312,15 +340,10 @@ class Server:
             )
             try:
                 session.open(self._clock_ms())
-                await Producer(connection, session, reader, self._log, limits, self._stopping).run()
+                talk = (connection, session, reader, self._log, limits, self._stopping)
+                await (Producer(*talk) if adaptor is None else Conversation(*talk, adaptor)).run()
             finally:
                 session.abandon("internal")  # changes nothing unless something above failed
-
-    def _new_timeline(self, ready: Ready) -> Timeline:
-        """A timeline with the trackers of what is wanted and what the model does."""
-        events = self._config.events
-        has_events = events.enabled and "events" in ready.tasks
-        return Timeline(self._config.transcript, EventTracker(events, ready.sounds) if has_events else None)
 
     def _publish(self, name: str, message: Message) -> None:
         envelope = self._log.append(name, message)

@@ -192,6 +192,10 @@ class Session:
         self._settled_language = None
         self._language_from = self._ring.end
 
+    def set_endpointing(self, vad: VadConfig) -> None:
+        """Find the beginning and end of speech by these settings from the next audio on."""
+        self._vad.change(vad)
+
     async def finish(self, reason: str) -> None:
         """Finalise what was said and close the stream; waits for the engine unless it is lost.
 
