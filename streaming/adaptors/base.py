@@ -200,8 +200,8 @@ class Conversation:
             return None, "disconnected"
         except ConnectionOver as over:
             name = self.session.name
-            is_ours = isinstance(over, ServerStopping)
-            logger.log(logging.INFO if is_ours else logging.WARNING, "stream %s: ends: %s", name, over)
+            level = logging.INFO if isinstance(over, ServerStopping) else logging.WARNING
+            logger.log(level, "stream %s: ends: %s", name, over.reason)  # the text may hold what came
             for envelope in wire.fatal_error(name, self._log.last_seq(name), over):
                 self._reader.put(envelope)
             return over, over.reason
@@ -218,7 +218,7 @@ class Conversation:
         try:
             await self._adaptor.end_audio(self)
         except ConnectionOver as over:  # the stream ends anyway; what can be heard is heard
-            logger.warning("stream %s: its end is left out: %s", self.session.name, over)
+            logger.warning("stream %s: its end is left out: %s", self.session.name, over.reason)
         await self.session.finish(reason)
 
     async def _stop_deadline(self) -> None:

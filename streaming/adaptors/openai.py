@@ -163,12 +163,18 @@ class OpenAi:
                 await self._mark(talk, "clear")
             case "session.update" if not self._is_beta:
                 await self._update(talk, updated, event)
-                await talk.say(lambda: [self._event("session.updated", session=self._session())])
-            case _:
+                await self._say_updated(talk, "session.updated")
+            case kind:
                 await self._update(talk, updated_beta, event)
-                kind = event["type"].replace(".update", ".updated")
-                await talk.say(lambda: [self._event(kind, session=self._beta_session())])
+                await self._say_updated(talk, kind.replace(".update", ".updated"))
         return True
+
+    async def _say_updated(self, talk: Conversation, kind: str) -> None:
+        """The effective configuration; the current API knows one shape and one type of it."""
+        if self._is_beta:
+            await talk.say(lambda: [self._event(kind, session=self._beta_session())])
+        else:
+            await talk.say(lambda: [self._event("session.updated", session=self._session())])
 
     def complaint(self, exc: BadMessage, frame: str | bytes) -> list[Event]:
         """An `error` event that names the client's own event, where it named it."""
@@ -256,7 +262,8 @@ class OpenAi:
             case SessionClosed(duration_ms=end_ms):
                 return self._closed(end_ms)
             case Error():
-                kind = "invalid_request_error" if message.code.startswith("bad_") else "server_error"
+                is_theirs = message.code.startswith("bad_") or message.code == "too_fast"
+                kind = "invalid_request_error" if is_theirs else "server_error"
                 return [self._error(kind, message.code, message.message, None, None)]
             case _:
                 return _untranslated(message)
