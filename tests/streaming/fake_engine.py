@@ -166,7 +166,10 @@ class FakeEngine:
         if needed > stream.start and not stream.is_unanswered:
             del stream.audio[: (needed - stream.start) * BYTES]
             stream.start = needed
-        self._say(messages.Progress(number, stream.consumed, stream.start, stream.start))
+        # The last committed word stays in the window: speech may begin before the stop that was decided last,
+        # and the next engine learns from that word alone how far its audio is spoken for.
+        window_start = max(0, stream.start - WORD)
+        self._say(messages.Progress(number, stream.consumed, stream.start, window_start))
 
     def _say(self, message: messages.FromEngine) -> None:
         self._pipe.sendall(messages.frame(message))
