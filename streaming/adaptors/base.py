@@ -160,8 +160,8 @@ class Conversation:
         Raises:
             BadAudio, TooFast: as `feed`.
         """
-        n_frames = len(data) / audio_format.frame_bytes
-        wait_s = seconds_ahead(self._pace, self.limits, n_frames / audio_format.rate_hz)
+        audio_s = len(data) / audio_format.frame_bytes / audio_format.rate_hz
+        wait_s = self._pace.take(audio_s, asyncio.get_running_loop().time())
         size = int(audio_format.rate_hz * SLICE_S) * audio_format.frame_bytes
         for at in range(0, len(data), size):
             if at:
