@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from streaming.config import Config
+from streaming.connection import race, until
 from streaming.engine_client import ENGINE_COMMAND, EngineClient, engine_settings
 from streaming.server import Server
 
@@ -26,7 +27,7 @@ async def run(
     `on_listening` is called with the port once connections are taken.
 
     Raises:
-        ExceptionGroup: of the `EngineLost` that ended it.
+        ExceptionGroup: of the `EngineLost` or `LogError` that ended it.
     """
     stop = asyncio.Event()
     engine = EngineClient(config.engine, engine_settings(config), engine_command)
@@ -37,7 +38,7 @@ async def run(
             async with server.listening() as port:
                 if on_listening is not None:
                     on_listening(port)
-                await stop.wait()
+                await race(until(stop), server.fault())
             supervisor.cancel()
     logger.info("stopped")
 
