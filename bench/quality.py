@@ -41,7 +41,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config) if arguments.config else Config()
         clips = load_manifest(arguments.manifest, arguments.root, arguments.filter)
-        runner = load_runner(config.model, config.engine)
+        runner = load_runner(config)
         offline_wer = None if arguments.no_offline else measure_offline(clips, config, arguments.seconds)
     except (CheckpointError, ConfigError, ValueError) as exc:
         print(f"quality: {exc}", file=sys.stderr)
@@ -95,7 +95,8 @@ def parse_arguments() -> argparse.Namespace:
 def measure_offline(clips: Sequence[Clip], config: Config, seconds: float) -> float:
     """Word error rate of whole clips, each decoded at once in a window padded to 30 s."""
     model = config.model.model_copy(update={"short_context": False})
-    runner = load_runner(model, config.engine)
+    events = config.events.model_copy(update={"enabled": False})
+    runner = load_runner(config.model_copy(update={"model": model, "events": events}))
     pairs: list[tuple[str, str]] = []
     heard_s = 0.0
     for clip in clips:

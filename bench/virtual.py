@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.config import Config
-from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result
-from streaming.engine.plan import Runner
+from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result, Sound
+from streaming.engine.plan import Runner, SoundLabel
 from streaming.engine.scheduler import Listening, Scheduler
+from streaming.events import EventTracker
 from streaming.protocol import SAMPLE_RATE_HZ, Flushed, Message, ms_of
 from streaming.timeline import Timeline
 from streaming.vad import Vad
@@ -44,12 +45,16 @@ class VirtualRuns:
 
 
 class _Stream:
-    def __init__(self, number: int, audio: NDArray[np.float32], config: Config) -> None:
+    def __init__(
+        self, number: int, audio: NDArray[np.float32], config: Config, sounds: Sequence[SoundLabel]
+    ) -> None:
         self.number = number
         self.audio = audio
         self.sent = 0
         self.vad = Vad(config.vad)
-        self.timeline = Timeline(config.transcript)
+        columns = [Sound(label.name, label.parent, label.threshold) for label in sounds]
+        tracker = EventTracker(config.events, columns) if config.events.enabled else None
+        self.timeline = Timeline(config.transcript, sounds=tracker)
         self.arrivals: list[tuple[float, Message]] = []
         self.flushed_s: float | None = None
 
@@ -77,6 +82,7 @@ class _Stream:
         self.arrivals += [(now_s, message) for message in applied.messages]
         if result.kind == "flush":
             self.flushed_s = now_s
+            self.arrivals += [(now_s, message) for message in self.timeline.finish(result.point)]
             self.arrivals.append((now_s, Flushed("end", ms_of(result.point))))
         scheduler.commit(Commit(self.number, result.point, result.kind, applied.n_committed))
 
@@ -108,7 +114,7 @@ def run(
         longest_window_s=runner.capabilities.max_window_s,
         listening=Listening.to(runner.capabilities, config.events, config.emotion, tick),
     )
-    streams = [_Stream(number, pcm, config) for number, pcm in enumerate(audio)]
+    streams = [_Stream(number, pcm, config, runner.capabilities.sounds) for number, pcm in enumerate(audio)]
     for stream in streams:
         scheduler.open(Open(stream.number, language))
     cpu_s = wall_s = 0.0

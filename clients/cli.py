@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+TOKEN_OPTION, TOKEN_ENV = "--token", "MOSS_LIVE_TOKEN"
 
 
 def main() -> None:
     """Run the command line."""
+    _hide_token()
     try:
         from clients.commands import group
     except ModuleNotFoundError as exc:
         sys.exit(f"moss-live needs {exc.name}: pip install 'moss-live[clients]' (or [server])")
     group(prog_name="moss-live")
+
+
+def _hide_token() -> None:
+    """Start anew with a token of the command line in the environment instead.
+
+    Every user of a machine may read every command line, but not the environment of another's.
+    """
+    rest, token = without_token(sys.orig_argv)
+    if token is not None and os.name == "posix":
+        os.execve(sys.executable, rest, os.environ | {TOKEN_ENV: token})
+
+
+def without_token(argv: list[str]) -> tuple[list[str], str | None]:
+    """A command line without its token, and the token; the last one where there are several."""
+    rest: list[str] = []
+    token: str | None = None
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name != TOKEN_OPTION:
+            rest.append(argument)
+        elif equals:
+            token = value
+        else:
+            token = next(arguments, None)
+    return rest, token
 
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ def _stream_name(_ctx: click.Context, _param: click.Parameter, value: str | None
 server_option = click.option(
     "--server", default=DEFAULT_SERVER, envvar="MOSS_LIVE_SERVER", show_default=True, help="Where it listens."
 )
+token_option = click.option(
+    "--token", envvar="MOSS_LIVE_TOKEN", show_envvar=True, metavar="TOKEN",
+    help="For a server that asks for one; better in the variable, where no shell history keeps it.",
+)  # fmt: skip
 name_option = click.option("--name", callback=_stream_name, help="The stream's name; by default a new one.")
 name_argument = click.argument("name", callback=_stream_name)
 language_option = click.option("--language", help="Such as en; by default the server's setting.")
@@ -100,39 +104,57 @@ wait_option = click.option(
 @group.command()
 @click.argument("source", metavar="FILE_OR_URL")
 @server_option
+@token_option
 @name_option
 @language_option
 @captions_option
 @click.option("--fast", is_flag=True, help="As fast as the server accepts, not in real time.")
 def stream(
-    source: str, server: str, name: str | None, language: str | None, with_captions: bool, fast: bool
+    source: str,
+    server: str,
+    token: str | None,
+    name: str | None,
+    language: str | None,
+    with_captions: bool,
+    fast: bool,
 ) -> None:
     """Send a recording or a URL's audio, as if it were live."""
     with _missing_extra():
         from clients.sources import file_chunks
 
-        _run(_produce(file_chunks(source), server, name, language, with_captions, paced=not fast))
+        _run(_produce(file_chunks(source), server, token, name, language, with_captions, paced=not fast))
 
 
 @group.command()
 @server_option
+@token_option
 @name_option
 @language_option
 @captions_option
 @click.option("--device", help="An input's name or number; `python -m sounddevice` lists them.")
-def mic(server: str, name: str | None, language: str | None, with_captions: bool, device: str | None) -> None:
+def mic(
+    server: str,
+    token: str | None,
+    name: str | None,
+    language: str | None,
+    with_captions: bool,
+    device: str | None,
+) -> None:
     """Send the microphone until Ctrl-C."""
     with _missing_extra():
-        _run(_produce_microphone(device, server, name, language, with_captions))
+        _run(_produce_microphone(device, server, token, name, language, with_captions))
 
 
 @group.command()
 @name_argument
 @server_option
+@token_option
 @click.option("--types", help="Only these message types, by commas, such as transcript.final.")
 @after_option
 @wait_option
-def subscribe(name: str, server: str, types: str | None, after: int | None, wait_s: float) -> None:
+def subscribe(
+    name: str, server: str, token: str | None, types: str | None, after: int | None, wait_s: float
+) -> None:
     """Print a stream's messages, one line of JSON each."""
     wanted = tuple(part.strip() for part in types.split(",") if part.strip()) if types else ()
     for part in wanted:
@@ -144,7 +166,9 @@ def subscribe(name: str, server: str, types: str | None, after: int | None, wait
         from clients.subscriber import subscribe as messages
 
         async def run() -> None:
-            async for envelope in messages(server, name, types=wanted, after=after, wait_s=wait_s):
+            async for envelope in messages(
+                server, name, types=wanted, after=after, wait_s=wait_s, token=token
+            ):
                 click.echo(encode(envelope))
 
         _run(run())
@@ -153,10 +177,11 @@ def subscribe(name: str, server: str, types: str | None, after: int | None, wait
 @group.command()
 @name_argument
 @server_option
+@token_option
 @click.option("--after", type=click.IntRange(min=0), default=0, show_default=True,
               help="Begin after this seq of the log; 0 shows what is kept of the past too.")  # fmt: skip
 @wait_option
-def captions(name: str, server: str, after: int, wait_s: float) -> None:
+def captions(name: str, server: str, token: str | None, after: int, wait_s: float) -> None:
     """Show a stream's captions: firm when committed, grey while they may change."""
     with _missing_extra():
         from rich.console import Console
@@ -167,7 +192,7 @@ def captions(name: str, server: str, after: int, wait_s: float) -> None:
         async def run() -> None:
             position = WallPosition()
             with captions_for(Console(), position) as shown:
-                async for envelope in messages(server, name, after=after, wait_s=wait_s):
+                async for envelope in messages(server, name, after=after, wait_s=wait_s, token=token):
                     position.see(envelope.message)
                     shown.show(envelope)
 
@@ -175,14 +200,19 @@ def captions(name: str, server: str, after: int, wait_s: float) -> None:
 
 
 async def _produce_microphone(
-    device: str | None, server: str, name: str | None, language: str | None, with_captions: bool
+    device: str | None,
+    server: str,
+    token: str | None,
+    name: str | None,
+    language: str | None,
+    with_captions: bool,
 ) -> None:
     from clients.sources import CHUNK_MS, microphone
 
     number_or_name = int(device) if device and device.isdecimal() else device
     async with microphone(number_or_name) as queue:
         click.echo("listening; Ctrl-C ends the stream", err=True)
-        await _produce(aiter(queue), server, name, language, with_captions, paced=False)
+        await _produce(aiter(queue), server, token, name, language, with_captions, paced=False)
         if queue.n_dropped:
             lost_s = queue.n_dropped * CHUNK_MS / 1000
             click.echo(f"{lost_s:.1f} s of audio were lost: the connection was too slow", err=True)
@@ -191,6 +221,7 @@ async def _produce_microphone(
 async def _produce(
     chunks: AsyncIterator[bytes],
     server: str,
+    token: str | None,
     name: str | None,
     language: str | None,
     with_captions: bool,
@@ -214,7 +245,7 @@ async def _produce(
             click.echo(f"stream {stream_name}; read it with: moss-live captions {stream_name}", err=True)
         stop = stack.enter_context(_first_interrupt())
         url = stream_url(server, stream_name, language)
-        await stream_audio(url, chunks, on_message, paced=paced, progress=progress, stop=stop)
+        await stream_audio(url, chunks, on_message, paced=paced, progress=progress, stop=stop, token=token)
 
 
 def _print_committed(envelope: Envelope) -> None:

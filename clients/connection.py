@@ -25,11 +25,14 @@ class ConnectFailed(RuntimeError):
         self.is_lasting = is_lasting  # trying again would not help
 
 
-async def open_connection(url: str, *, ping_interval_s: float | None = PING_INTERVAL_S) -> ClientConnection:
+async def open_connection(
+    url: str, *, token: str | None = None, ping_interval_s: float | None = PING_INTERVAL_S
+) -> ClientConnection:
     """A connection to `url`; close it by `async with`.
 
     Args:
         url: With its query.
+        token: For a server that asks for one; sent in a header, where no log of addresses shows it.
         ping_interval_s: Seconds between pings, which find a dead peer; None sends none.
 
     Raises:
@@ -40,6 +43,7 @@ async def open_connection(url: str, *, ping_interval_s: float | None = PING_INTE
             url,
             open_timeout=OPEN_TIMEOUT_S,
             max_size=MAX_MESSAGE_BYTES,
+            additional_headers=None if token is None else {"Authorization": f"Bearer {token}"},
             ping_interval=ping_interval_s,
             ping_timeout=ping_interval_s,
         )

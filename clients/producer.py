@@ -63,6 +63,7 @@ async def stream_audio(
     paced: bool,
     progress: Progress | None = None,
     stop: asyncio.Event | None = None,
+    token: str | None = None,
 ) -> SessionClosed:
     """Send `chunks` to `url`, call `on_message` with every message, end the stream.
 
@@ -77,6 +78,7 @@ async def stream_audio(
             server accepts.
         progress: Kept up to date where given.
         stop: Ends the audio early.
+        token: For a server that asks for one.
 
     Raises:
         ConnectFailed: no connection.
@@ -88,7 +90,7 @@ async def stream_audio(
     stop = stop or asyncio.Event()
     # No pings: they would wait behind the audio that the server does not read yet. A dead server
     # is found by its missing acknowledgements.
-    async with await open_connection(url, ping_interval_s=None) as connection:
+    async with await open_connection(url, token=token, ping_interval_s=None) as connection:
         reading = asyncio.create_task(_read(connection, on_message, progress), name="stream.read")
         sending = asyncio.create_task(
             _send(connection, chunks, progress, stop, paced=paced), name="stream.send"

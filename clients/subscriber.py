@@ -56,6 +56,7 @@ async def subscribe(
     after: int | None = None,
     wait_s: float = 0.0,
     backoff: Backoff = Backoff(),
+    token: str | None = None,
 ) -> AsyncIterator[Envelope]:
     """The messages of `stream` as they come, ending after its `session.closed`.
 
@@ -70,6 +71,7 @@ async def subscribe(
         after: Give the logged messages after this `seq` first; None begins with the next one.
         wait_s: How long to wait for a stream the server does not know yet, seconds.
         backoff: The pace of further attempts.
+        token: For a server that asks for one.
 
     Raises:
         SubscriptionFailed: the server refuses for good, does not know the stream within
@@ -81,7 +83,7 @@ async def subscribe(
     n_failed = 0
     while True:
         try:
-            async for envelope in _until_lost(server, Subscribe((stream,), wanted, after)):
+            async for envelope in _until_lost(server, Subscribe((stream,), wanted, after), token):
                 n_failed = 0
                 if _was_given(envelope, after):
                     continue
@@ -111,7 +113,7 @@ class _ConnectionLost(Exception):
     """Another connection may go on where this one ended."""
 
 
-async def _until_lost(server: str, request: Subscribe) -> AsyncIterator[Envelope]:
+async def _until_lost(server: str, request: Subscribe, token: str | None) -> AsyncIterator[Envelope]:
     """The messages of one connection, up to the stream's end.
 
     Raises:
@@ -119,7 +121,7 @@ async def _until_lost(server: str, request: Subscribe) -> AsyncIterator[Envelope
     """
     error: str | None = None
     try:
-        async with await open_connection(f"{server.rstrip('/')}{SUBSCRIBE_PATH}") as connection:
+        async with await open_connection(f"{server.rstrip('/')}{SUBSCRIBE_PATH}", token=token) as connection:
             await connection.send(encode_client(request))
             while True:
                 envelope = await receive(connection)
@@ -140,7 +142,8 @@ async def _until_lost(server: str, request: Subscribe) -> AsyncIterator[Envelope
             return
         if code == CloseCode.NOT_FOUND:
             raise _StreamUnknown(reason) from exc
-        raise (SubscriptionFailed if code == CloseCode.BAD_MESSAGE else _ConnectionLost)(reason) from exc
+        is_lasting = code in (CloseCode.BAD_MESSAGE, CloseCode.FORBIDDEN)
+        raise (SubscriptionFailed if is_lasting else _ConnectionLost)(reason) from exc
 
 
 def _was_given(envelope: Envelope, after: int | None) -> bool:

@@ -27,6 +27,7 @@ async def run(
     `on_listening` is called with the port once connections are taken.
 
     Raises:
+        ConfigError: a file that the configuration names cannot be used.
         ExceptionGroup: of the `EngineLost` or `LogError` that ended it.
     """
     stop = asyncio.Event()

@@ -1,23 +1,27 @@
-"""The `moss-live serve` command: finds the configuration, sets up logging, runs the server."""
+"""The commands of the server: `moss-live serve` runs it, `moss-live token` makes a token for it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import resource
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
+from streaming.access import Scope, entry_text, new_token, parse_tokens
 from streaming.app import run
 from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, with_overrides
 from streaming.errors import EngineLost, LogError
+from streaming.logs import configure
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_PATH = Path("config.toml")
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+PRIVATE = 0o600  # the tokens file is its owner's alone
 
 
 @click.command()
@@ -39,15 +43,23 @@ def serve(
     verbose: bool,
 ) -> None:
     """Run the server until it is interrupted."""
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=LOG_FORMAT)
-    logging.getLogger("websockets").setLevel(logging.WARNING)  # else three lines per connection
+    path = path or config_path()
     try:
-        config = _override(_find_config(path), host, port, model, log_path)
+        config = _override(find_config(path), host, port, model, log_path)
     except ConfigError as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)
+    configure(config.server.log_format, is_verbose=verbose)
+    if path is None:
+        logger.info("no --config, $%s or ./%s: built-in settings", CONFIG_ENV, DEFAULT_PATH)
+    else:
+        logger.info("settings from %s", path)
+    _raise_file_limit()
     try:
         asyncio.run(run(config))
+    except* ConfigError as group:
+        click.echo(str(group.exceptions[0]), err=True)
+        sys.exit(2)
     except* EngineLost as group:
         click.echo(f"stopped: {group.exceptions[0]}", err=True)
         sys.exit(1)
@@ -61,20 +73,65 @@ def serve(
         sys.exit(1)
 
 
-def _find_config(path: Path | None) -> Config:
-    """The configuration that the command line, the environment or the folder names.
+@click.command()
+@click.argument("name")
+@click.option("--scope", "scopes", multiple=True, required=True, type=click.Choice([s.value for s in Scope]),
+              help="What it is good for; may come several times.")  # fmt: skip
+@click.option("--stream", "streams", multiple=True, default=("*",), show_default=True,
+              help="A stream's name, or a pattern with *; may come several times.")  # fmt: skip
+@click.option("--expires", type=click.DateTime(["%Y-%m-%d"]), help="A day: at its begin, UTC, it ends.")
+@click.option("--file", "path", type=click.Path(path_type=Path), help="Add it to this tokens file.")
+def token(
+    name: str, scopes: tuple[str, ...], streams: tuple[str, ...], expires: datetime | None, path: Path | None
+) -> None:
+    """Make a token, print it once, and add its hash to the tokens file under NAME."""
+    made = new_token()
+    expires = None if expires is None else expires.replace(tzinfo=UTC)
+    try:
+        entry = entry_text(made, name, [Scope(scope) for scope in scopes], streams, expires)
+        if path is not None:
+            _append(path, entry)
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except OSError as exc:
+        raise click.ClickException(f"{path}: cannot be written: {exc}") from exc
+    if path is None:
+        click.echo(f"# for the tokens file that access.tokens names:\n{entry}", err=True)
+    click.echo(made)
+
+
+def _append(path: Path, entry: str) -> None:
+    """Add an entry to a tokens file, which is made where it is missing.
+
+    Raises:
+        ConfigError: the file would not be one any more.
+    """
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    parse_tokens(f"{before}\n{entry}", str(path))
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "a") as file:
+        file.write(f"\n{entry}" if before else entry)
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system allows: every connection is one, half-open ones too."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def find_config(path: Path | None) -> Config:
+    """The configuration in a file; the built-in one where there is none.
 
     Raises:
         ConfigError: the file cannot be used.
     """
-    named = path or (Path(os.environ[CONFIG_ENV]) if os.environ.get(CONFIG_ENV) else None)
-    if named is None and DEFAULT_PATH.exists():
-        named = DEFAULT_PATH
-    if named is None:
-        logger.info("no --config, $%s or ./%s: built-in settings", CONFIG_ENV, DEFAULT_PATH)
-        return Config()
-    logger.info("settings from %s", named)
-    return load_config(named)
+    return Config() if path is None else load_config(path)
+
+
+def config_path() -> Path | None:
+    """The configuration file that the environment or the folder has."""
+    if os.environ.get(CONFIG_ENV):
+        return Path(os.environ[CONFIG_ENV])
+    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
 
 
 def _override(

@@ -5,12 +5,14 @@ Components receive their own section, never the whole.
 
 from __future__ import annotations
 
+import ipaddress
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
 
@@ -39,6 +41,59 @@ class ServerConfig(_Section):
     ping_interval_s: PositiveSeconds = 20.0
     stop_timeout_s: PositiveSeconds = 15.0
     resume_grace_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    tls_cert: str = ""
+    tls_key: str = ""
+    origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+    log_format: Literal["text", "json"] = "text"
+
+    @field_validator("origins", "trusted_proxies", mode="before")
+    @classmethod
+    def _a_list_will_do(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
+
+    @model_validator(mode="after")
+    def _tls_has_both_files(self) -> ServerConfig:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key belong together; expected both or neither")
+        return self
+
+
+class AccessConfig(_Section):
+    """Who is let in."""
+
+    tokens: str = ""
+    allow_anonymous: bool = False
+
+    @model_validator(mode="after")
+    def _tokens_or_anybody(self) -> AccessConfig:
+        if self.tokens and self.allow_anonymous:
+            raise ValueError("tokens and allow_anonymous exclude one another; expected one of them")
+        return self
+
+
+class LimitsConfig(_Section):
+    """What one connection, token or address may take of the server."""
+
+    handshake_timeout_s: Annotated[float, Field(gt=0, le=300)] = 10.0
+    max_half_open: Annotated[int, Field(ge=1, le=100_000)] = 256
+    attempts_per_s: Annotated[float, Field(gt=0, le=100_000)] = 10.0
+    attempts_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    address_connections: Annotated[int, Field(ge=1, le=100_000)] = 64
+    token_streams: Annotated[int, Field(ge=1, le=100_000)] = 8
+    token_subscribers: Annotated[int, Field(ge=1, le=100_000)] = 500
+    audio_speed: Annotated[float, Field(ge=1, le=100_000)] = 50.0
+    audio_burst_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    audio_ahead_s: Annotated[float, Field(ge=1, le=86_400)] = 900.0
+
+    @model_validator(mode="after")
+    def _pause_before_refusal(self) -> LimitsConfig:
+        if self.audio_ahead_s <= self.audio_burst_s:
+            raise ValueError(
+                f"audio_ahead_s is {self.audio_ahead_s}; expected more than audio_burst_s, "
+                f"which is {self.audio_burst_s}"
+            )
+        return self
 
 
 class IngestConfig(_Section):
@@ -67,6 +122,45 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     language: str = "auto"
     short_context: bool = True
+
+
+class MossConfig(_Section):
+    """What MOSS-Audio keeps of each stream, and how long it may answer; other models have no use for it."""
+
+    window_s: Annotated[float, Field(ge=4, le=600)] = 32.0
+    evict_blocks: Annotated[int, Field(ge=1, le=150)] = 1
+    markers: Literal["absolute", "restart"] = "absolute"
+    prefix: Literal["follows", "stays"] = "follows"
+    max_position: Annotated[int, Field(ge=512, le=1_000_000)] = 8192
+    scratch_tokens: Annotated[int, Field(ge=256, le=32_768)] = 1024
+    answer_tokens: Annotated[int, Field(ge=16, le=8192)] = 512
+    thought_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
+
+    @property
+    def n_blocks(self) -> int:
+        """The window in whole blocks of 4 s."""
+        return math.ceil(self.window_s / 4)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MossConfig:
+        if self.evict_blocks > self.n_blocks:
+            raise ValueError(
+                f"evict_blocks is {self.evict_blocks}; expected at most {self.n_blocks}, "
+                "the blocks of window_s"
+            )
+        # 64 tokens are the most a block takes with its markers; a prompt takes about 30.
+        least = 64 * (self.n_blocks + 1) + self.scratch_tokens + 64
+        if self.max_position < least:
+            raise ValueError(
+                f"max_position is {self.max_position}; expected at least {least}, "
+                "for the blocks of window_s, the growing one, and scratch_tokens"
+            )
+        if self.answer_tokens > self.scratch_tokens:
+            raise ValueError(
+                f"answer_tokens is {self.answer_tokens}; expected at most {self.scratch_tokens}, "
+                "the scratch_tokens"
+            )
+        return self
 
 
 class EngineConfig(_Section):
@@ -108,6 +202,10 @@ class EventsConfig(_Section):
     enabled: bool = True
     labels: Literal["monitoring", "meeting", "all"] | list[str] = "monitoring"
     thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.6
+    min_ms: Annotated[int, Field(ge=80, le=5000)] = 160
+    merge_gap_ms: Annotated[int, Field(ge=0, le=5000)] = 320
+    max_open: Annotated[int, Field(ge=1, le=1000)] = 16
 
 
 class EmotionConfig(_Section):
@@ -126,17 +224,25 @@ class LogConfig(_Section):
     closed_streams: Annotated[int, Field(ge=0, le=100_000)] = 10_000
 
 
-class Config(_Section):
-    """The whole file."""
+class EngineSettings(_Section):
+    """The sections that the engine process reads."""
 
-    server: ServerConfig = ServerConfig()
-    ingest: IngestConfig = IngestConfig()
-    vad: VadConfig = VadConfig()
     model: ModelConfig = ModelConfig()
+    moss: MossConfig = MossConfig()
     engine: EngineConfig = EngineConfig()
     transcript: TranscriptConfig = TranscriptConfig()
     events: EventsConfig = EventsConfig()
     emotion: EmotionConfig = EmotionConfig()
+
+
+class Config(EngineSettings):
+    """The whole file."""
+
+    server: ServerConfig = ServerConfig()
+    access: AccessConfig = AccessConfig()
+    limits: LimitsConfig = LimitsConfig()
+    ingest: IngestConfig = IngestConfig()
+    vad: VadConfig = VadConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -146,6 +252,17 @@ class Config(_Section):
             raise ValueError(
                 f"ingest.ring_s is {self.ingest.ring_s}; expected at least {least}: "
                 "transcript.window_s + ingest.max_ahead_s + 5"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_need_a_word(self) -> Config:
+        is_guarded = self.access.tokens or self.access.allow_anonymous
+        if not is_guarded and not is_loopback(self.server.host):
+            raise ValueError(
+                f"server.host is {self.server.host!r}, where others reach it, and nobody needs a token; "
+                "expected a loopback address, a tokens file in access.tokens (moss-live token), "
+                "or access.allow_anonymous = true"
             )
         return self
 
@@ -163,12 +280,11 @@ def parse_config(text: str, source: str = "config") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as exc:
-        lines = [f"{source}: {_problem(error)}" for error in exc.errors()]
-        raise ConfigError("\n".join(lines)) from exc
+        raise ConfigError(problems(source, exc)) from exc
 
 
 def load_config(path: Path) -> Config:
-    """Read a configuration file.
+    """Read a configuration file; files that it names are looked for beside it.
 
     Raises:
         ConfigError: as `parse_config`, or the file cannot be read.
@@ -177,7 +293,18 @@ def load_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
-    return parse_config(text, str(path))
+    config = parse_config(text, str(path))
+    folder = path.resolve().parent
+    access = config.access.model_copy(update={"tokens": _beside(folder, config.access.tokens)})
+    server = config.server.model_copy(
+        update={key: _beside(folder, getattr(config.server, key)) for key in ("tls_cert", "tls_key")}
+    )
+    return config.model_copy(update={"access": access, "server": server})
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A file that is named relative to the configuration's folder; "" stays."""
+    return str(folder / name) if name else ""
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Mapping[str, object]]) -> Config:
@@ -192,15 +319,35 @@ def with_overrides(config: Config, overrides: Mapping[str, Mapping[str, object]]
     try:
         return Config.model_validate(values)
     except ValidationError as exc:
-        lines = [f"command line: {_problem(error)}" for error in exc.errors()]
-        raise ConfigError("\n".join(lines)) from exc
+        raise ConfigError(problems("command line", exc)) from exc
 
 
-def _problem(error: object) -> str:
-    """One line: the key's path, what is wrong with it, what was got."""
+def is_loopback(host: str) -> bool:
+    """Whether an address or name is this machine's own and nobody else's."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
+def problems(source: str, exc: ValidationError, *, is_secret: bool = False) -> str:
+    """A line for everything that is wrong with a file: the key's path, what is wrong, what was got.
+
+    Of a file that is secret, what was got is left out.
+    """
+    return "\n".join(f"{source}: {_problem(error, is_secret)}" for error in exc.errors())
+
+
+def _problem(error: object, is_secret: bool) -> str:
+    """One line."""
     assert isinstance(error, dict), error
     key = ".".join(str(part) for part in error["loc"]) or "file"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key"
-    got = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
+    got = "" if is_secret or isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
     return f"{key}: {error['msg']}{got}"

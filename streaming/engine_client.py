@@ -8,22 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import json
 import logging
 import os
 import random
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from streaming.config import Config, EngineConfig
+from streaming.config import Config, EngineConfig, EngineSettings
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost
+from streaming.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,13 @@ class EngineClient:
     """
 
     def __init__(
-        self, config: EngineConfig, settings: bytes, command: Sequence[str] = ENGINE_COMMAND
+        self,
+        config: EngineConfig,
+        settings: bytes,
+        command: Sequence[str] = ENGINE_COMMAND,
+        metrics: Metrics | None = None,
     ) -> None:
+        self.metrics = metrics or Metrics(config.tick_ms)
         self.state = EngineState.STARTING
         self.ready: messages.Ready | None = None  # what the model can do; None until it was ready once
         self.n_restarts = 0
@@ -217,6 +222,7 @@ class EngineClient:
             case messages.Ready():
                 raise EngineFault("said twice that it is ready")
             case messages.Tick():
+                self.metrics.stepped(message)
                 logger.debug("engine step: %.3f s, %d streams", message.wall_s, message.n_streams)
 
     async def _after(self, fault: EngineFault) -> None:
@@ -231,6 +237,7 @@ class EngineClient:
             logger.error("engine lost: %s", fault)
             raise EngineLost(f"the engine could not be kept running: {fault}") from fault
         self.n_restarts += 1
+        self.metrics.restarted()
         # Jitter, so that several servers on one machine do not load their models at the same moment.
         delay_s = min(BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)
         logger.warning("engine down: %s; restart %d in %.2f s", fault, len(recent), delay_s)
@@ -244,10 +251,7 @@ class EngineClient:
 
 def engine_settings(config: Config) -> bytes:
     """The first frame an engine reads: JSON of the sections that concern it."""
-    sections: Mapping[str, Any] = config.model_dump(
-        mode="json", include={"model", "engine", "transcript", "events", "emotion"}
-    )
-    return json.dumps(sections).encode()
+    return config.model_dump_json(include=set(EngineSettings.model_fields)).encode()
 
 
 class _Frames:

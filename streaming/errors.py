@@ -9,6 +9,8 @@ MossLiveError
 └── ConnectionOver    ends one connection; each kind knows its close code
     ├── BadAudio          4401, the stream ends with "bad_input"
     ├── BadMessages       4400, "bad_input"
+    ├── Forbidden         4403, subscribers alone
+    ├── TooFast           4429, "bad_input"
     ├── IdleConnection    4408, "idle"
     ├── Replaced          4409, the stream goes on over another connection
     ├── SlowReader        4410, "disconnected"
@@ -70,6 +72,22 @@ class BadMessages(ConnectionOver):
 
     close_code = CloseCode.BAD_MESSAGE
     error_code = "bad_message"
+    reason = "bad_input"
+
+
+class Forbidden(ConnectionOver):
+    """The token does not allow what a message asks for."""
+
+    close_code = CloseCode.FORBIDDEN
+    error_code = "forbidden"
+    reason = "bad_input"
+
+
+class TooFast(ConnectionOver):
+    """Audio came too far ahead of real time."""
+
+    close_code = CloseCode.TOO_FAST
+    error_code = "too_fast"
     reason = "bad_input"
 
 

@@ -44,6 +44,7 @@ class Hub:
         self._by_name: dict[str, dict[Subscription, None]] = {}
         self._with_patterns: dict[Subscription, None] = {}
         self._known: dict[str, tuple[Subscription, ...]] = {}  # of streams that spoke: found readers
+        self._all: set[Subscription] = set()
 
     def publish(self, envelope: Envelope) -> None:
         """Hand a message to every reader of its stream, without waiting."""
@@ -57,10 +58,16 @@ class Hub:
     def subscription(self) -> Iterator[Subscription]:
         """A reader of nothing yet, forgotten on exit."""
         reader = Subscription(self._log, self._capacity)
+        self._all.add(reader)
         try:
             yield reader
         finally:
+            self._all.remove(reader)
             self._leave(reader)
+
+    def depths(self) -> list[int]:
+        """How many messages wait for each reader, producers among them."""
+        return [reader.n_waiting for reader in self._all]
 
     def subscribe(self, reader: Subscription, wanted: Subscribe) -> None:
         """Change what a reader reads; what already waits for it is still delivered.

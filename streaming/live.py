@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 24
 MAX_TOKEN_CHARS = 64
+MAX_PARAMETERS = 32  # in a stream's query
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,11 @@ def parse_resumption(query: str) -> tuple[Resumption | None, str]:
     """
     found: dict[str, str] = {}
     rest = []
-    for key, value in parse_qsl(query, keep_blank_values=True, max_num_fields=32):
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
+    except ValueError as exc:
+        raise BadQuery(f"too many parameters; expected at most {MAX_PARAMETERS}") from exc
+    for key, value in pairs:
         if key not in (RESUME_PARAMETER, AFTER_PARAMETER):
             rest.append((key, value))
         elif key in found:

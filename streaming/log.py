@@ -114,6 +114,7 @@ class Log:
         self._recent: deque[tuple[int, Envelope]] = deque(maxlen=n_recent)
         self.published = 0  # place in the log up to which everything was delivered
         self.trimmed = 0  # place of the newest message that retention took
+        self.n_messages = 0  # that are kept
         self.generation = 0  # of the set of streams
         self.is_full = False  # the disk is, and everything waits
 
@@ -316,10 +317,13 @@ class Log:
         """The newest frames of some types in a stream's newest session, oldest first."""
         return await self._ask(lambda store: store.of_session(row.id, row.session, types, limit))
 
-    async def left(self) -> list[Left]:
+    def left(self) -> tuple[str, ...]:
         """The live streams that a killed server left behind."""
-        streams = [stream for stream in self._streams.values() if stream.is_live_on_disk]
-        return [await self._ask(partial(_left, stream=stream)) for stream in streams]
+        return tuple(stream.name for stream in self._streams.values() if stream.is_live_on_disk)
+
+    async def read_left(self, name: str) -> Left:
+        """What one of those can go on from."""
+        return await self._ask(partial(_left, stream=self._streams[name]))
 
     # --- inside --------------------------------------------------------------------------
 
@@ -331,6 +335,7 @@ class Log:
             self._streams[row.name] = self._by_id[row.id] = stream
             self._next_stream = max(self._next_stream, row.id + 1)
         self.published = await self._in(self._reading, store.last_id)
+        self.n_messages = await self._in(self._reading, store.n_messages)
         self._next_id = self.published + 1
 
     def _wait(self, waiting: _Waiting) -> None:
@@ -386,6 +391,7 @@ class Log:
             if isinstance(waiting.op, Logged) and waiting.envelope is not None:
                 self._recent.append((waiting.op.id, waiting.envelope))
                 self.published = waiting.op.id
+                self.n_messages += 1
             if waiting.envelope is not None and waiting.deliver is not None:
                 waiting.deliver(waiting.envelope)
         self._n_delivered += len(batch)
@@ -397,6 +403,7 @@ class Log:
         max_bytes = self._config.max_mib * 1024 * 1024
         trimmed = await self._retried(lambda: store.trim(before_ms, max_bytes, self._config.closed_streams))
         self.trimmed = max(self.trimmed, trimmed.last_id)
+        self.n_messages -= trimmed.n_messages
         for name in trimmed.names:
             stream = self._streams[name]
             if not stream.is_open and not stream.n_waiting:

@@ -14,7 +14,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from streaming import connection as wire
-from streaming.config import ServerConfig
+from streaming.config import LimitsConfig, ServerConfig
 from streaming.errors import (
     BadMessages,
     ConnectionOver,
@@ -23,8 +23,10 @@ from streaming.errors import (
     Replaced,
     ServerStopping,
     SlowReader,
+    TooFast,
 )
 from streaming.hub import Subscription
+from streaming.limits import AudioPace
 from streaming.live import LiveStream
 from streaming.log import Log
 from streaming.protocol import (
@@ -51,6 +53,7 @@ class ProducerLimits:
     """The settings a producer's connection goes by."""
 
     server: ServerConfig
+    limits: LimitsConfig
     ack_interval_s: float
     languages: tuple[str, ...]  # codes the model can be set to
     tasks: tuple[str, ...]  # what the model does
@@ -90,6 +93,12 @@ class Producer:
         self._limits = limits
         self._stopping = stopping
         self._n_bad = 0
+        self._pace = AudioPace(
+            limits.limits.audio_speed,
+            limits.limits.audio_burst_s,
+            limits.limits.audio_ahead_s,
+            asyncio.get_running_loop().time(),
+        )
 
     async def run(self) -> None:
         """Converse until the stream is over or the connection is, and close.
@@ -180,7 +189,10 @@ class Producer:
         while True:
             frame = await self._next_frame()
             if isinstance(frame, bytes):
+                wait_s = self._ahead(frame)
                 await self._session.feed(frame)
+                if wait_s:
+                    await asyncio.sleep(wait_s)  # and the socket is not read meanwhile
                 continue
             try:
                 message = decode_client(frame, STREAM_MESSAGES)
@@ -198,6 +210,21 @@ class Producer:
                     self._session.ask(message)
                 case Ask():
                     self.tell(Error("unsupported", "the loaded model answers no questions", fatal=False))
+
+    def _ahead(self, frame: bytes) -> float:
+        """Seconds to wait after a frame of audio, until no more is ahead of real time than may be.
+
+        Raises:
+            TooFast: it is further ahead than the server puts up with.
+        """
+        wait_s = self._pace.take(self._session.seconds_of(len(frame)), asyncio.get_running_loop().time())
+        if wait_s is None:
+            limits = self._limits.limits
+            raise TooFast(
+                f"the audio is more than {limits.audio_ahead_s:g} s ahead; expected at most "
+                f"{limits.audio_burst_s:g} s at once, then {limits.audio_speed:g} s a second"
+            )
+        return wait_s
 
     async def _next_frame(self) -> str | bytes:
         """The next frame; audio that waits for its `ack` gets it in the meantime."""

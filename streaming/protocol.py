@@ -38,6 +38,8 @@ HISTORY_PATH = "/v1/streams"  # and below it, by GET: what the log keeps
 RESUME_PARAMETER, AFTER_PARAMETER = "resume", "after"
 HEALTH_PATH = "/healthz"
 READY_PATH = "/readyz"
+METRICS_PATH = "/metrics"
+TOKEN_PARAMETER = "token"  # of a URL's query, for clients that cannot set the header `Authorization`
 
 
 class CloseCode(enum.IntEnum):
@@ -49,10 +51,12 @@ class CloseCode(enum.IntEnum):
     INTERNAL = 1011  # a fault of the server's
     BAD_MESSAGE = 4400  # too many messages that could not be read
     BAD_AUDIO = 4401  # audio that cannot be what the stream declared
+    FORBIDDEN = 4403  # the token does not allow what was asked for
     NOT_FOUND = 4404  # no such stream
     IDLE = 4408  # nothing arrived for too long
     REPLACED = 4409  # the stream goes on over a newer connection of its producer
     TOO_SLOW = 4410  # the reader could not keep up: reconnect and resume after the last `seq`
+    TOO_FAST = 4429  # audio came too far ahead of real time
     ENGINE_LOST = 4503  # the engine could not be brought back
 
 
@@ -61,12 +65,66 @@ class HttpStatus(enum.IntEnum):
 
     OK = 200
     BAD_REQUEST = 400  # a query parameter is wrong; the body says which
+    UNAUTHORIZED = 401  # no token, or one the server does not know
+    FORBIDDEN = 403  # the token does not allow it, or the page's origin is not let in
     NOT_FOUND = 404  # no such path
+    METHOD_NOT_ALLOWED = 405  # another method than GET
     CONFLICT = 409  # a stream of this name is live, and the request has no token of it
     GONE = 410  # the stream to resume was finalised, or the log does not keep it any more
+    URI_TOO_LONG = 414  # the first line of the request has more than 8 KiB
     UPGRADE_REQUIRED = 426  # a WebSocket path without an upgrade
-    TOO_MANY = 429  # connections or subscriptions are at their limit
+    TOO_MANY = 429  # connections, streams or subscriptions are at their limit, or attempts came too fast
+    HEADERS_TOO_LARGE = 431  # a header has more than 8 KiB, or there are more than 128
     UNAVAILABLE = 503  # the engine is not ready, every slot is taken, or the log's disk is full
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a refusal is answered: before a WebSocket is open by a status, after it by a close code."""
+
+    code: HttpStatus | CloseCode | None  # None: the connection is dropped, nobody could read an answer
+    text: str  # what the client reads; details may follow it
+
+
+class Refusal(enum.Enum):
+    """Everything the server refuses, once each. The name in small letters is the metric's label."""
+
+    BAD_PATH = Answer(HttpStatus.NOT_FOUND, "no such path")
+    BAD_METHOD = Answer(HttpStatus.METHOD_NOT_ALLOWED, "only GET is answered here")
+    BAD_QUERY = Answer(HttpStatus.BAD_REQUEST, "a parameter cannot be used")
+    NO_TOKEN = Answer(
+        HttpStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN"
+    )
+    UNKNOWN_TOKEN = Answer(HttpStatus.UNAUTHORIZED, "the token is not known here, or has expired")
+    BAD_SCOPE = Answer(HttpStatus.FORBIDDEN, "the token does not allow this")
+    BAD_ORIGIN = Answer(HttpStatus.FORBIDDEN, "pages of this origin are not let in")
+    NAME_TAKEN = Answer(HttpStatus.CONFLICT, "a stream of this name is live")
+    NOT_ITS_TOKEN = Answer(HttpStatus.CONFLICT, "the stream is live, and is resumed with another token")
+    IS_OVER = Answer(HttpStatus.GONE, "the stream is over, and was not this token's")
+    NO_UPGRADE = Answer(HttpStatus.UPGRADE_REQUIRED, "this path takes WebSocket connections")
+    TOO_MANY_ATTEMPTS = Answer(HttpStatus.TOO_MANY, "too many requests from this address")
+    TOO_MANY_CONNECTIONS = Answer(HttpStatus.TOO_MANY, "every connection is taken")
+    TOO_MANY_OF_ADDRESS = Answer(HttpStatus.TOO_MANY, "this address has all the connections it may have")
+    TOO_MANY_STREAMS_OF_TOKEN = Answer(HttpStatus.TOO_MANY, "this token has all the streams it may have")
+    TOO_MANY_READERS_OF_TOKEN = Answer(HttpStatus.TOO_MANY, "this token has all the subscribers it may have")
+    ENGINE_NOT_READY = Answer(HttpStatus.UNAVAILABLE, "the engine is not ready")
+    NO_SLOT = Answer(HttpStatus.UNAVAILABLE, "every slot is taken")
+    LOG_FULL = Answer(HttpStatus.UNAVAILABLE, "the log's disk is full")
+    TOO_BIG = Answer(CloseCode.TOO_BIG, "a message is larger than the server takes")
+    BAD_MESSAGE = Answer(CloseCode.BAD_MESSAGE, "too many messages that could not be read")
+    BAD_AUDIO = Answer(CloseCode.BAD_AUDIO, "audio that cannot be what the stream declared")
+    FORBIDDEN = Answer(CloseCode.FORBIDDEN, "the token does not allow these streams")
+    IDLE = Answer(CloseCode.IDLE, "nothing arrived for too long")
+    REPLACED = Answer(CloseCode.REPLACED, "the stream goes on over a newer connection")
+    TOO_SLOW = Answer(CloseCode.TOO_SLOW, "the reader could not keep up")
+    TOO_FAST = Answer(CloseCode.TOO_FAST, "audio came too far ahead of real time")
+    NO_HANDSHAKE = Answer(None, "no whole request came in time, or it was no HTTP")
+    HALF_OPEN = Answer(None, "too many connections were waiting with an unfinished request")
+
+    @property
+    def label(self) -> str:
+        """Its name where it is counted."""
+        return self.name.lower()
 
 
 ErrorCode = Literal[
@@ -74,6 +132,8 @@ ErrorCode = Literal[
     "bad_message",  # an object, but not a message this endpoint takes
     "bad_audio",  # bytes that cannot be samples of the declared format
     "unknown_stream",  # a subscription names a stream the server does not know
+    "forbidden",  # the token does not allow it
+    "too_fast",  # audio too far ahead of real time
     "unsupported",  # understood, but the loaded model cannot do it
     "busy",  # too many questions of this stream wait for their answers
     "engine_lost",  # the engine died; it is being restarted or could not be

@@ -6,73 +6,70 @@ HTTP answers and admission are here; what a connection says is in `producer` and
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 from urllib.parse import urlsplit
 
-import numpy as np
 from websockets.asyncio.server import Server as SocketServer
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from streaming import connection as wire
+from streaming import protocol
+from streaming.access import Scope, without_token
 from streaming.config import Config
 from streaming.engine_client import EngineClient
-from streaming.errors import BadQuery, LogError, StreamFault
+from streaming.errors import BadQuery, StreamFault
+from streaming.guard import Guard, GuardedConnection, tls_context
 from streaming.hub import Hub, Subscription
 from streaming.ingest import AudioFormat, parse_query
-from streaming.live import LiveStream, Resumption, Seat, digest_of, new_token, parse_resumption
-from streaming.log import Left, Log
+from streaming.live import LiveStream, Resumption, parse_resumption
+from streaming.log import Log
+from streaming.logs import socket_logger, where_raised
+from streaming.metrics import CONTENT_TYPE, Observed
 from streaming.producer import Producer, ProducerLimits
 from streaming.protocol import (
-    HEALTH_PATH,
-    READY_PATH,
     STREAM_NAME,
     STREAM_PATH,
     SUBSCRIBE_PATH,
     CloseCode,
     Envelope,
     HttpStatus,
-    Message,
+    Refusal,
     SessionClosed,
     Subscribe,
-    TranscriptDelta,
-    TranscriptFinal,
-    decode,
     encode,
 )
-from streaming.session import Outlets, Session
-from streaming.state import decode_state
+from streaming.streams import Streams
 from streaming.subscriber import Subscriber
-from streaming.timeline import Timeline
-from streaming.vad import Vad
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0  # for the peer's part of the closing handshake
-MAX_COUNTED = 100_000  # messages of a stream that cannot go on, whose words are counted
 MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any more
 
 
 @dataclass(frozen=True, slots=True)
 class _Admission:
-    """A stream that was let in: its name and slot are taken."""
+    """A producer that was let in."""
 
     name: str
     audio_format: AudioFormat
     language: str | None
-    resumption: Resumption | None = None  # None: a new stream, whose name and slot it holds
+    resumption: Resumption | None = None  # None: a new stream, whose name and slot are taken
 
 
-class _Connection(ServerConnection):
+class _Connection(GuardedConnection):
     """A connection that gives back what it was admitted with, however it is lost."""
 
     admission: _Admission | None = None  # until the handler takes it over
+    is_subscriber: bool = False
     on_lost: Callable[[_Connection], None] | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -87,16 +84,22 @@ class Server:
     def __init__(
         self, config: Config, engine: EngineClient, clock_ms: Callable[[], int] | None = None
     ) -> None:
+        """Read what the configuration names.
+
+        Raises:
+            ConfigError: the tokens file, an origin, the certificate or its key cannot be used.
+        """
         self._config = config
         self._engine = engine
         self._clock_ms = clock_ms or _unix_ms
         self._log = Log(config.log, self._deliver, self._clock_ms)
         self._hub = Hub(self._log, config.server.subscriber_queue)
+        self._metrics = engine.metrics
+        self._guard = Guard(config, self._metrics, now_s=time.monotonic)
+        self._tls = tls_context(config.server.tls_cert, config.server.tls_key)
         self._connections: set[_Connection] = set()  # WebSockets, from their admission to their loss
         self._live: set[str] = set()  # names of streams, from their admission to `session.closed`
-        self._streams: dict[str, LiveStream] = {}  # that can be resumed
-        self._keeping: set[asyncio.Task[None]] = set()  # a task for each of them
-        self._numbers = itertools.count(1)
+        self._streams = Streams(config, engine, self._log, clock_ms=self._clock_ms, release=self._release)
         self._stopping = asyncio.Event()
         self._finalised = asyncio.Event()
 
@@ -113,7 +116,7 @@ class Server:
             LogError: the log's file cannot be used.
         """
         async with self._log.running():
-            await self._restore()
+            self._live.update(self._streams.restore())
             async with self._serving() as port:
                 yield port
 
@@ -128,13 +131,14 @@ class Server:
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[int]:
         config = self._config.server
+        timeout_s = self._config.limits.handshake_timeout_s
         sockets = await serve(
             self._handle,
             config.host,
             config.port,
             process_request=self._answer_http,
             process_response=self._admit,
-            create_connection=_Connection,
+            create_connection=cast("type[ServerConnection]", partial(_Connection, guard=self._guard)),
             compression=None,  # audio does not compress, and captions are small
             max_size=config.max_message_bytes,
             max_queue=MAX_FRAMES_WAITING,
@@ -142,6 +146,10 @@ class Server:
             ping_timeout=config.ping_interval_s,
             close_timeout=CLOSE_TIMEOUT_S,
             server_header=None,
+            open_timeout=timeout_s,
+            logger=socket_logger(),
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else timeout_s,
         )
         port = int(sockets.sockets[0].getsockname()[1])
         logger.info("listening on %s:%d", config.host, port)
@@ -154,8 +162,7 @@ class Server:
         """Let nobody in, finalise all streams, then let the subscribers have it and close."""
         logger.info("stopping: %d streams live", len(self._live))
         self._stopping.set()
-        for live in self._streams.values():
-            live.stop()
+        self._streams.stop()
         self._check_finalised()
         sockets.close(close_connections=False)
         try:
@@ -167,81 +174,112 @@ class Server:
             for connection in list(self._connections):
                 connection.transport.abort()
             await sockets.wait_closed()
-        if self._keeping:
-            _, late = await asyncio.wait(self._keeping, timeout=CLOSE_TIMEOUT_S)
-            await wire.cancel(*late)
+        await self._streams.ended()
 
     # --- who is let in -------------------------------------------------------------------
 
     def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
-        path = urlsplit(request.path).path
-        if path == HEALTH_PATH:
-            return connection.respond(HttpStatus.OK, "ok\n")
-        if path == READY_PATH:
-            if self._log.is_full:
+        assert isinstance(connection, _Connection), connection
+        refusal = self._guard.check(connection, request)
+        if refusal is not None:
+            return refusal
+        match urlsplit(request.path).path:
+            case protocol.HEALTH_PATH:
+                return connection.respond(HttpStatus.OK, "ok\n")
+            case protocol.READY_PATH if self._log.is_full:
                 return connection.respond(HttpStatus.UNAVAILABLE, "log: its disk is full\n")
-            if self._engine.is_ready:
+            case protocol.READY_PATH if self._engine.is_ready:
                 return connection.respond(HttpStatus.OK, "ready\n")
-            return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
-        if path != SUBSCRIBE_PATH and not path.startswith(STREAM_PATH):
-            return connection.respond(HttpStatus.NOT_FOUND, "no such path\n")
+            case protocol.READY_PATH:
+                return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
+            case protocol.METRICS_PATH:
+                response = connection.respond(HttpStatus.OK, self._metrics.render(self._observed()).decode())
+                del response.headers["Content-Type"]
+                response.headers["Content-Type"] = CONTENT_TYPE
+                return response
         return None
+
+    def _observed(self) -> Observed:
+        """The state that the metrics show."""
+        return Observed(
+            n_streams=len(self._live),
+            n_slots=0 if self._engine.ready is None else self._engine.ready.n_slots,
+            n_connections=len(self._connections),
+            n_half_open=self._guard.n_half_open,
+            is_engine_ready=self._engine.is_ready,
+            n_log_messages=self._log.n_messages,
+            n_subscribers=sum(connection.is_subscriber for connection in self._connections),
+            queue_depths=self._hub.depths(),
+        )
 
     def _admit(self, connection: ServerConnection, request: Request, response: Response) -> Response | None:
         """Take a place, name and slot for a handshake that succeeded, or say what there is none of."""
-        if response.status_code != 101:
-            return None
         assert isinstance(connection, _Connection), connection
-        n_max = self._config.server.max_connections
-        if len(self._connections) >= n_max:
-            return connection.respond(HttpStatus.TOO_MANY, f"all {n_max} connections are taken\n")
+        if response.status_code != 101:
+            if response.status_code == HttpStatus.UPGRADE_REQUIRED:
+                return self._guard.refuse(connection, Refusal.NO_UPGRADE)
+            return None
         url = urlsplit(request.path)
-        if url.path != SUBSCRIBE_PATH:
+        is_stream = url.path != SUBSCRIBE_PATH
+        if is_stream:
             refusal = self._admit_stream(connection, url.path.removeprefix(STREAM_PATH), url.query)
             if refusal is not None:
                 return refusal
+        connection.is_subscriber = not is_stream
+        admission = connection.admission
+        refusal = self._guard.take_place(
+            connection,
+            Scope.PUBLISH if is_stream else Scope.SUBSCRIBE,
+            # Its stream has a place already, if the connection that was lost is not known to be yet.
+            is_again=admission is not None and admission.resumption is not None,
+        )
+        if refusal is not None:
+            return refusal
+        if admission is not None and admission.resumption is None:
+            self._live.add(admission.name)
         self._connections.add(connection)
         connection.on_lost = self._on_lost
         return None
 
     def _admit_stream(self, connection: _Connection, name: str, query: str) -> Response | None:
+        refuse = self._guard.refuse
         try:
             _check_name(name)
-            resumption, query = parse_resumption(query)
+            resumption, query = parse_resumption(without_token(query))
             audio_format = parse_query(query)
             language = self._language(audio_format)
             if resumption is not None:
                 return self._admit_again(connection, _Admission(name, audio_format, language, resumption))
         except BadQuery as exc:
-            return connection.respond(HttpStatus.BAD_REQUEST, f"{exc}\n")
+            return refuse(connection, Refusal.BAD_QUERY, str(exc))
         ready = self._engine.ready
         if ready is None or not self._engine.is_ready:
-            return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
+            return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
         if self._log.is_full:
-            return connection.respond(HttpStatus.UNAVAILABLE, "log: its disk is full\n")
+            return refuse(connection, Refusal.LOG_FULL)
         if name in self._live:
-            return connection.respond(HttpStatus.CONFLICT, f"stream {name} is live\n")
+            return refuse(connection, Refusal.NAME_TAKEN)
         if len(self._live) >= ready.n_slots:
-            return connection.respond(HttpStatus.UNAVAILABLE, f"all {ready.n_slots} slots are taken\n")
-        self._live.add(name)
+            return refuse(connection, Refusal.NO_SLOT)
         connection.admission = _Admission(name, audio_format, language)
         # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
         connection.ping_timeout = None
         return None
 
     def _admit_again(self, connection: _Connection, admission: _Admission) -> Response | None:
-        """A producer that comes back to its stream; it needs neither a slot nor the engine.
+        """A producer that comes back to its stream; it needs no slot.
 
         Raises:
             BadQuery: it declares another format than before.
         """
         name = admission.name
         assert admission.resumption is not None
+        live = self._streams.find(name)
         if not admission.resumption.is_for(self._log.resume_digest(name)):
-            if name in self._live:
-                return connection.respond(HttpStatus.CONFLICT, f"stream {name} is live, with another token\n")
-            return connection.respond(HttpStatus.GONE, f"stream {name} is over and cannot be resumed\n")
-        live = self._streams.get(name)
+            is_live = name in self._live
+            return self._guard.refuse(connection, Refusal.NOT_ITS_TOKEN if is_live else Refusal.IS_OVER)
+        if live is None and name in self._live:  # a dead server's, and the engine is not there yet
+            return self._guard.refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
         if live is not None and not live.session.audio_format.is_as(admission.audio_format):
             raise BadQuery(f"{admission.audio_format}; expected {live.session.audio_format}, as before")
         connection.admission = admission
@@ -282,7 +320,7 @@ class Server:
         try:
             if admission is None:
                 subscriber = Subscriber(
-                    connection, self._hub, self._log, self._config.server, self._finalised
+                    connection, self._hub, self._log, self._config.server, self._finalised, connection.granted
                 )
                 await subscriber.run()
             elif admission.resumption is None:
@@ -293,29 +331,23 @@ class Server:
             logger.debug("a connection was lost while it was being closed")
         except StreamFault:
             await connection.close(CloseCode.INTERNAL, "a fault of the server's")
-        except Exception:
-            logger.exception("connection failed: %s", admission or "subscriber")
+        except Exception as exc:
+            # Without the text of the fault, which may hold what a client sent.
+            who = "a subscriber" if admission is None else f"stream {admission.name}"
+            logger.error("%s: connection failed: %s", who, where_raised(exc))  # noqa: TRY400
+            logger.debug("the fault's text", exc_info=True)
             await connection.close(CloseCode.INTERNAL, "a fault of the server's")
 
     async def _produce(self, connection: _Connection, admission: _Admission) -> None:
         """The first connection of a new stream."""
-        name, token = admission.name, new_token()
-        seat = Seat(self._log, name)
-        session = self._session(admission, seat, Timeline(self._config.transcript))
         with self._hub.subscription() as reader:
-            self._hub.subscribe(reader, Subscribe((name,)))
-            self._log.open(name, session, digest_of(token))
-            try:
-                session.open(self._clock_ms())
-                live = self._keep(session, seat)
-            except BaseException:
-                session.abandon("internal")
-                raise
+            self._hub.subscribe(reader, Subscribe((admission.name,)))
+            live, token = self._streams.begin(admission.name, admission.audio_format, admission.language)
             await self._producer(connection, live, reader, token).run()
 
     async def _resume(self, connection: _Connection, name: str, resumption: Resumption) -> None:
         """A further connection of a stream; it hears what it missed first."""
-        live = self._streams.get(name)
+        live = self._streams.find(name)
         if live is not None:
             await wire.race(live.seat.vacated(), wire.until(live.is_over))
         with self._hub.subscription() as reader:
@@ -330,117 +362,27 @@ class Server:
         self, connection: _Connection, reader: Subscription, name: str, after: int | None
     ) -> None:
         """Tell a producer that comes back how its stream ended."""
-        if after is not None and after < self._log.last_seq(name):
+        last = self._log.last_seq(name)
+        if after is not None and after < last:
             async for envelope in reader:
                 await connection.send(encode(envelope))
-                if isinstance(envelope.message, SessionClosed) and envelope.seq == self._log.last_seq(name):
+                if envelope.seq == last:
                     break
         await connection.close(CloseCode.NORMAL)
 
     def _producer(
         self, connection: _Connection, live: LiveStream, reader: Subscription, token: str | None
     ) -> Producer:
-        languages = () if self._engine.ready is None else self._engine.ready.languages
-        tasks = () if self._engine.ready is None else self._engine.ready.tasks
-        limits = ProducerLimits(self._config.server, self._config.ingest.ack_interval_s, languages, tasks)
+        ready = self._engine.ready
+        assert ready is not None, "streams are begun and restored when it is"
+        limits = ProducerLimits(
+            self._config.server,
+            self._config.limits,
+            self._config.ingest.ack_interval_s,
+            ready.languages,
+            ready.tasks,
+        )
         return Producer(connection, live, reader, self._log, limits, self._stopping, token=token)
-
-    def _session(self, admission: _Admission, seat: Seat, timeline: Timeline) -> Session:
-        name = admission.name
-        return Session(
-            name,
-            next(self._numbers),
-            admission.audio_format,
-            admission.language,
-            ingest=self._config.ingest,
-            vad=self._config.vad,
-            timeline=timeline,
-            engine=self._engine,
-            outlets=Outlets(
-                publish=lambda message: self._publish(name, message),
-                tell=seat.tell,
-                room=lambda: self._log.room(name),
-                is_saved=True,
-            ),
-        )
-
-    def _keep(self, session: Session, seat: Seat) -> LiveStream:
-        """Let a stream live in a task of its own."""
-        config = self._config.server
-        live = LiveStream(
-            session,
-            seat,
-            self._log,
-            grace_s=config.resume_grace_s,
-            stop_timeout_s=config.stop_timeout_s,
-        )
-        self._streams[live.name] = live
-        task = asyncio.create_task(self._live_through(live), name=f"stream {live.name}")
-        self._keeping.add(task)
-        task.add_done_callback(self._keeping.discard)
-        return live
-
-    async def _live_through(self, live: LiveStream) -> None:
-        """One stream, to its end; a fault of ours ends it and nothing else."""
-        try:
-            await live.run()
-        except Exception:
-            logger.exception("stream %s failed", live.name)
-        finally:
-            if self._streams.get(live.name) is live:
-                del self._streams[live.name]
-
-    # --- what a killed server left -------------------------------------------------------
-
-    async def _restore(self) -> None:
-        """Go on with the streams of a server that was killed, as far as there are slots for them."""
-        for left in await self._log.left():
-            self._live.add(left.name)
-            try:
-                self._restore_one(left)
-            except LogError as exc:
-                logger.warning("stream %s: cannot go on: %s", left.name, exc)
-                await self._close_left(left.name)
-
-    def _restore_one(self, left: Left) -> None:
-        """Raises `LogError` where there is no slot, no state, or not the audio that its state needs."""
-        n_slots = self._config.engine.n_slots
-        if left.state is None or len(self._streams) >= n_slots:
-            raise LogError("it had no state" if left.state is None else f"there are {n_slots} slots")
-        state = decode_state(left.state)
-        start = left.audio[0][0] if left.audio else state.ring_end
-        audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
-        if start + len(audio) != state.ring_end or start > min(state.ring_start, Vad.needed_from(state.vad)):
-            raise LogError(
-                f"audio from {start} to {start + len(audio)} was kept; up to {state.ring_end} was heard"
-            )
-        audio_format = AudioFormat(state.encoding, state.rate_hz, state.channels, state.asked_language)
-        seat = Seat(self._log, left.name)
-        timeline = Timeline(self._config.transcript, state=state.timeline)
-        session = self._session(_Admission(left.name, audio_format, state.language), seat, timeline)
-        self._log.reopen(left.name, session)
-        session.restore(state, start, audio)
-        self._keep(session, seat)
-
-    async def _close_left(self, name: str) -> None:
-        """Close a stream that cannot go on, with what was committed."""
-        row = self._log.row(name)
-        assert row is not None
-        frames = await self._log.of_session(row, (TranscriptDelta.type, TranscriptFinal.type), MAX_COUNTED)
-        said = [decode(frame).message for frame in frames]
-        deltas = [message for message in said if isinstance(message, TranscriptDelta)]
-        n_words = sum(len(delta.words) for delta in deltas)
-        end_ms = max((delta.end_ms for delta in deltas), default=0)
-        self._log.reopen(name, None)
-        self._publish(name, SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas)))
-
-    # --- the log -------------------------------------------------------------------------
-
-    def _publish(self, name: str, message: Message) -> None:
-        """Log a message; it goes out when it is on the disk."""
-        self._log.append(name, message)
-        if isinstance(message, SessionClosed):
-            self._log.close(name)
 
     def _deliver(self, envelope: Envelope) -> None:
         """A message is safe: let its readers have it. With the last one, name and slot are free."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -23,6 +23,7 @@ from streaming.engine.plan import Pcm
 from streaming.engine_client import EngineClient, EngineState
 from streaming.errors import BadAudio, EngineFault
 from streaming.ingest import AudioFormat, Ingest
+from streaming.metrics import Metrics
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ack,
@@ -36,6 +37,7 @@ from streaming.protocol import (
     SessionClosed,
     SessionCreated,
     SessionResumed,
+    TranscriptDelta,
     ms_of,
 )
 from streaming.ring import Ring
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
 SLICE_S = 0.5  # a longer binary frame is worked on in slices, so that other streams get their turn
+REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
 MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
 
@@ -70,6 +73,7 @@ class Outlets:
     room: Callable[[], Awaitable[None]] = _at_once  # returns when the log takes more
     # Whether the log saves the stream's state, so that it can go on after a restart of the server.
     is_saved: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 class Session:
@@ -90,6 +94,7 @@ class Session:
     ) -> None:
         self.name = name
         self.is_lost = asyncio.Event()  # the engine will not come back
+        self._opened_at = asyncio.get_running_loop().time()
         self._number = number  # the engine's name for this stream
         self._format = audio_format
         self._language = language  # None: detect
@@ -119,7 +124,6 @@ class Session:
         self._changed = asyncio.Event()
         self._unsaved: deque[Pcm] = deque()  # audio that came since the last `save`
         self._saved = 0  # position: the log has the audio before it
-        self._is_new_server = False  # which said so; its first engine is no restart of an engine
 
     def open(self, epoch_ms: int) -> None:
         """Announce the stream and take its slot, at once or when the engine is back."""
@@ -166,12 +170,12 @@ class Session:
         heard_from = Vad.needed_from(state.vad)
         self._vad.restore(state.vad, audio[heard_from - start :])
         self._saved = self._ring.end
-        self._is_new_server = True
+        self._opened_at -= self._ring.end / SAMPLE_RATE_HZ
         self._engine.attach(self._number, self)
         text = "the server was restarted; captions go on from here"
         self._outlets.publish(Degraded("server_restart", text, ms_of(self._consumed), ms_of(self._ring.end)))
         if self._engine.is_ready:
-            self.on_engine_up()
+            self._open_on_engine()
         elif self._engine.state is EngineState.LOST:
             self.on_engine_lost()
         logger.info(
@@ -229,6 +233,10 @@ class Session:
             self._push(self._ingest.push(piece))
             if self._ingest.n_samples - self._n_acked >= self._ack_step:
                 self.acknowledge()
+
+    def seconds_of(self, n_bytes: int) -> float:
+        """How long so many bytes of this stream's audio last."""
+        return n_bytes / (self._format.frame_bytes * self._format.rate_hz)
 
     @property
     def has_unacknowledged(self) -> bool:
@@ -350,6 +358,7 @@ class Session:
                 self._window_start = max(self._window_start, message.window_start)
                 self._ring.forget(message.needed_from)
             case messages.Skipped(start=start, end=end, n_points=n_points):
+                self._outlets.metrics.skipped(n_points)
                 text = f"{n_points} decode points skipped"
                 self._outlets.publish(Degraded("overload", text, ms_of(start), ms_of(end)))
         self._pump()
@@ -364,11 +373,8 @@ class Session:
 
     def on_engine_up(self) -> None:
         """Open this stream on the new engine, where the dead one had decided everything."""
-        if not self._is_new_server:
-            text = "the engine was restarted; captions go on from here"
-            place = ms_of(self._consumed), ms_of(self._ring.end)
-            self._outlets.publish(Degraded("engine_restart", text, *place))
-        self._is_new_server = False
+        text = "the engine was restarted; captions go on from here"
+        self._outlets.publish(Degraded("engine_restart", text, ms_of(self._consumed), ms_of(self._ring.end)))
         self._open_on_engine()
 
     def on_engine_lost(self) -> None:
@@ -420,6 +426,7 @@ class Session:
             self._unsaved.append(pcm)
         else:
             self._saved = self._ring.end
+        self._outlets.metrics.heard(len(pcm))
         self._pending.extend(PendingMark(mark) for mark in self._vad.push(pcm))
         self._announce()
         self._pump()
@@ -463,6 +470,7 @@ class Session:
             self._n_marks_sent += len(due)
 
     def _on_result(self, result: messages.Result) -> None:
+        self._outlets.metrics.decoded(result)
         self._consume(result.point)
         self._window_start = max(self._window_start, result.window_start)
         if self._language_from is None:
@@ -530,6 +538,13 @@ class Session:
     def _publish(self, found: tuple[Message, ...] | list[Message]) -> None:
         for message in found:
             self._outlets.publish(message)
+            if isinstance(message, TranscriptDelta) and self._is_in_real_time():
+                self._outlets.metrics.committed(message, ms_of(self._ring.end))
+
+    def _is_in_real_time(self) -> bool:
+        """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
+        elapsed_s = asyncio.get_running_loop().time() - self._opened_at
+        return self._ring.end <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         """Wait for something that the engine's messages bring about, or for the stream's end or loss."""

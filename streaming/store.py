@@ -141,6 +141,7 @@ class Page:
 class Trimmed:
     """What a step of retention deleted."""
 
+    n_messages: int
     last_id: int  # the newest message deleted; 0: none
     names: tuple[str, ...]  # streams of which nothing is left
     is_done: bool
@@ -241,27 +242,27 @@ class Store:
         used = (one("PRAGMA page_count") - one("PRAGMA freelist_count")) * one("PRAGMA page_size")
         is_large = used > max_bytes
         if oldest is not None and (oldest[2] < before_ms or n_closed > max_closed or is_large):
-            last_id = self._delete(
-                "SELECT id, at_ms FROM messages WHERE stream = ? ORDER BY seq LIMIT ?", oldest[0]
+            gone = self._delete(
+                "SELECT id, at_ms FROM messages WHERE stream = ? ORDER BY seq LIMIT ?", oldest[0], None
             )
-            if self._writer.execute("SELECT 1 FROM messages WHERE stream = ?", oldest[:1]).fetchone():
-                return Trimmed(last_id, (), is_done=False)
+            if len(gone) == TRIM_ROWS:  # there may be more
+                return Trimmed(len(gone), gone[-1], (), is_done=False)
             self._writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
-            return Trimmed(last_id, (oldest[1],), is_done=False)
+            return Trimmed(len(gone), gone[-1] if gone else 0, (oldest[1],), is_done=False)
         # The oldest of all: of live streams where the log is too large, or simply too old.
-        last_id = self._delete(
+        gone = self._delete(
             "SELECT id, at_ms FROM messages WHERE id > ? ORDER BY id LIMIT ?",
             0,
             None if is_large else before_ms,
         )
-        return Trimmed(last_id, (), is_done=not last_id)
+        return Trimmed(len(gone), gone[-1] if gone else 0, (), is_done=not gone)
 
-    def _delete(self, sql: str, value: int, before_ms: int | None = None) -> int:
-        """Delete what a query finds, as far as it is older than a time; the newest that went."""
+    def _delete(self, sql: str, value: int, before_ms: int | None) -> list[int]:
+        """Delete what a query finds, as far as it is older than a time; what went, oldest first."""
         found = self._writer.execute(sql, (value, TRIM_ROWS)).fetchall()
-        gone = [row[:1] for row in found if before_ms is None or row[1] < before_ms]
-        self._writer.executemany("DELETE FROM messages WHERE id = ?", gone)
-        return int(gone[-1][0]) if gone else 0
+        gone = [int(row[0]) for row in found if before_ms is None or row[1] < before_ms]
+        self._writer.executemany("DELETE FROM messages WHERE id = ?", [(number,) for number in gone])
+        return gone
 
     def _one(self, sql: str) -> int:
         return int(self._writer.execute(sql).fetchone()[0])
@@ -288,6 +289,10 @@ class Store:
             " FROM streams ORDER BY id"
         )
         return [StreamRow(*row) for row in rows]
+
+    def n_messages(self) -> int:
+        """How many messages are kept."""
+        return int(self._read("SELECT count(*) FROM messages")[0][0])
 
     def last_id(self) -> int:
         """The place of the newest message in the log; 0 where there is none."""

@@ -9,8 +9,16 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from streaming import connection as wire
+from streaming.access import EVERYTHING, Grant, Scope
 from streaming.config import ServerConfig
-from streaming.errors import BadMessages, ConnectionOver, IdleConnection, ServerStopping, SlowReader
+from streaming.errors import (
+    BadMessages,
+    ConnectionOver,
+    Forbidden,
+    IdleConnection,
+    ServerStopping,
+    SlowReader,
+)
 from streaming.hub import Hub, Subscription
 from streaming.log import Log
 from streaming.protocol import (
@@ -47,12 +55,14 @@ class Subscriber:
         log: Log,
         config: ServerConfig,
         finalised: asyncio.Event,
+        grant: Grant = EVERYTHING,
     ) -> None:
         self._connection = connection
         self._hub = hub
         self._log = log
         self._config = config
         self._finalised = finalised  # the server is stopping, and no stream is live any more
+        self._grant = grant
         self._over: set[str] = set()  # streams of which `session.closed` was sent
         self._n_bad = 0
 
@@ -116,12 +126,19 @@ class Subscriber:
                 continue
             if not isinstance(message, Subscribe):
                 return
+            self._check(message)
             self._over.clear()
             self._hub.subscribe(reader, message)
             unknown = [name for name in reader.streams if not (is_pattern(name) or self._log.has(name))]
             if unknown:
                 text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
                 reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))
+
+    def _check(self, wanted: Subscribe) -> None:
+        """Raises `Forbidden` where the token does not cover every stream that is asked for."""
+        for name in wanted.streams:
+            if not self._grant.covers(Scope.SUBSCRIBE, name):
+                raise Forbidden(f"the token does not allow to subscribe to {name}")
 
     async def _next_frame(self, *, is_listening: bool) -> str | bytes:
         try:

@@ -32,7 +32,7 @@ MINUTE = 60 * 16_000
 @pytest.fixture(scope="module")
 def runner() -> Runner:
     """The embedded model, as the configuration's defaults have it."""
-    return load_runner(CONFIG.model, CONFIG.engine)
+    return load_runner(CONFIG)
 
 
 @pytest.fixture(scope="module")

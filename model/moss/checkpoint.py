@@ -1,6 +1,6 @@
 """Reading a checkpoint: a folder or a hub id, sharded or not, every tensor used exactly once.
 
-The only part of `model.moss` that touches files or the network (`find`).
+The only part of `model.moss` that touches files.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import CheckpointError
+from model.hub import find
 from model.moss.config import MossConfig, SpecialTokens, read_config, read_special_tokens
 from model.moss.network import MossAudio
 from model.moss.prompt import ByteTokenizer, Layout
 
 INDEX = "model.safetensors.index.json"
-HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.json", "*.jinja")
 # The position buffer that some revisions stored: it is computed, so it is known surplus.
 _SURPLUS = re.compile(r"(^|\.)inv_timescales$")
 # The pattern that splits text before byte-level merging.
@@ -42,6 +42,17 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """What lies in the weight files of a checkpoint, without reading the weights."""
+
+    n_tensors: int  # that the model takes
+    n_bytes: int  # of those
+    dtypes: tuple[str, ...]  # as the files name them
+    n_files: int
+    wrong: tuple[str, ...]  # a line per missing, surplus, doubled or mis-shaped tensor
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryNeed:
     """What a model takes in memory."""
 
@@ -49,28 +60,6 @@ class MemoryNeed:
     weight_bytes: int
     kv_bytes_per_token: int
     n_tensors: int
-
-
-def find(name: str, *, offline: bool = False) -> Path:
-    """The folder of a checkpoint: `name` itself, or what the hub has under that id.
-
-    Downloads with progress and goes on where a broken download stopped. Where the hub cannot be
-    reached, what is cached is used.
-
-    Raises:
-        CheckpointError: no such folder and no such id, or not cached while offline.
-    """
-    if (folder := Path(name)).is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=offline))
-    except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a folder nor a Hugging Face id") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name!r} is no folder, and the hub does not give it: {error}") from error
 
 
 def _read_json(folder: Path, *names: str) -> dict[str, Any]:
@@ -264,23 +253,61 @@ def load_weights(
     loaded: dict[str, Tensor] = {}
     wrong: list[str] = []
     for name, stored, path in stored_tensors(folder):
-        shape = tuple(stored.get_shape())
         if _SURPLUS.search(name):
             continue
-        if name not in wanted:
-            wrong.append(f"surplus: {name} {list(shape)} in {path.name}")
-        elif name in loaded:
-            wrong.append(f"stored twice: {name}, again in {path.name}")
-        elif shape != tuple(wanted[name].shape):
-            wrong.append(f"shape: {name} is {list(shape)}, expected {list(wanted[name].shape)}")
-            loaded[name] = torch.empty(0)  # named once, not as missing too
+        if problem := _problem(name, stored, path, wanted, loaded):
+            wrong.append(problem)
+            loaded.setdefault(name, torch.empty(0))  # named once, not as missing too
         else:
             loaded[name] = stored[:].to(device=device, dtype=dtype or stored[:0].dtype)
-    wrong += [f"missing: {name} {list(wanted[name].shape)}" for name in wanted if name not in loaded]
+    wrong += _missing(wanted, loaded)
     if wrong:
         raise CheckpointError(f"{folder}: {len(wrong)} wrong tensors:\n" + "\n".join(wrong))
     model.load_state_dict(loaded, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def survey(folder: Path, config: MossConfig) -> Stored:
+    """What the weight files hold, against the shapes of `config`; reads headers alone.
+
+    Raises:
+        CheckpointError: a weight file is missing or broken.
+    """
+    wanted = dict(empty_model(config).named_parameters())
+    seen: dict[str, Any] = {}
+    wrong: list[str] = []
+    n_bytes, dtypes, files = 0, set(), set()
+    for name, stored, path in stored_tensors(folder):
+        files.add(path)
+        if _SURPLUS.search(name):
+            continue
+        if problem := _problem(name, stored, path, wanted, seen):
+            wrong.append(problem)
+        else:
+            n_bytes += stored[:0].element_size() * wanted[name].numel()
+            dtypes.add(str(stored.get_dtype()))
+        seen.setdefault(name, None)
+    n_tensors = len(seen.keys() & wanted.keys())
+    wrong += _missing(wanted, seen)
+    return Stored(n_tensors, n_bytes, tuple(sorted(dtypes)), len(files), tuple(wrong))
+
+
+def _problem(
+    name: str, stored: Any, path: Path, wanted: Mapping[str, Tensor], seen: Mapping[str, Any]
+) -> str | None:
+    """What is wrong with one stored tensor."""
+    shape = list(stored.get_shape())
+    if name not in wanted:
+        return f"surplus: {name} {shape} in {path.name}"
+    if name in seen:
+        return f"stored twice: {name}, again in {path.name}"
+    if shape != list(wanted[name].shape):
+        return f"shape: {name} is {shape}, expected {list(wanted[name].shape)}"
+    return None
+
+
+def _missing(wanted: Mapping[str, Tensor], seen: Mapping[str, Any]) -> list[str]:
+    return [f"missing: {name} {list(wanted[name].shape)}" for name in wanted if name not in seen]
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Checkpoint:

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import EncoderLayer
+from model.layers import EncoderLayer, send
 from model.moss.config import EncoderConfig, n_audio_tokens
+
+STEM_BLOCKS = 16  # blocks whose convolutions run at once: their channels take 50 MB each at full size
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Encoded:
     n_tokens: tuple[int, ...]  # per block; rows after that are not to be read
 
 
-def positions(n_positions: int, width: int) -> Tensor:
+def positions(n_positions: int, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed positions, [n_positions, width] float32: sines, then cosines.
 
     Made anew at each use. A buffer would be cast with the module, and left uninitialised when the
@@ -46,8 +48,8 @@ def positions(n_positions: int, width: int) -> Tensor:
     rounds the step to float32 after the division, unlike `model.layers.sinusoids`.
     """
     step = math.log(10_000.0) / (width // 2 - 1)
-    rates = torch.exp(-step * torch.arange(width // 2).float())
-    angles = torch.arange(n_positions, dtype=torch.float32)[:, None] * rates[None, :]
+    rates = torch.exp(-step * torch.arange(width // 2, device=device).float())
+    angles = torch.arange(n_positions, dtype=torch.float32, device=device)[:, None] * rates[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -90,18 +92,23 @@ class AudioEncoder(nn.Module):
         conv_frames = [
             n if b.is_first else 8 * n_audio_tokens(n) for n, b in zip(frames, blocks, strict=True)
         ]
-        weight = self.stem_proj.weight
-        mel = weight.new_zeros(len(blocks), max(conv_frames), self.config.num_mel_bins)
+        # Put together on the host, where the mel is made, and sent at once.
+        mel = torch.zeros(len(blocks), max(conv_frames), self.config.num_mel_bins)
         for row, block in zip(mel, blocks, strict=True):
             row[: block.mel.shape[0]] = block.mel
+        weight = self.stem_proj.weight
+        mel = send(mel.to(weight.dtype), weight.device)
+        lengths = send(torch.tensor(conv_frames), weight.device)
         n_tokens = tuple(n_audio_tokens(n) for n in frames)
-        x = self._stem(mel, conv_frames)
-        x = x + positions(x.shape[1], self.config.d_model).to(x)
+        is_ragged = min(conv_frames) < mel.shape[1]
+        pieces = zip(mel.split(STEM_BLOCKS), lengths.split(STEM_BLOCKS), strict=True)
+        x = torch.cat([self._stem(piece, n, is_ragged=is_ragged) for piece, n in pieces])
+        x = x + positions(x.shape[1], self.config.d_model, x.device).to(x.dtype)
 
         mask = None
         if min(n_tokens) < x.shape[1]:
             steps = torch.arange(x.shape[1], device=x.device)
-            mask = steps[None, :] < torch.tensor(n_tokens, device=x.device)[:, None]  # [B, T]
+            mask = steps[None, :] < send(torch.tensor(n_tokens), x.device)[:, None]  # [B, T]
         taps = []
         for idx, layer in enumerate(self.layers):
             x = layer(x, mask)
@@ -109,15 +116,13 @@ class AudioEncoder(nn.Module):
                 taps.append(x)
         return Encoded(self.out_proj(self.layer_norm(x)), tuple(taps), n_tokens)
 
-    def _stem(self, mel: Tensor, conv_frames: Sequence[int]) -> Tensor:
+    def _stem(self, mel: Tensor, lengths: Tensor, *, is_ragged: bool) -> Tensor:
         """Three convolutions, [B, F, M] to [B, ceil(F / 8), D].
 
-        Each row is as if its input ended after its `conv_frames`: whatever a convolution writes
+        Each row is as if its input ended after its `lengths` [B]: whatever a convolution writes
         behind that (its bias, at least) is set to zero before the next one reads it.
         """
         x = mel.transpose(1, 2)[:, None]  # [B, 1, M, F]
-        lengths = torch.tensor(conv_frames, device=mel.device)
-        is_ragged = min(conv_frames) < mel.shape[1]
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.gelu(conv(x))
             lengths = (lengths + 1) // 2

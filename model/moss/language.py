@@ -46,9 +46,18 @@ class Access:
     """Where the rows of one call write and what they may read, B rows of T tokens."""
 
     buffers: KvBuffers
-    slots: tuple[int, ...]  # the slot of each row, rising
+    slots: Sequence[int]  # the slot of each row, rising
+    slot_index: Tensor  # [B, 1], the same on the device
     entries: Tensor  # [B, T], where each token's key and value go
     mask: Tensor  # [B, T, R] bool over the first R entries; True where a token may look
+
+    def bias(self, n_groups: int) -> Tensor:
+        """What is added to attention scores: 0 or -inf, [B, 1, n_groups * T, R], made once per call."""
+        batch, n_steps, n_read = self.mask.shape
+        bias = self.mask.new_zeros(self.mask.shape, dtype=self.buffers.k.dtype)
+        bias.masked_fill_(~self.mask, -torch.inf)
+        grouped = bias[:, None].expand(batch, n_groups, n_steps, n_read)
+        return grouped.reshape(batch, 1, n_groups * n_steps, n_read)
 
     def runs(self) -> Iterator[tuple[slice, slice]]:
         """Rows and slots that lie side by side: read as views, without copying."""
@@ -58,6 +67,23 @@ class Access:
                 first = self.slots[start]
                 yield slice(start, row), slice(first, first + row - start)
                 start = row
+
+
+def visible_mask(starts: Tensor, stops: Tensor, n_entries: int) -> Tensor:
+    """Which entries lie in any of some disjoint ranges.
+
+    Args:
+        starts: [..., N]; a range that is none begins where it stops.
+        stops: [..., N].
+        n_entries: Entries there are.
+
+    Returns:
+        [..., n_entries] bool.
+    """
+    edges = torch.zeros(*starts.shape[:-1], n_entries + 1, dtype=torch.int32, device=starts.device)
+    ones = torch.ones_like(starts, dtype=torch.int32)
+    edges.scatter_add_(-1, starts, ones).scatter_add_(-1, stops, -ones)
+    return edges.cumsum(-1)[..., :n_entries] > 0
 
 
 def rotary_angles(position: Tensor, config: LanguageConfig) -> Tensor:
@@ -124,36 +150,36 @@ class SelfAttention(nn.Module):
         self.q_norm = RmsNorm(head, config.rms_norm_eps)
         self.k_norm = RmsNorm(head, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: Tensor, layer_idx: int, access: Access | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Tensor, layer_idx: int, access: Access | None, bias: Tensor | None
+    ) -> Tensor:
         """[B, T, H] to [B, T, H]; causal within the call where there is no cache."""
         q = rotate(self.q_norm(split_heads(self.q_proj(x), self.n_heads)), angles)  # [B, H, T, D]
         k = rotate(self.k_norm(split_heads(self.k_proj(x), self.n_key_heads)), angles)
         v = split_heads(self.v_proj(x), self.n_key_heads)
-        if access is None:
+        if access is None or bias is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            out = _attend_cached(q, k, v, layer_idx, access)
+            out = _attend_cached(q, k, v, layer_idx, access, bias)
         return self.o_proj(merge_heads(out))  # type: ignore[no-any-return]
 
 
-def _attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_idx: int, access: Access) -> Tensor:
+def _attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_idx: int, access: Access, bias: Tensor) -> Tensor:
     """Write keys and values [B, K, T, D], then attend over the slots' entries: [B, H, T, D]."""
     keys, values = access.buffers.k[layer_idx], access.buffers.v[layer_idx]  # [S, K, C, D]
-    slots = torch.tensor(access.slots, device=q.device)[:, None]
-    keys[slots, :, access.entries] = k.transpose(1, 2)  # [B, T, K, D]
-    values[slots, :, access.entries] = v.transpose(1, 2)
-    n_read = access.mask.shape[-1]
+    keys[access.slot_index, :, access.entries] = k.transpose(1, 2)  # [B, T, K, D]
+    values[access.slot_index, :, access.entries] = v.transpose(1, 2)
+    n_read = bias.shape[-1]
+    # Query heads that share a key head become more queries of it. The kernels that take a mask want
+    # as many heads of one kind as of the other, and would repeat the keys for it.
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, H / K * T, D]
     outs = [
         F.scaled_dot_product_attention(
-            q[rows],
-            keys[run, :, :n_read],
-            values[run, :, :n_read],
-            attn_mask=access.mask[rows, None],
-            enable_gqa=True,
+            grouped[rows], keys[run, :, :n_read], values[run, :, :n_read], attn_mask=bias[rows]
         )
         for rows, run in access.runs()
     ]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(q.shape)
 
 
 class DecoderLayer(nn.Module):
@@ -166,9 +192,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: Tensor, layer_idx: int, access: Access | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Tensor, layer_idx: int, access: Access | None, bias: Tensor | None
+    ) -> Tensor:
         """[B, T, H] to [B, T, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, layer_idx, access)
+        x = x + self.self_attn(self.input_layernorm(x), angles, layer_idx, access, bias)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -202,8 +230,11 @@ class LanguageModel(nn.Module):
             access: The cache to write and read; None: the rows are whole sequences.
         """
         angles = rotary_angles(position, self.config)[:, None]  # [B, 1, T, D / 2]
+        bias = None
+        if access is not None:
+            bias = access.bias(self.config.num_attention_heads // self.config.num_key_value_heads)
         for idx, layer in enumerate(self.layers):
-            x = layer(x, angles, idx, access)
+            x = layer(x, angles, idx, access, bias)
             if idx < len(added):
                 x = x + added[idx]
         return self.norm(x)  # type: ignore[no-any-return]

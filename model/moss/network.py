@@ -12,6 +12,8 @@ from model.moss.config import MossConfig
 from model.moss.encoder import AudioEncoder, Block, Encoded, split_blocks
 from model.moss.language import GatedMlp, LanguageModel
 
+MAX_BLOCKS = 128  # blocks that go through the encoder at once; more follow in another call
+
 
 @dataclass(frozen=True, slots=True)
 class AudioEmbeddings:
@@ -51,11 +53,14 @@ class MossAudio(nn.Module):
 
     def hear(self, blocks: Sequence[Block]) -> list[AudioEmbeddings]:
         """Encode and adapt blocks of any streams in one call; one result per block."""
-        if not blocks:
-            return []
-        encoded = self.audio_encoder.forward(blocks)
-        embeds, added = self.adapt(encoded)
-        return [AudioEmbeddings(embeds[row, :n], added[:, row, :n]) for row, n in enumerate(encoded.n_tokens)]
+        heard: list[AudioEmbeddings] = []
+        for start in range(0, len(blocks), MAX_BLOCKS):
+            encoded = self.audio_encoder.forward(blocks[start : start + MAX_BLOCKS])
+            embeds, added = self.adapt(encoded)
+            heard += [
+                AudioEmbeddings(embeds[row, :n], added[:, row, :n]) for row, n in enumerate(encoded.n_tokens)
+            ]
+        return heard
 
     def adapt(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Embeddings [B, T, H] and what DeepStack adds [n_deepstack, B, T, H]."""

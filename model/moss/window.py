@@ -9,6 +9,9 @@ where a key lies, only which position it was rotated for, so evicting a block mo
 becomes the growing block's. Branches (questions and their answers) write to the scratch and read the
 rest where it is. The spare entry takes what padding writes.
 
+What is appended waits for the next questions and goes through the model in one call with them; it is
+computed before anything else of its slot changes.
+
 Counts live on the host; tensors are written in place and never rebound.
 """
 
@@ -21,8 +24,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.layers import send
+from model.moss.batch import ENTRY_MULTIPLE, Segment, compute
 from model.moss.config import MossConfig
-from model.moss.language import Access, KvBuffers, rotary_angles, rotate
+from model.moss.decode import Decoder
+from model.moss.language import KvBuffers, rotary_angles, rotate
 from model.moss.network import AudioEmbeddings, MossAudio
 from model.moss.prompt import MAX_MARKER_DIGITS, SECONDS_PER_MARKER, TOKENS_PER_MARKER, Layout
 
@@ -78,20 +84,14 @@ class Branch:
 
     slot_idx: int
     position: int  # of the next token
-    visible: tuple[range, ...]  # entries it reads, its own not included
-    entries: list[int]  # its own
+    before: tuple[range, ...]  # entries it reads, its own not included
+    entries: range  # its own, kept for it until `RollingCache.clear`
+    n_tokens: int = 0  # of its own entries that are written
 
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Tokens that follow one another, computed in one call with those of other slots and branches."""
-
-    slot_idx: int
-    embeds: Tensor  # [n, H]
-    added: Tensor | None  # [n_deepstack, n, H]; None: no audio
-    position: int  # of the first token
-    entries: Sequence[int]  # where each is written
-    visible: Sequence[range]  # entries all of them see
+    @property
+    def visible(self) -> tuple[range, ...]:
+        """Entries its next token reads, but for that token's own."""
+        return (*self.before, self.entries[: self.n_tokens])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,9 @@ class Remembered:
 
 
 def n_entries(config: MossConfig, settings: WindowSettings, n_prefix: int) -> int:
-    """Entries of one slot: spare, prompt of `n_prefix` tokens, cells, scratch."""
-    return 1 + n_prefix + (settings.n_blocks + 1) * _cell_size(config) + settings.scratch_tokens
+    """Entries of one slot: spare, prompt of `n_prefix` tokens, cells, scratch; and a few to round it up."""
+    n = 1 + n_prefix + (settings.n_blocks + 1) * _cell_size(config) + settings.scratch_tokens
+    return -(-n // ENTRY_MULTIPLE) * ENTRY_MULTIPLE
 
 
 def slot_bytes(config: MossConfig, settings: WindowSettings, n_prefix: int, dtype: torch.dtype) -> int:
@@ -142,8 +143,8 @@ class RollingCache:
         self._cell = _cell_size(model.config)
         self._n_cells = settings.n_blocks + 1
         self._prefix = range(1, 1 + len(layout.prefix))
-        self._scratch_at = self._prefix.stop + self._n_cells * self._cell
         n_positions = n_entries(model.config, settings, len(layout.prefix))
+        self._scratch_at = n_positions - settings.scratch_tokens
         limit = min(settings.max_position, model.config.language.max_position_embeddings)
         if n_positions > limit:
             raise ValueError(
@@ -160,18 +161,19 @@ class RollingCache:
         self._added = weight.new_zeros(n_slots, n_kept, model.config.n_deepstack, self.block_tokens, hidden)
 
         self._slots = [_Slot(origin=len(self._prefix)) for _ in range(n_slots)]
+        self._waiting: list[Segment] = []  # at most a block and a growing one per slot
         # The prompt is the same for all: computed once, at position 0, and placed from there.
-        ids = torch.tensor(layout.prefix, device=weight.device)
-        with torch.inference_mode():
-            self._run([_Segment(0, model.language_model.embed_tokens(ids), None, 0, self._prefix, ())])
+        self._waiting.append(Segment(0, layout.prefix, None, 0, self._prefix, ()))
+        self.flush()
         at = slice(self._prefix.start, self._prefix.stop)
         self._prefix_k = self.buffers.k[:, 0, :, at].clone()  # [L, K, P, D]
         self._prefix_v = self.buffers.v[:, 0, :, at].clone()
+        self.decoder = Decoder(model, self.buffers, layout.special.never, self._scratch_at)
         self.reset(range(n_slots))
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors, constant for ever."""
+        """Bytes of all tensors of the slots, those of the decoder left out; constant for ever."""
         tensors = (self.buffers.k, self.buffers.v, self._embeds, self._added, self._prefix_k, self._prefix_v)
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -203,6 +205,7 @@ class RollingCache:
 
     def read(self, slot_idx: int) -> Remembered:
         """Copies of the keys and values of a slot, in the order of positions."""
+        self.flush()
         entries = [entry for run in self._visible(slot_idx, self.blocks(slot_idx).start) for entry in run]
         slot = self._slots[slot_idx]
         n_prefix = len(self._prefix)
@@ -224,6 +227,7 @@ class RollingCache:
                 up again in its middle, so that absolute markers go on where they were.
         """
         for slot_idx in slots:
+            self._waiting = [one for one in self._waiting if one.slot_idx != slot_idx]
             zero = first_block if self.settings.markers == "restart" else 0
             self._slots[slot_idx] = _Slot(len(self._prefix), first_block=first_block, marker_zero=zero)
             self._place_prefix(slot_idx, 0)
@@ -234,7 +238,7 @@ class RollingCache:
 
         Evicts, and moves positions back, where it must.
         """
-        segments = []
+        self._settle(heard)
         for slot_idx in sorted(heard):
             slot = self._slots[slot_idx]
             slot.n_tail = 0
@@ -244,57 +248,84 @@ class RollingCache:
             new = slot.first_block + slot.n_blocks
             self._keep(slot_idx, new, heard[slot_idx])
             if is_full and self.settings.markers == "restart":
-                segments.append(self._whole_window(slot_idx, range(slot.first_block, new + 1)))
+                self._waiting.append(self._whole_window(slot_idx, range(slot.first_block, new + 1)))
             else:
                 self._make_room(slot_idx)
-                segments.append(self._block_segment(slot_idx, new, heard[slot_idx]))
+                self._waiting.append(self._block_segment(slot_idx, new, heard[slot_idx]))
             slot.n_blocks += 1
-        self._run(segments)
 
     @torch.inference_mode()
     def set_tail(self, heard: Mapping[int, AudioEmbeddings]) -> None:
         """Put what is known of the growing block in the place of what was known before."""
-        segments = []
+        # A complete block that waits is looked at in the same call; an older growing one must be gone.
+        self._settle(slot_idx for slot_idx in heard if self._slots[slot_idx].n_tail)
         for slot_idx in sorted(heard):
             slot = self._slots[slot_idx]
             self._make_room(slot_idx)
-            segments.append(self._block_segment(slot_idx, self.blocks(slot_idx).stop, heard[slot_idx]))
-            slot.n_tail = heard[slot_idx].embeds.shape[0]
-        self._run(segments)
+            segment = self._block_segment(slot_idx, self.blocks(slot_idx).stop, heard[slot_idx])
+            self._waiting.append(segment)
+            slot.n_tail = len(heard[slot_idx].embeds)
 
     def drop_tail(self, slots: Iterable[int]) -> None:
         """Roll back the growing block; what is left is bit for bit what was there before it."""
+        slots = set(slots)
+        self._settle(slots)
         for slot_idx in slots:
             self._slots[slot_idx].n_tail = 0
 
+    @torch.inference_mode()
+    def flush(self) -> None:
+        """Compute what waits, now."""
+        waiting, self._waiting = self._waiting, []
+        compute(self.model, self.buffers, waiting, self.layout.special.audio)
+
+    def _settle(self, slots: Iterable[int]) -> None:
+        """Compute what waits if any of it is of these slots, which are about to change."""
+        if {segment.slot_idx for segment in self._waiting} & set(slots):
+            self.flush()
+
     # --- branches ---------------------------------------------------------------------------
 
-    def branch(self, slot_idx: int, first_block: int | None = None) -> Branch:
-        """A new branch behind all a slot remembers, or behind its blocks from `first_block` on."""
+    def branch(self, slot_idx: int, first_block: int | None = None, n_tokens: int | None = None) -> Branch:
+        """A new branch behind all a slot remembers.
+
+        Args:
+            slot_idx: Whom it is about.
+            first_block: Older blocks are not looked at; None: all that is remembered.
+            n_tokens: Scratch kept for it; None: all that is left.
+
+        Raises:
+            ValueError: so much scratch is not left; `clear` gives it back.
+        """
+        slot = self._slots[slot_idx]
+        n_left = self.settings.scratch_tokens - slot.n_scratch
+        n = n_left if n_tokens is None else n_tokens
+        if n > n_left:
+            raise ValueError(f"slot {slot_idx} has no scratch for {n} tokens; {n_left} are left")
+        start = self._scratch_at + slot.n_scratch
+        slot.n_scratch += n
         first = self.blocks(slot_idx).start if first_block is None else first_block
-        return Branch(slot_idx, self.end_position(slot_idx), self._visible(slot_idx, first), [])
+        before = self._visible(slot_idx, first)
+        return Branch(slot_idx, self.end_position(slot_idx), before, range(start, start + n))
 
     @torch.inference_mode()
     def step(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> Tensor:
-        """Add tokens to branches, all in one call: logits after the last of each, [n, vocab].
+        """Add tokens to branches, all in one call with what waits: logits after the last of each, [n, vocab].
 
         Raises:
-            ValueError: a slot's scratch has no room for them; `clear` gives it back.
+            ValueError: more tokens than a branch keeps scratch for.
         """
         segments = []
         for branch, new in zip(branches, ids, strict=True):
-            slot = self._slots[branch.slot_idx]
-            if slot.n_scratch + len(new) > self.settings.scratch_tokens:
-                raise ValueError(f"slot {branch.slot_idx} has no scratch for {len(new)} more tokens")
-            start = self._scratch_at + slot.n_scratch
-            slot.n_scratch += len(new)
-            embeds = self.model.language_model.embed_tokens(torch.tensor(list(new), device=self.model.device))
-            visible = (*branch.visible, *_ranges(branch.entries))
-            entries = range(start, start + len(new))
-            segments.append(_Segment(branch.slot_idx, embeds, None, branch.position, entries, visible))
-            branch.entries += entries
+            entries = branch.entries[branch.n_tokens : branch.n_tokens + len(new)]
+            if len(entries) < len(new):
+                raise ValueError(f"a branch of slot {branch.slot_idx} has no scratch for {len(new)} tokens")
+            segments.append(Segment(branch.slot_idx, new, None, branch.position, entries, branch.visible))
+            branch.n_tokens += len(new)
             branch.position += len(new)
-        last = torch.stack([hidden[-1] for hidden in self._run(segments)])
+        waiting, self._waiting = self._waiting, []
+        hidden = compute(self.model, self.buffers, [*waiting, *segments], self.layout.special.audio)
+        last = torch.stack([states[-1] for states in hidden[len(waiting) :]])
         return self.model.lm_head(last)  # type: ignore[no-any-return]
 
     def clear(self, slots: Iterable[int]) -> None:
@@ -361,9 +392,11 @@ class RollingCache:
         delta = slot.origin - len(self._prefix)
         if delta == 0:
             return  # turning by nothing would still round the keys
-        entries = [entry for run in self._visible(slot_idx, slot.first_block)[1:] for entry in run]
-        old = torch.arange(slot.origin, slot.origin + len(entries), device=self.model.device)
-        if entries:
+        self._settle([slot_idx])
+        held = [entry for run in self._visible(slot_idx, slot.first_block)[1:] for entry in run]
+        old = torch.arange(slot.origin, slot.origin + len(held), device=self.model.device)
+        if held:
+            entries = send(torch.tensor(held), self.model.device)
             keys = self.buffers.k[:, slot_idx, :, entries]  # [L, K, n, D], a copy
             self.buffers.k[:, slot_idx, :, entries] = self._turn(keys, old, old - delta)
         slot.origin -= delta
@@ -394,16 +427,15 @@ class RollingCache:
             self._embeds[slot_idx, block % self._n_cells] = heard.embeds
             self._added[slot_idx, block % self._n_cells] = heard.added
 
-    def _block_segment(self, slot_idx: int, block: int, heard: AudioEmbeddings) -> _Segment:
+    def _block_segment(self, slot_idx: int, block: int, heard: AudioEmbeddings) -> Segment:
         """One block, complete or growing, behind the complete ones."""
         ids = self._block_ids(slot_idx, block, heard.embeds.shape[0])
-        embeds, added = self._spliced(ids, heard.embeds, heard.added)
         blocks = self.blocks(slot_idx)
         visible = self._visible(slot_idx, blocks.start)[: 1 + len(blocks)]  # not the old tail
         position = self._block_position(slot_idx, block)
-        return _Segment(slot_idx, embeds, added, position, self._cell_entries(block, len(ids)), visible)
+        return Segment(slot_idx, ids, heard, position, self._cell_entries(block, len(ids)), visible)
 
-    def _whole_window(self, slot_idx: int, blocks: range) -> _Segment:
+    def _whole_window(self, slot_idx: int, blocks: range) -> Segment:
         """All blocks of a slot anew, from their kept embeddings."""
         ids: list[int] = []
         entries: list[int] = []
@@ -411,73 +443,8 @@ class RollingCache:
             block_ids = self._block_ids(slot_idx, block)
             ids += block_ids
             entries += self._cell_entries(block, len(block_ids))
-        cells = [block % self._n_cells for block in blocks]
+        cells = send(torch.tensor([block % self._n_cells for block in blocks]), self.model.device)
         embeds = self._embeds[slot_idx, cells].flatten(0, 1)  # [n_blocks * 50, H]
         added = self._added[slot_idx, cells].transpose(0, 1).flatten(1, 2)  # [n_deepstack, n_blocks * 50, H]
-        embeds, added = self._spliced(ids, embeds, added)
-        return _Segment(slot_idx, embeds, added, self._slots[slot_idx].origin, entries, (self._prefix,))
-
-    def _spliced(self, ids: Sequence[int], embeds: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        """Audio embeddings [n, H] and DeepStack [n_deepstack, n, H] between the markers'."""
-        tokens = torch.tensor(ids, device=self.model.device)
-        is_audio = tokens == self.layout.special.audio
-        x = self.model.language_model.embed_tokens(tokens)
-        x[is_audio] = embeds
-        spread = x.new_zeros(added.shape[0], *x.shape)
-        spread[:, is_audio] = added
-        return x, spread
-
-    def _run(self, segments: Sequence[_Segment]) -> list[Tensor]:
-        """Compute all segments in one call of the language model: hidden states of each, [n, H]."""
-        if not segments:
-            return []
-        slots = sorted({segment.slot_idx for segment in segments})
-        rows = [[segment for segment in segments if segment.slot_idx == idx] for idx in slots]
-        device = self.model.device
-        n_batch, n_tokens = len(rows), max(sum(len(s.entries) for s in row) for row in rows)
-        # Only as far as something is read or written: the scratch is the larger part, and mostly empty.
-        read = [run.stop for segment in segments for run in segment.visible]
-        n_read = max([*read, *(1 + max(segment.entries) for segment in segments)])
-        hidden = self.model.config.language.hidden_size
-        x = self.buffers.k.new_zeros(n_batch, n_tokens, hidden)
-        added = x.new_zeros(self.model.config.n_deepstack, n_batch, n_tokens, hidden)
-        has_audio = any(segment.added is not None for segment in segments)
-        # Built on the host and sent at once: many small writes on a device cost a launch each.
-        position = torch.zeros(n_batch, n_tokens, dtype=torch.int64)
-        entries = torch.zeros(n_batch, n_tokens, dtype=torch.int64)  # padding goes to the spare entry
-        mask = torch.zeros(n_batch, n_tokens, n_read, dtype=torch.bool)
-        mask[:, :, 0] = True  # padding looks at something, or its softmax is NaN
-        places: dict[int, tuple[int, slice]] = {}
-        for row_idx, row in enumerate(rows):
-            start = 0
-            for segment in row:
-                n = len(segment.entries)
-                at = slice(start, start + n)
-                places[id(segment)] = (row_idx, at)
-                x[row_idx, at] = segment.embeds
-                if segment.added is not None:
-                    added[:, row_idx, at] = segment.added
-                position[row_idx, at] = torch.arange(segment.position, segment.position + n)
-                own = torch.tensor(segment.entries)
-                entries[row_idx, at] = own
-                seen = mask[row_idx, at]
-                seen[:, 0] = False
-                for run in segment.visible:
-                    seen[:, run.start : run.stop] = True
-                seen[:, own] = torch.ones(n, n, dtype=torch.bool).tril()
-                start += n
-        access = Access(self.buffers, tuple(slots), entries.to(device), mask.to(device))
-        deepstack = added.unbind() if has_audio else ()
-        out = self.model.language_model.forward(x, position.to(device), deepstack, access)
-        return [out[places[id(segment)]] for segment in segments]
-
-
-def _ranges(entries: Sequence[int]) -> list[range]:
-    """Rising entries as runs without gaps."""
-    runs: list[range] = []
-    for entry in entries:
-        if runs and runs[-1].stop == entry:
-            runs[-1] = range(runs[-1].start, entry + 1)
-        else:
-            runs.append(range(entry, entry + 1))
-    return runs
+        audio = AudioEmbeddings(embeds, added)
+        return Segment(slot_idx, ids, audio, self._slots[slot_idx].origin, entries, (self._prefix,))

@@ -7,7 +7,6 @@ A step that raises ends the process: the server starts another and opens the str
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import select
 import signal
@@ -18,7 +17,7 @@ import time
 import msgspec
 
 from model.errors import CheckpointError
-from streaming.config import EmotionConfig, EngineConfig, EventsConfig, ModelConfig, TranscriptConfig
+from streaming.config import ConfigError, EngineSettings
 from streaming.engine import messages
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Runner
@@ -149,7 +148,7 @@ def main() -> int:
             _serve(pipe)
         except (EOFError, ConnectionError):
             return 0
-        except (CheckpointError, msgspec.MsgspecError) as exc:
+        except (CheckpointError, ConfigError, msgspec.MsgspecError) as exc:
             pipe.send(messages.Failed(str(exc)))
             return 1
         except Exception as exc:  # a step that raises ends the process, never the step alone
@@ -160,27 +159,23 @@ def main() -> int:
 
 
 def _serve(pipe: Pipe) -> None:
-    settings = json.loads(pipe.first_frame())
-    model = ModelConfig.model_validate(settings["model"])
-    engine = EngineConfig.model_validate(settings["engine"])
-    transcript = TranscriptConfig.model_validate(settings["transcript"])
-    events = EventsConfig.model_validate(settings["events"])
-    emotion = EmotionConfig.model_validate(settings["emotion"])
+    settings = EngineSettings.model_validate_json(pipe.first_frame())
+    engine = settings.engine
     started = time.perf_counter()
-    runner = load_runner(model, engine)
+    runner = load_runner(settings)
     loaded = time.perf_counter()
     warm_up(runner, engine.n_slots)
     warm = time.perf_counter()
     capabilities = runner.capabilities
     tick = engine.tick_ms * SAMPLE_RATE_HZ // 1000
     scheduler = Scheduler(
-        transcript,
+        settings.transcript,
         n_slots=engine.n_slots,
         tick=tick,
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
         longest_window_s=capabilities.max_window_s,
-        listening=Listening.to(capabilities, events, emotion, tick),
+        listening=Listening.to(capabilities, settings.events, settings.emotion, tick),
     )
     pipe.send(
         messages.Ready(

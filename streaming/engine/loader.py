@@ -9,41 +9,54 @@ import numpy as np
 import torch
 
 from model.errors import CheckpointError
-from model.moss.checkpoint import load as load_moss
+from model.hub import find
+from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
 from model.moss.config import MODEL_TYPE
+from model.moss.memory import plan_memory
 from model.moss.window import WindowSettings
 from model.whisper.checkpoint import load_embedded, load_hugging_face
-from streaming.config import EngineConfig, ModelConfig
+from streaming.config import EngineSettings, MossConfig
+from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
+from streaming.engine.sounds import load_scorer
 from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt")
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
+def load_runner(settings: EngineSettings) -> Runner:
     """The runner of the configured model, on its device, not yet warm.
 
     Raises:
-        CheckpointError: the checkpoint cannot be had or used; the message says why.
+        CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
+            the message says why.
+        ConfigError: `[events]` names a sound that the model does not know.
     """
+    model, engine = settings.model, settings.engine
     if engine.threads:
         torch.set_num_threads(engine.threads)
-    device = _device(model.device)
-    dtype = _dtype(model.dtype, device)
+    device = device_of(model.device)
+    dtype = dtype_of(model.dtype, device)
     if model.name == EMBEDDED:
         checkpoint, pads_fully = load_embedded(), not model.short_context
     else:
-        folder = _folder(model.name)
-        kind = _model_type(folder)
+        folder = find(model.name)
+        kind = model_type(folder)
         if kind == MODEL_TYPE:
-            return _moss_runner(model, engine, folder, device, dtype)
+            return _moss_runner(settings, folder, device, dtype)
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
         checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
-    runner = WhisperRunner(checkpoint, engine.n_slots, device=device, dtype=dtype, pads_fully=pads_fully)
+    runner = WhisperRunner(
+        checkpoint,
+        engine.n_slots,
+        device=device,
+        dtype=dtype,
+        pads_fully=pads_fully,
+        sounds=load_scorer(settings.events, engine.n_slots),
+    )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
             f"model.language is {model.language!r}; expected auto or one of "
@@ -53,12 +66,45 @@ def load_runner(model: ModelConfig, engine: EngineConfig) -> Runner:
 
 
 def _moss_runner(
-    model: ModelConfig, engine: EngineConfig, folder: Path, device: torch.device, dtype: torch.dtype
+    settings: EngineSettings, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> MossRunner:
+    model, engine, moss = settings.model, settings.engine, settings.moss
     if model.language != "auto":
         raise CheckpointError(f"model.language is {model.language!r}; MOSS-Audio takes auto alone")
-    checkpoint = load_moss(str(folder), dtype, device)
-    return MossRunner(checkpoint, model.name, engine.n_slots, WindowSettings())
+    config, layout, window = config_of(folder), layout_of(folder), window_of(moss)
+    need = plan_memory(
+        config,
+        window,
+        engine.n_slots,
+        dtype,
+        n_prefix=len(layout.prefix),
+        is_cuda=device.type == "cuda",
+    )
+    check_memory(need, device)
+    checkpoint = Checkpoint(load_weights(folder, config, dtype, device), layout)
+    try:
+        return MossRunner(
+            checkpoint,
+            model.name,
+            engine.n_slots,
+            window,
+            max_answer_tokens=moss.answer_tokens,
+            max_thought_tokens=moss.thought_tokens,
+        )
+    except ValueError as exc:
+        raise CheckpointError(f"moss.window_s, moss.scratch_tokens, moss.max_position: {exc}") from exc
+
+
+def window_of(moss: MossConfig) -> WindowSettings:
+    """The window that the `[moss]` section describes."""
+    return WindowSettings(
+        n_blocks=moss.n_blocks,
+        evict_blocks=moss.evict_blocks,
+        markers=moss.markers,
+        prefix=moss.prefix,
+        max_position=moss.max_position,
+        scratch_tokens=moss.scratch_tokens,
+    )
 
 
 def warm_up(runner: Runner, n_slots: int) -> None:
@@ -71,14 +117,20 @@ def warm_up(runner: Runner, n_slots: int) -> None:
         runner.reset(slots)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` names.
+
+    Raises:
+        CheckpointError: it is not here.
+    """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise CheckpointError("model.device is 'cuda', and torch sees no such device")
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means on a device."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
@@ -87,24 +139,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _folder(name: str) -> Path:
-    """The folder of a checkpoint: as named, or downloaded from the hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"model.name is {name!r}; expected 'embedded', a folder, or a hub id OWNER/NAME"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def model_type(folder: Path) -> str:
+    """The `model_type` in a checkpoint's config.json.
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
-        raise CheckpointError(f"{name}: neither a folder nor to be had from the hub: {exc}") from exc
-
-
-def _model_type(folder: Path) -> str:
+    Raises:
+        CheckpointError: there is none.
+    """
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(settings["model_type"])

@@ -1,21 +1,24 @@
 """MOSS-Audio behind the runner's contract: per slot an ear and a window of the rolling cache.
 
 Decides nothing: which slot is due, with which forks, is in the plan. Everything due in a step goes
-through one encoder call per round of complete blocks, one for the growing blocks, and one decode
-loop for all forks of all slots.
+through one encoder call for all blocks, complete and growing, one call of the language model for
+those and all questions, and one decode loop for all answers. A slot that completed several blocks
+at once takes a call more for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from model.moss.checkpoint import Checkpoint
+from model.moss.decode import CudaGraphs
 from model.moss.encoder import Block
-from model.moss.fork import Answer, Question, ask
+from model.moss.fork import CLOSE_THOUGHT, Answer, Question, ask
 from model.moss.hearing import Ear
+from model.moss.network import AudioEmbeddings
 from model.moss.parse import (
     Sentence,
     Span,
@@ -78,8 +81,27 @@ class _Due:
 class MossRunner:
     """One MOSS-Audio checkpoint on one device, serving `n_slots` live streams."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, n_slots: int, window: WindowSettings) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        n_slots: int,
+        window: WindowSettings,
+        *,
+        max_answer_tokens: int = 512,
+        max_thought_tokens: int | None = 128,
+    ) -> None:
         """Allocate the cache of all slots; the model stays where it is.
+
+        On CUDA the decode steps are captured as graphs here, before there is anything to disturb.
+
+        Args:
+            checkpoint: The model and what is needed to talk to it.
+            name: What to call it.
+            n_slots: Live streams at once.
+            window: What is kept of each.
+            max_answer_tokens: No answer is longer, whatever its fork allows.
+            max_thought_tokens: A thought before an answer is closed there; None: no limit.
 
         Raises:
             ValueError: the window does not fit in the model's positions.
@@ -87,6 +109,12 @@ class MossRunner:
         self._model = checkpoint.model
         self._layout = checkpoint.layout
         self._cache = RollingCache(checkpoint.model, checkpoint.layout, window, n_slots)
+        self._max_answer_tokens = max_answer_tokens
+        self._max_thought_tokens = max_thought_tokens
+        n_close = len(self._layout.tokenizer.encode(CLOSE_THOUGHT))  # may come on top of an answer
+        self._n_scratch = window.scratch_tokens - n_close
+        if checkpoint.model.device.type == "cuda":
+            self._cache.decoder.capture(CudaGraphs())
         self._block_samples = self._cache.block_tokens * SAMPLES_PER_TOKEN  # 64,000
         self._slots = [_Slot(self._new_ear(), -1, 0) for _ in range(n_slots)]
         self.capabilities = Capabilities(
@@ -106,14 +134,18 @@ class MossRunner:
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """Take all new audio, then answer every fork."""
-        self._hear(plan)
+        pending = self._push(plan)
         steps = [step for step in plan.slots if step.forks]
         tails = {step.slot_idx: tail for step in steps if (tail := self._slots[step.slot_idx].ear.tail())}
-        self._cache.set_tail(dict(zip(tails, self._model.hear(list(tails.values())), strict=True)))
+        blocks = [block for complete in pending.values() for block in complete]
+        heard = self._model.hear([*blocks, *tails.values()])
+        self._append(pending, heard[: len(blocks)])
+        self._cache.set_tail(dict(zip(tails, heard[len(blocks) :], strict=True)))
         due = [self._due(step, fork) for step in steps for fork in step.forks]
         # Nothing can be said of a slot that has not heard a single token yet.
         asked = [idx for idx, one in enumerate(due) if one.heard.end_s > one.heard.start_s]
         said = ask(self._cache, [due[idx].question for idx in asked])
+        self._cache.flush()  # where nothing was asked
         answers = dict(zip(asked, said, strict=True))
         nothing = Answer((), "", "", "stop", 0, 0.0)
         return self._result([(one, answers.get(idx, nothing)) for idx, one in enumerate(due)])
@@ -125,8 +157,8 @@ class MossRunner:
         self._slots[slot_idx] = _Slot(self._new_ear(), owner, origin)
         self._cache.reset([slot_idx])
 
-    def _hear(self, plan: StepPlan) -> None:
-        """Append the blocks that are complete now, those of all slots together, in rounds."""
+    def _push(self, plan: StepPlan) -> dict[int, list[Block]]:
+        """Take all new audio: the blocks that are complete now, by slot."""
         pending: dict[int, list[Block]] = {}
         for step in plan.slots:
             slot = self._slots[step.slot_idx]
@@ -134,8 +166,14 @@ class MossRunner:
                 self._start(step.slot_idx, step.owner, step.start)
                 slot = self._slots[step.slot_idx]
             pending[step.slot_idx] = slot.ear.push(torch.from_numpy(step.pcm))
-        while ready := {slot_idx: blocks.pop(0) for slot_idx, blocks in pending.items() if blocks}:
-            self._cache.append(dict(zip(ready, self._model.hear(list(ready.values())), strict=True)))
+        return pending
+
+    def _append(self, pending: Mapping[int, Sequence[Block]], heard: Sequence[AudioEmbeddings]) -> None:
+        """Append the blocks of `pending`, heard in their order, those of all slots together, in rounds."""
+        found = iter(heard)
+        by_slot = {slot_idx: [next(found) for _ in blocks] for slot_idx, blocks in pending.items()}
+        while ready := {slot_idx: blocks.pop(0) for slot_idx, blocks in by_slot.items() if blocks}:
+            self._cache.append(ready)
 
     # --- asking -----------------------------------------------------------------------------
 
@@ -151,7 +189,7 @@ class MossRunner:
         offset_s = float(self._cache.marker_offset_s(step.slot_idx))
         text = prompt(fork.task).text if fork.task != "answer" else fork.question
         agreed = self._agreed(slot, fork) if fork.task == "transcript" else ()
-        n_scratch = self._cache.settings.scratch_tokens
+        n_scratch = self._n_scratch
         while True:
             said = self._said(agreed, slot.origin, offset_s)
             ids = self._layout.question(text, said)
@@ -161,7 +199,8 @@ class MossRunner:
             agreed = agreed[len(agreed) // 2 + 1 :]  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
             ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
-        question = Question(step.slot_idx, ids, min(fork.max_tokens, room), first_block)
+        n_tokens = min(fork.max_tokens, room, self._max_answer_tokens)
+        question = Question(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
         return _Due(step, fork, question, window, heard, offset_s, said, agreed)
 
     def _agreed(self, slot: _Slot, fork: Fork) -> tuple[HeardWord, ...]:

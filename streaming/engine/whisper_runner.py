@@ -29,6 +29,7 @@ from streaming.engine.plan import (
     StepPlan,
     StepResult,
 )
+from streaming.engine.sounds import SoundScorer
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
@@ -109,6 +110,7 @@ class WhisperRunner:
         device: torch.device,
         dtype: torch.dtype,
         pads_fully: bool,
+        sounds: SoundScorer | None = None,
     ) -> None:
         """Move the model to its device.
 
@@ -118,6 +120,7 @@ class WhisperRunner:
             device: Where to run.
             dtype: Arithmetic of the model; mel and alignment stay float32.
             pads_fully: Encode 30 s each time instead of remembering what padding becomes.
+            sounds: Scores the sounds of every slot; None: no sounds are looked for.
         """
         self._model = checkpoint.model.to(device=device, dtype=dtype)
         self._vocabulary = Vocabulary(checkpoint.tokenizer)
@@ -125,13 +128,15 @@ class WhisperRunner:
         self._device, self._dtype = device, dtype
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
+        self._sounds = sounds
         self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
         self.capabilities = Capabilities(
             model=checkpoint.name,
-            tasks=("transcript",),
+            tasks=("transcript",) if sounds is None else ("transcript", "events"),
             languages=self._vocabulary.languages,
             max_window_s=config.n_frames / 100,
             min_tick_s=0.08,
+            sounds=() if sounds is None else sounds.labels,
         )
 
     def reset(self, slots: Sequence[int]) -> None:
@@ -139,9 +144,11 @@ class WhisperRunner:
         for slot_idx in slots:
             self._slots[slot_idx].start_at(0)
             self._slots[slot_idx].owner = -1
+        if self._sounds is not None:
+            self._sounds.reset(slots)
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Take all new audio, then answer every fork: one encode and one decode loop per batch."""
+        """Take all new audio, score its sounds, answer every fork: one encode and one decode loop a batch."""
         due = []
         for step in plan.slots:
             slot = self._slots[step.slot_idx]
@@ -158,7 +165,8 @@ class WhisperRunner:
             decoded = self._decode([due[i] for i in batch])
             for i, answer in zip(batch, decoded, strict=True):
                 answers[i] = self._hypothesis(due[i], answer)
-        return StepResult(tuple(answers[i] for i in range(len(due))))
+        sounds = () if self._sounds is None else self._sounds.step(plan.slots)
+        return StepResult(tuple(answers[i] for i in range(len(due))), sounds=sounds)
 
     def _due(self, step: SlotStep, fork: Fork, slot: _Slot) -> _Due:
         assert fork.task == "transcript", fork.task

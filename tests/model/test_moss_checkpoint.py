@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.errors import CheckpointError
-from model.moss import checkpoint
+from model.hub import find
 from model.moss.checkpoint import config_of, empty_model, layout_of, load_weights, memory_need
 from model.moss.config import read_config, read_special_tokens
 from model.moss.prompt import MAX_MARKER_DIGITS
@@ -262,7 +262,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         config_of(folder)
     with pytest.raises(CheckpointError, match="neither a folder nor"):
-        checkpoint.find("no/such/folder/anywhere", offline=True)
+        find("no/such/folder/anywhere")
 
 
 def test_a_qwen_tokenizer_from_its_two_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.moss.fork import DEFAULT_GUARD, LoopGuard, Question, ask, split_thought
+from model.moss.fork import DEFAULT_GUARD, Answer, LoopGuard, Question, ask, split_thought
 from model.moss.prompt import ByteTokenizer, Layout, prompt, prompt_names
 from model.moss.window import RollingCache, WindowSettings
 from tests.model.moss_tiny import LAYOUT, make_model, random_audio
@@ -70,6 +70,33 @@ def test_the_budget_counts_answer_tokens() -> None:
         short = ask(cache, questions_of(["What?"], [2], n), guard=None)[0]
         assert short.ids == long.ids[:n]
         assert short.reason == "budget"
+
+
+def in_slices(cache: RollingCache, question: Question, n: int, guard: LoopGuard | None = None) -> Answer:
+    """The answer to `question`, `n` tokens at a time."""
+    before: tuple[int, ...] = ()
+    while True:
+        n_left = question.max_tokens - len(before)
+        part = dataclasses.replace(question, before=before, max_tokens=min(n, n_left))
+        answer = ask(cache, [part], guard)[0]
+        if answer.reason != "budget" or len(answer.ids) >= question.max_tokens:
+            return answer
+        before = answer.ids
+
+
+@pytest.mark.parametrize("n", [1, 7, 29, 30])
+def test_an_answer_in_slices_is_the_answer(n: int) -> None:
+    """Begun, left, and gone on with from what was said: token for token the same."""
+    cache = make_cache()
+    for text in TEXTS[:3]:
+        question = questions_of([text], [2], 30)[0]
+        whole = ask(cache, [question], guard=None)[0]
+        assert in_slices(cache, question, n).ids == whole.ids
+        # The guard sees the answer, not the slice.
+        guard = LoopGuard(min_repeats=3, min_tokens=6, max_period=8)
+        long = dataclasses.replace(question, max_tokens=60)
+        sliced, at_once = in_slices(cache, long, n, guard), ask(cache, [long], guard)[0]
+        assert (sliced.ids, sliced.reason) == (at_once.ids, at_once.reason)
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_in_it() -> None:
@@ -196,6 +223,10 @@ def test_a_thought_beyond_its_budget_is_closed() -> None:
     assert LAYOUT.tokenizer.decode(answer.ids).startswith("<think><t\n</think>\n\n<think>")
     assert answer.thought == "<t"
     assert answer.text != ""
+    # In slices that end before, at and after the limit, and in the middle of what closes it.
+    for n in (1, 8, 9, 10, 15):
+        sliced = in_slices(cache, Question(0, opening, 40, max_thought_tokens=9), n)
+        assert sliced.ids[:40] == answer.ids[:40]
 
 
 def test_the_official_prompts_are_here() -> None:

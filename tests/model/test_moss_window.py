@@ -154,6 +154,7 @@ def test_a_fork_leaves_the_cache_bit_identical() -> None:
     """Whatever is asked, everything before the scratch is the same, in all slots."""
     cache = filled(MODEL, SMALL, 5, n_slots=3)
     cache.set_tail({1: random_audio(MODEL, 9, 31)})
+    cache.flush()
     n_fixed = cache.buffers.k.shape[3] - SMALL.scratch_tokens
     before = [t[:, :, :, 1:n_fixed].clone() for t in (cache.buffers.k, cache.buffers.v)]  # 0 takes padding
     held = [cache.read(slot_idx) for slot_idx in range(3)]
@@ -208,6 +209,11 @@ def test_reset_touches_only_its_slots() -> None:
     held = {s: cache.read(s) for s in (0, 2)}
     cache.reset([1])
     assert cache.ids(1) == LAYOUT.prefix
+    cache.append({1: random_audio(MODEL, 8)})  # waits, and is forgotten before it is computed
+    cache.reset([1])
+    before = cache.buffers.k.clone()
+    cache.flush()
+    assert torch.equal(cache.buffers.k, before)
     for slot_idx, old in held.items():
         assert torch.equal(old.k, cache.read(slot_idx).k)
     cache.append({1: random_audio(MODEL, 5)})
@@ -215,18 +221,22 @@ def test_reset_touches_only_its_slots() -> None:
     torch.testing.assert_close(cache.read(1).k, fresh.read(0).k, atol=1e-5, rtol=0)
 
 
-def fresh_logits(model: MossAudio, cache: RollingCache, blocks: Sequence[AudioEmbeddings]) -> Tensor:
-    """The question's last logits by an uncached pass over what slot 0 holds, at the same positions."""
-    ids = torch.tensor([*cache.ids(0), *QUESTION])
-    held = cache.read(0).position
-    position = torch.cat([held, torch.arange(len(QUESTION)) + int(held[-1]) + 1])
-    audio = audio_of(blocks)
+def spliced(model: MossAudio, ids: Tensor, audio: AudioEmbeddings) -> tuple[Tensor, list[Tensor]]:
+    """Embeddings [n, H] of a row with its audio in place, and what DeepStack adds, each [1, n, H]."""
     is_audio = ids == LAYOUT.special.audio
     x = model.language_model.embed_tokens(ids)
     x[is_audio] = audio.embeds
     added = torch.zeros(len(audio.added), *x.shape)
     added[:, is_audio] = audio.added
-    deepstack = [a[None] for a in added]
+    return x, [a[None] for a in added]
+
+
+def fresh_logits(model: MossAudio, cache: RollingCache, blocks: Sequence[AudioEmbeddings]) -> Tensor:
+    """The question's last logits by an uncached pass over what slot 0 holds, at the same positions."""
+    ids = torch.tensor([*cache.ids(0), *QUESTION])
+    held = cache.read(0).position
+    position = torch.cat([held, torch.arange(len(QUESTION)) + int(held[-1]) + 1])
+    x, deepstack = spliced(model, ids, audio_of(blocks))
     return model.lm_head(model.language_model.forward(x[None], position[None], deepstack))[0, -1]  # type: ignore[no-any-return]
 
 
@@ -279,10 +289,10 @@ def test_every_layer_equals_a_pass_over_all_with_a_mask() -> None:
     for block in range(12):
         cache.append({0: blocks[block]})
         mask[starts[block] : ends[block], n_prefix : starts[cache.blocks(0).start]] = False
-    x, added = cache._spliced(ids, joined(blocks).embeds, joined(blocks).added)
+    x, deepstack = spliced(MODEL, torch.tensor(ids), joined(blocks))
     buffers = KvBuffers.new(MODEL.config.language, 1, n, x)
-    access = Access(buffers, (0,), torch.arange(n)[None], mask[None])
-    MODEL.language_model.forward(x[None], torch.arange(n)[None], [a[None] for a in added], access)
+    access = Access(buffers, (0,), torch.zeros(1, 1, dtype=torch.int64), torch.arange(n)[None], mask[None])
+    MODEL.language_model.forward(x[None], torch.arange(n)[None], deepstack, access)
     held = cache.read(0)
     assert held.position.tolist() == [*range(n_prefix), *range(starts[9], n)]
     torch.testing.assert_close(held.k, buffers.k[:, 0, :, held.position], atol=1e-4, rtol=0)

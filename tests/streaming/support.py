@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,19 +107,26 @@ class Running:
 
 @asynccontextmanager
 async def running_server(
-    text: str = "", fault: str = "", *, wait: bool = True, folder: Path | None = None
+    text: str = "",
+    fault: str = "",
+    *,
+    wait: bool = True,
+    command: Sequence[str] | None = None,
+    folder: Path | None = None,
 ) -> AsyncIterator[Running]:
-    """A server on port 0 with the fake engine; `text` is added to its configuration.
+    """A server on port 0 with the fake engine or another; `text` is added to its configuration.
 
     Its log is in `folder`, or nowhere any more when it has stopped.
     """
     if folder is None:
         with TemporaryDirectory(prefix="moss-live-") as temporary:
-            async with running_server(text, fault, wait=wait, folder=Path(temporary)) as served:
+            path = Path(temporary)
+            async with running_server(text, fault, wait=wait, command=command, folder=path) as served:
                 yield served
         return
     config = with_port_0(text, folder)
-    engine = EngineClient(config.engine, engine_settings(config), (*FAKE_ENGINE, f"--fault={fault}"))
+    command = (*FAKE_ENGINE, f"--fault={fault}") if command is None else command
+    engine = EngineClient(config.engine, engine_settings(config), command)
     server = Server(config, engine)
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

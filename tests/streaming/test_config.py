@@ -20,6 +20,11 @@ from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, parse
         ("[server]\nport = 70000", "server.port"),
         ("[engine]\ntick_ms = 100", "multiple of 80"),
         ("[ingest]\nring_s = 45\nmax_ahead_s = 60", "ingest.ring_s"),
+        ("[moss]\nwindow_s = 3.0", "moss.window_s"),
+        ("[moss]\nwindow_s = 8.0\nevict_blocks = 3", "moss: .*evict_blocks is 3; expected at most 2"),
+        ("[moss]\nwindow_s = 600.0", "moss: .*max_position is 8192; expected at least 10752"),
+        ("[moss]\nanswer_tokens = 2000", "moss: .*answer_tokens is 2000; expected at most 1024"),
+        ('[moss]\nmarkers = "none"', "moss.markers"),
         ("[server", "no TOML"),
     ],
 )
@@ -49,8 +54,8 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 def test_overrides_are_checked_like_the_file() -> None:
     """And leave the rest alone."""
-    config = with_overrides(parse_config("[server]\nport = 1"), {"server": {"host": "0.0.0.0"}, "model": {}})
-    assert (config.server.host, config.server.port) == ("0.0.0.0", 1)
+    config = with_overrides(parse_config("[server]\nport = 1"), {"server": {"host": "::1"}, "model": {}})
+    assert (config.server.host, config.server.port) == ("::1", 1)
     with pytest.raises(ConfigError, match=r"command line: server\.port"):
         with_overrides(config, {"server": {"port": -1}})
 

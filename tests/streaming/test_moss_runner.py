@@ -11,7 +11,7 @@ from model.moss.checkpoint import Checkpoint
 from model.moss.fork import Answer, Question
 from model.moss.parse import EMOTIONS, emotion_label
 from model.moss.window import MarkerMode, RollingCache, WindowSettings
-from streaming.config import EngineConfig, ModelConfig
+from streaming.config import EngineConfig, EngineSettings, ModelConfig
 from streaming.engine import moss_runner
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.moss_runner import MossRunner
@@ -239,7 +239,9 @@ def test_running_text_comes_apart_and_together(text: str) -> None:
 
 def test_the_loader_serves_a_moss_checkpoint() -> None:
     """`[model] name` as a folder of type `moss_audio` gives this runner, warm."""
-    runner = load_runner(ModelConfig(name=str(TINY), dtype="float32"), EngineConfig(n_slots=2))
+    runner = load_runner(
+        EngineSettings(model=ModelConfig(name=str(TINY), dtype="float32"), engine=EngineConfig(n_slots=2))
+    )
     assert isinstance(runner, MossRunner)
     warm_up(runner, 2)
     result = runner.step(one(1, 0, pcm(1.0), TRANSCRIPT, ANSWER))

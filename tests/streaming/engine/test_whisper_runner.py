@@ -12,12 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.sounds.head import load_weights
+from model.sounds.yamnet import load as load_yamnet
 from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded
 from model.whisper.tokens import Vocabulary
+from streaming.config import EventsConfig
 from streaming.engine.loader import warm_up
-from streaming.engine.plan import Fork, Hypothesis, Pcm, SlotStep, StepPlan
+from streaming.engine.plan import SOUND_FRAME, Fork, Hypothesis, Pcm, SlotStep, StepPlan
 from streaming.engine.scheduler import MARGIN
+from streaming.engine.sounds import SoundScorer
 from streaming.engine.whisper_runner import NO_SPEECH, WhisperRunner, is_invented
 from tests.tiny_whisper import tiny_checkpoint
 
@@ -276,3 +280,24 @@ def test_text_is_taken_for_invented_when_the_model_doubts_twice(
     n = len(scores)
     decoded = Decoded(tuple(range(n)), scores, tuple(range(n + 1)), "en", 1.0, no_speech, 0)
     assert is_invented(decoded) is expected
+
+
+def test_sounds_are_scored_with_and_without_forks() -> None:
+    """Every slot that got audio has its rows, the same beside words as alone; a reset begins anew."""
+    scorer = SoundScorer(load_yamnet(), load_weights(), EventsConfig(labels=["Speech", "Music"]), N_SLOTS)
+    runner = WhisperRunner(
+        CHECKPOINT, N_SLOTS, device=CPU, dtype=torch.float32, pads_fully=False, sounds=scorer
+    )
+    assert [sound.name for sound in runner.capabilities.sounds] == ["Speech", "Music"]
+    assert runner.capabilities.tasks == ("transcript", "events")
+    pcm = chirps(2 * SECOND)
+    both = runner.step(StepPlan((step_of(0, pcm, FORK), step_of(1, pcm))))
+    assert [(heard.slot_idx, heard.owner, heard.start) for heard in both.sounds] == [(0, 0, 0), (1, 1, 0)]
+    np.testing.assert_array_equal(both.sounds[0].scores, both.sounds[1].scores)
+    assert len(both.hypotheses) == 1
+    more = runner.step(StepPlan((step_of(1, pcm[:5000], start=len(pcm)),)))
+    assert more.sounds[0].start == len(both.sounds[1].scores) * SOUND_FRAME
+    runner.reset([1])
+    (again,) = runner.step(StepPlan((step_of(1, pcm),))).sounds
+    np.testing.assert_array_equal(again.scores, both.sounds[0].scores)
+    assert RUNNER.step(StepPlan((step_of(0, pcm),))).sounds == ()

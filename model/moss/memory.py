@@ -1,0 +1,148 @@
+"""What a MOSS-Audio model needs in memory to serve so many streams, before any of it is taken.
+
+Weights and slots are exact: they are counted from shapes, and tests hold them to what is allocated.
+The workspace is what the largest call leaves in temporary tensors, from the limits of one call.
+What the libraries take for themselves is an allowance, not a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.errors import CheckpointError
+from model.moss.batch import MAX_CALL_TOKENS
+from model.moss.checkpoint import memory_need
+from model.moss.config import MossConfig
+from model.moss.decode import LANES, decoder_bytes
+from model.moss.encoder import STEM_BLOCKS
+from model.moss.network import MAX_BLOCKS
+from model.moss.window import WindowSettings, n_entries, slot_bytes
+
+N_PREFIX = 32  # tokens of the prompt before the audio, where no tokenizer is at hand to count them
+CUDA_ALLOWANCE = 1 << 30  # bytes: kernels, cuBLAS and cuDNN workspaces, fragmentation; not measured
+CPU_ALLOWANCE = 1 << 28  # bytes: torch itself and its threads
+
+
+class DoesNotFit(CheckpointError):
+    """A model with its slots that is larger than the memory there is; says by how much, and what to lower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of what is needed."""
+
+    name: str
+    n_bytes: int
+    lowered_by: str  # the setting that makes it smaller; empty where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model with its slots takes."""
+
+    parts: tuple[Part, ...]
+    n_slots: int
+    n_blocks: int  # of the window
+    bytes_per_slot: int  # of one more stream, its share of the workspace left out
+    bytes_per_block: int  # of one more block of the window, in all slots
+
+    @property
+    def n_bytes(self) -> int:
+        """All of it."""
+        return sum(part.n_bytes for part in self.parts)
+
+    def check(self, available: int, where: str) -> None:
+        """Refuse what does not fit.
+
+        Args:
+            available: Bytes that can be had.
+            where: Of what, for the message.
+
+        Raises:
+            DoesNotFit: names needed and available bytes, the parts, and what to lower and how far.
+        """
+        over = self.n_bytes - available
+        if over <= 0:
+            return
+        parts = ", ".join(f"{part.name} {gb(part.n_bytes)}" for part in self.parts)
+        n_slots = self.n_slots - -(-over // self.bytes_per_slot)
+        n_blocks = self.n_blocks - -(-over // self.bytes_per_block)
+        advice = [f"engine.n_slots to {n_slots} or less"] if n_slots >= 1 else []
+        advice += [f"moss.window_s to {4 * n_blocks} or less"] if n_blocks >= 1 else []
+        what = "lower " + ", or ".join(advice) if advice else "no number of slots, no window is small enough"
+        raise DoesNotFit(
+            f"{gb(self.n_bytes)} are needed, {gb(available)} are available {where} ({parts}); {what}"
+        )
+
+
+def gb(n_bytes: int) -> str:
+    """Bytes for people: decimal gigabytes, megabytes below one."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def encode_bytes(config: MossConfig, dtype: torch.dtype) -> int:
+    """Workspace of one encoder call of the most blocks it takes, and the adapters after it."""
+    encoder = config.encoder
+    # After the first convolution: 64 mel bins and 200 frames per channel, before and after the
+    # activation, cut to its length, and once more for what the convolution takes for itself.
+    stem = 4 * encoder.downsample_hidden_size * (encoder.num_mel_bins // 2) * (encoder.block_frames // 2)
+    width = max(2 * encoder.encoder_ffn_dim, 6 * encoder.d_model, 3 * config.adapter_hidden_size)
+    kept = (1 + len(encoder.tap_layers)) * encoder.d_model
+    kept += (2 + 2 * config.n_deepstack) * config.language.hidden_size  # embeddings, and stacked
+    rows = MAX_BLOCKS * encoder.block_tokens * (width + 3 * encoder.d_model + kept)
+    mel = MAX_BLOCKS * encoder.block_frames * encoder.num_mel_bins
+    return (STEM_BLOCKS * stem + rows + mel) * dtype.itemsize
+
+
+def _token_bytes(config: MossConfig, n_read: int, dtype: torch.dtype) -> int:
+    """Workspace of one token of a language model call."""
+    language = config.language
+    heads = (language.num_attention_heads + 2 * language.num_key_value_heads) * language.head_dim
+    width = max(3 * language.intermediate_size, 3 * heads) + 3 * language.hidden_size
+    added = 2 * config.n_deepstack * language.hidden_size
+    n_groups = language.num_attention_heads // language.num_key_value_heads
+    # The mask: as bool for the call, for each query head of a group, and as numbers in the kernel.
+    mask = n_read * (2 + n_groups * (1 + dtype.itemsize))
+    return (width + added) * dtype.itemsize + 8 * language.hidden_size + mask
+
+
+def plan_memory(
+    config: MossConfig,
+    settings: WindowSettings,
+    n_slots: int,
+    dtype: torch.dtype,
+    *,
+    n_prefix: int = N_PREFIX,
+    is_cuda: bool = False,
+) -> MemoryPlan:
+    """What `n_slots` streams need with this window.
+
+    Args:
+        config: Shapes of the model.
+        settings: The window.
+        n_slots: Live streams at once.
+        dtype: Of weights and cache.
+        n_prefix: Tokens of the prompt before the audio.
+        is_cuda: Whether it is for a GPU; decides the allowance alone.
+    """
+    need = memory_need(config, dtype)
+    n_read = n_entries(config, settings, n_prefix)
+    per_slot = slot_bytes(config, settings, n_prefix, dtype)
+    wider = WindowSettings(n_blocks=settings.n_blocks + 1, markers=settings.markers)
+    narrow = WindowSettings(n_blocks=settings.n_blocks, markers=settings.markers)
+    per_block = slot_bytes(config, wider, n_prefix, dtype) - slot_bytes(config, narrow, n_prefix, dtype)
+    prefill = MAX_CALL_TOKENS * _token_bytes(config, n_read, dtype)
+    lanes = n_slots * LANES
+    logits = lanes * config.language.vocab_size * (dtype.itemsize + 2 * 4)
+    decode = decoder_bytes(n_slots, n_read) + lanes * _token_bytes(config, n_read, dtype) + logits
+    parts = (
+        Part("weights", need.weight_bytes, ""),
+        Part("slots", n_slots * per_slot + n_prefix * need.kv_bytes_per_token, "n_slots, window"),
+        Part("encode", encode_bytes(config, dtype), ""),
+        Part("prefill", prefill, "window"),
+        Part("decode", decode, "n_slots"),
+        Part("allowance", CUDA_ALLOWANCE if is_cuda else CPU_ALLOWANCE, ""),
+    )
+    return MemoryPlan(parts, n_slots, settings.n_blocks, per_slot + decode // n_slots, n_slots * per_block)

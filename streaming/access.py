@@ -1,0 +1,348 @@
+"""Who may do what: bearer tokens with scopes per stream, and the origins of pages.
+
+Pure but for reading the tokens file; knows no socket and no request. A token is kept as its SHA-256
+alone, compared in constant time with every entry, and appears in no error text.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import stat
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import parse_qsl, unquote_plus, urlsplit
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from streaming.config import ConfigError, is_loopback, problems
+from streaming.protocol import (
+    HEALTH_PATH,
+    METRICS_PATH,
+    READY_PATH,
+    STREAM_PATH,
+    SUBSCRIBE_PATH,
+    TOKEN_PARAMETER,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKEN_CHARS = 512  # a longer one is not looked at
+MAX_TOKENS = 10_000  # entries of one file
+TOKEN_BYTES = 32  # of randomness in a token that is made here
+HASH_PREFIX = "sha256:"
+# Names and `*` alone, so that one pattern can be seen to lie within another: see `Grant.covers`.
+PATTERN = re.compile(r"[A-Za-z0-9._*-]{1,64}")
+_SCHEMES = ("bearer", "token")  # of the header `Authorization`; Deepgram's clients say "Token"
+_DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+class Scope(enum.StrEnum):
+    """What a token may be good for."""
+
+    PUBLISH = "publish"  # send a stream's audio
+    SUBSCRIBE = "subscribe"  # read streams as they come
+    READ = "read"  # read what is kept over HTTP; on every stream, the metrics too
+    ADMIN = "admin"  # all of it
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one bearer may do, with streams whose names match one of the patterns."""
+
+    name: str  # of the token in its file; not secret
+    scopes: frozenset[Scope]
+    patterns: tuple[str, ...] = ("*",)
+    max_streams: int | None = None  # live at once; None: the server's setting
+    max_subscribers: int | None = None
+
+    def has(self, scope: Scope) -> bool:
+        """Whether the bearer may do this with some stream."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+    def covers(self, scope: Scope, wanted: str) -> bool:
+        """Whether the bearer may do this with the stream, or with every stream of a pattern.
+
+        A `*` in `wanted` is only matched by a `*` here, which matches whatever stands for it too.
+        """
+        return self.has(scope) and any(fnmatch.fnmatchcase(wanted, pattern) for pattern in self.patterns)
+
+
+EVERYTHING = Grant("", frozenset(Scope))  # where no tokens are asked for
+
+
+class TokenEntry(BaseModel):
+    """One `[[token]]` of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    hash: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1)]
+    streams: Annotated[list[Annotated[str, Field(pattern=f"^{PATTERN.pattern}$")]], Field(min_length=1)] = [
+        "*"
+    ]
+    expires: AwareDatetime | None = None
+    max_streams: Annotated[int, Field(ge=1)] | None = None
+    max_subscribers: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of the token."""
+        return bytes.fromhex(self.hash.removeprefix(HASH_PREFIX))
+
+    @property
+    def grant(self) -> Grant:
+        """What it allows."""
+        return Grant(
+            self.name, frozenset(self.scopes), tuple(self.streams), self.max_streams, self.max_subscribers
+        )
+
+
+class _TokensFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    token: Annotated[list[TokenEntry], Field(max_length=MAX_TOKENS)] = []
+
+
+class Tokens:
+    """The tokens of one file, read again when the file changes."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigError: it cannot be used; says why.
+        """
+        self.path = path
+        self._entries, self._signature = _load(path)
+
+    @property
+    def n_tokens(self) -> int:
+        """Entries of the file."""
+        return len(self._entries)
+
+    def grant(self, token: str, now: datetime) -> Grant | None:
+        """What the bearer of a token may do; None where it is not known or has expired.
+
+        Every entry is compared, and each in constant time, so that the time taken tells nothing.
+        """
+        self._refresh()
+        digest = hash_of(token)
+        found: _Entry | None = None
+        for entry in self._entries:
+            if hmac.compare_digest(entry.digest, digest):
+                found = entry
+        if found is None or (found.expires is not None and found.expires <= now):
+            return None
+        return found.grant
+
+    def _refresh(self) -> None:
+        """Take a changed file; one that cannot be used changes nothing, and that is said once."""
+        signature = _signature(self.path)
+        if signature == self._signature:
+            return
+        self._signature = signature
+        try:
+            self._entries, self._signature = _load(self.path)
+        except ConfigError as exc:
+            logger.error("the tokens read before stay in force: %s", exc)  # noqa: TRY400  no fault of ours
+        else:
+            logger.info("tokens read again: %d", len(self._entries))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    digest: bytes
+    expires: datetime | None
+    grant: Grant
+
+
+_Signature = tuple[int, int, int] | None  # None: the file cannot be looked at
+
+
+def _signature(path: Path) -> _Signature:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _load(path: Path) -> tuple[tuple[_Entry, ...], _Signature]:
+    signature = _signature(path)  # before the text: a change in between is read next time
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"access.tokens: {path}: cannot be read: {exc}") from exc
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"access.tokens: {path}: has mode {stat.S_IMODE(mode):04o}; others may write it, and so let "
+            "anybody in (chmod 600)"
+        )
+    if mode & stat.S_IROTH:
+        logger.warning("%s can be read by everybody on this machine (chmod 600)", path)
+    entries = parse_tokens(text, str(path))
+    return tuple(_Entry(entry.digest, entry.expires, entry.grant) for entry in entries), signature
+
+
+def parse_tokens(text: str, source: str = "tokens") -> tuple[TokenEntry, ...]:
+    """Read the text of a tokens file.
+
+    Raises:
+        ConfigError: no TOML, an unknown key, an impossible value, a name or a token that comes twice.
+    """
+    try:
+        entries = _TokensFile.model_validate(tomllib.loads(text)).token
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{source}: no TOML: {exc}") from exc
+    except ValidationError as exc:
+        raise ConfigError(problems(source, exc, is_secret=True)) from exc
+    for kind in ("name", "hash"):
+        counts = Counter(getattr(entry, kind) for entry in entries)
+        for entry in entries:
+            if counts[getattr(entry, kind)] > 1:
+                raise ConfigError(f"{source}: token {entry.name}: its {kind} comes twice; expected once")
+    return tuple(entries)
+
+
+def hash_of(token: str) -> bytes:
+    """The SHA-256 of a token, as it is kept.
+
+    A plain hash is enough: a token holds 256 random bits, so there is nothing to guess.
+    """
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def new_token() -> str:
+    """A token that nobody can guess."""
+    return f"moss_{secrets.token_urlsafe(TOKEN_BYTES)}"
+
+
+def entry_text(
+    token: str, name: str, scopes: Sequence[Scope], streams: Sequence[str], expires: datetime | None = None
+) -> str:
+    """The `[[token]]` of a token, for the tokens file.
+
+    Raises:
+        ConfigError: a name, scope or pattern that the file could not hold.
+    """
+    lines = [
+        "[[token]]",
+        f"name = {json.dumps(name)}",
+        f"hash = {json.dumps(HASH_PREFIX + hash_of(token).hex())}",
+        f"scopes = {json.dumps(scopes)}",
+        f"streams = {json.dumps(streams)}",
+    ]
+    if expires is not None:
+        lines.append(f"expires = {expires.astimezone(UTC).isoformat(timespec='seconds')}")
+    text = "\n".join(lines) + "\n"
+    parse_tokens(text, "token")
+    return text
+
+
+# --- what a path needs -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request to a path needs."""
+
+    scope: Scope | None  # None: it is open to everybody
+    stream: str | None = None  # or a pattern; None: which stream it is about is seen later
+
+
+def need_of(path: str) -> Need | None:
+    """What a path needs; None where there is no such path."""
+    if path.startswith(STREAM_PATH):
+        return Need(Scope.PUBLISH, path.removeprefix(STREAM_PATH))
+    return _NEEDS.get(path)
+
+
+_NEEDS = {
+    HEALTH_PATH: Need(None),
+    READY_PATH: Need(None),
+    METRICS_PATH: Need(Scope.READ, "*"),
+    SUBSCRIBE_PATH: Need(Scope.SUBSCRIBE),
+}
+
+
+# --- what a request presents -------------------------------------------------------------
+
+
+def presented(authorization: Sequence[str], query: str) -> str | None:
+    """The token of a request: of its `Authorization` header (Bearer or Token), or of its query.
+
+    None where there is none, or something that cannot be one: several headers, an unknown scheme,
+    more than `MAX_TOKEN_CHARS`.
+    """
+    if authorization:
+        scheme, _, token = authorization[0].strip().partition(" ")
+        token = token.strip()
+        is_usable = len(authorization) == 1 and scheme.lower() in _SCHEMES
+    else:
+        values = [value for key, value in parse_qsl(query) if key == TOKEN_PARAMETER]
+        token = values[0] if values else ""
+        is_usable = len(values) == 1
+    return token if is_usable and 0 < len(token) <= MAX_TOKEN_CHARS else None
+
+
+def without_token(query: str) -> str:
+    """A query without its token, for whoever reads the other parameters or writes a log."""
+    pairs = query.split("&")
+    return "&".join(pair for pair in pairs if unquote_plus(pair.partition("=")[0]) != TOKEN_PARAMETER)
+
+
+# --- where a page may come from, and where a server may listen ---------------------------
+
+
+def is_origin_allowed(
+    origins: Sequence[str], host: str, allowed: Sequence[str], *, is_loopback_only: bool
+) -> bool:
+    """Whether a request may come from a page.
+
+    Args:
+        origins: The `Origin` headers: none where no browser asks.
+        host: The `Host` header.
+        allowed: Origins such as "https://captions.example.org"; "*" is every one.
+        is_loopback_only: No token protects the server. Then a page is only its own when it came from
+            this machine's name, because any name can be made to point here (DNS rebinding).
+    """
+    if not origins:
+        return True
+    if len(origins) > 1:
+        return False
+    if "*" in allowed:
+        return True
+    origin = site_of(origins[0])
+    if origin is None:
+        return False
+    if origin in [site_of(other) for other in allowed]:
+        return True
+    if origin != site_of(f"{origin[0]}://{host}"):
+        return False
+    return not is_loopback_only or is_loopback(origin[1])
+
+
+def site_of(origin: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port of an origin; None for "null" and what else is none."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or parts.path or parts.query:
+        return None
+    return parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme]

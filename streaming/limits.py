@@ -1,0 +1,96 @@
+"""How much one connection, token or address may take: rates, counts, and audio against real time.
+
+Pure: no socket, and no clock but the seconds that are handed in.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
+
+MAX_ADDRESSES = 10_000  # remembered at once; beyond it the one that was seen longest ago is forgotten
+
+
+def network_of(address: str) -> str:
+    """What is limited as one: an IPv4 address, the /64 of an IPv6 address, which one host may have whole."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+class Attempts:
+    """Requests of each address: a burst, then so many a second.
+
+    At `MAX_ADDRESSES` the one seen longest ago is forgotten, and its next request has the whole
+    burst again: a flood from that many addresses is not told from that many visitors.
+    """
+
+    def __init__(self, per_s: float, burst: int) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._left: OrderedDict[str, tuple[float, float]] = (
+            OrderedDict()
+        )  # requests left, and when; oldest first
+
+    def take(self, address: str, now_s: float) -> bool:
+        """Count a request; False where the address has none left."""
+        left, at = self._left.pop(address, (float(self._burst), now_s))
+        left = min(self._burst, left + (now_s - at) * self._per_s)
+        is_free = left >= 1
+        self._left[address] = (left - 1 if is_free else left, now_s)
+        if len(self._left) > MAX_ADDRESSES:
+            self._left.popitem(last=False)
+        return is_free
+
+
+class Places:
+    """How many of something each holder has now. Holds only those who have some."""
+
+    def __init__(self) -> None:
+        self._taken: Counter[Hashable] = Counter()
+
+    def has_room(self, holder: Hashable, limit: int) -> bool:
+        """Whether the holder may have one more."""
+        return self._taken[holder] < limit
+
+    def take(self, holder: Hashable) -> None:
+        """The holder has one more."""
+        self._taken[holder] += 1
+
+    def give_back(self, holder: Hashable) -> None:
+        """The holder has one less."""
+        assert self._taken[holder] > 0, holder
+        self._taken[holder] -= 1
+        if not self._taken[holder]:
+            del self._taken[holder]
+
+
+class AudioPace:
+    """How far one stream's audio is ahead of the speed it may have.
+
+    The audio may come `speed` times as fast as it was spoken, and `burst_s` seconds of it at once.
+    Whoever is further ahead is not read until it is not; whoever is further ahead than `ahead_s`,
+    which takes single frames of minutes, is refused.
+    """
+
+    def __init__(self, speed: float, burst_s: float, ahead_s: float, now_s: float) -> None:
+        self._speed = speed
+        self._burst_s = burst_s
+        self._ahead_s = ahead_s
+        self._ahead = 0.0  # seconds of audio, at `_at`
+        self._at = now_s
+
+    def take(self, audio_s: float, now_s: float) -> float | None:
+        """Count audio that came; gives the seconds to wait before reading on, None where it is too much."""
+        self._ahead = max(0.0, self._ahead - (now_s - self._at) * self._speed) + audio_s
+        self._at = now_s
+        if self._ahead > self._ahead_s:
+            return None
+        return max(0.0, self._ahead - self._burst_s) / self._speed
