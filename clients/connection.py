@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+from dataclasses import dataclass
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -23,6 +25,20 @@ class ConnectFailed(RuntimeError):
         super().__init__(message)
         self.status = status  # HTTP status, where the server answered with one
         self.is_lasting = is_lasting  # trying again would not help
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long to wait before another attempt: doubling, with jitter, a limited number of times."""
+
+    first_s: float = 0.5
+    longest_s: float = 15.0
+    max_attempts: int = 10  # in a row without a message; then the client gives up
+
+    def delay_s(self, n_failed: int) -> float:
+        """Seconds before the next attempt after `n_failed` failures: half to all of the doubled step."""
+        step_s = min(self.longest_s, self.first_s * 2.0 ** min(n_failed - 1, 32))
+        return step_s * random.uniform(0.5, 1.0)
 
 
 async def open_connection(
