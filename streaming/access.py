@@ -29,6 +29,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from streaming.config import ConfigError, is_loopback, problems
 from streaming.protocol import (
     HEALTH_PATH,
+    HISTORY_PATH,
     METRICS_PATH,
     READY_PATH,
     STREAM_PATH,
@@ -268,6 +269,8 @@ def need_of(path: str) -> Need | None:
     """What a path needs; None where there is no such path."""
     if path.startswith(STREAM_PATH):
         return Need(Scope.PUBLISH, path.removeprefix(STREAM_PATH))
+    if path.startswith(f"{HISTORY_PATH}/"):
+        return Need(Scope.READ, path.removeprefix(f"{HISTORY_PATH}/").partition("/")[0])
     return _NEEDS.get(path)
 
 
@@ -275,6 +278,7 @@ _NEEDS = {
     HEALTH_PATH: Need(None),
     READY_PATH: Need(None),
     METRICS_PATH: Need(Scope.READ, "*"),
+    HISTORY_PATH: Need(Scope.READ, "*"),
     SUBSCRIBE_PATH: Need(Scope.SUBSCRIBE),
 }
 

@@ -317,6 +317,10 @@ class Log:
         """The newest frames of some types in a stream's newest session, oldest first."""
         return await self._ask(lambda store: store.of_session(row.id, row.session, types, limit))
 
+    async def apart(self, work: Callable[[], _T]) -> _T:
+        """Do some work on what was read in the reading thread."""
+        return await self._in(self._reading, work)
+
     def left(self) -> tuple[str, ...]:
         """The live streams that a killed server left behind."""
         return tuple(stream.name for stream in self._streams.values() if stream.is_live_on_disk)

@@ -98,6 +98,7 @@ class Refusal(enum.Enum):
     UNKNOWN_TOKEN = Answer(HttpStatus.UNAUTHORIZED, "the token is not known here, or has expired")
     BAD_SCOPE = Answer(HttpStatus.FORBIDDEN, "the token does not allow this")
     BAD_ORIGIN = Answer(HttpStatus.FORBIDDEN, "pages of this origin are not let in")
+    UNKNOWN_STREAM = Answer(HttpStatus.NOT_FOUND, "the log keeps nothing of this")
     NAME_TAKEN = Answer(HttpStatus.CONFLICT, "a stream of this name is live")
     NOT_ITS_TOKEN = Answer(HttpStatus.CONFLICT, "the stream is live, and is resumed with another token")
     IS_OVER = Answer(HttpStatus.GONE, "the stream is over, and was not this token's")

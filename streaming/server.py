@@ -25,8 +25,9 @@ from streaming import protocol
 from streaming.access import Scope, without_token
 from streaming.config import Config
 from streaming.engine_client import EngineClient
-from streaming.errors import BadQuery, StreamFault
+from streaming.errors import BadQuery, LogError, StreamFault
 from streaming.guard import Guard, GuardedConnection, tls_context
+from streaming.history import History, UnknownStream, is_history
 from streaming.hub import Hub, Subscription
 from streaming.ingest import AudioFormat, parse_query
 from streaming.live import LiveStream, Resumption, parse_resumption
@@ -99,6 +100,7 @@ class Server:
         self._tls = tls_context(config.server.tls_cert, config.server.tls_key)
         self._connections: set[_Connection] = set()  # WebSockets, from their admission to their loss
         self._live: set[str] = set()  # names of streams, from their admission to `session.closed`
+        self._history = History(self._log)
         self._streams = Streams(config, engine, self._log, clock_ms=self._clock_ms, release=self._release)
         self._stopping = asyncio.Event()
         self._finalised = asyncio.Event()
@@ -178,12 +180,15 @@ class Server:
 
     # --- who is let in -------------------------------------------------------------------
 
-    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         assert isinstance(connection, _Connection), connection
         refusal = self._guard.check(connection, request)
         if refusal is not None:
             return refusal
-        match urlsplit(request.path).path:
+        url = urlsplit(request.path)
+        if is_history(url.path):
+            return await self._answer_history(connection, url.path, without_token(url.query))
+        match url.path:
             case protocol.HEALTH_PATH:
                 return connection.respond(HttpStatus.OK, "ok\n")
             case protocol.READY_PATH if self._log.is_full:
@@ -193,11 +198,20 @@ class Server:
             case protocol.READY_PATH:
                 return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
             case protocol.METRICS_PATH:
-                response = connection.respond(HttpStatus.OK, self._metrics.render(self._observed()).decode())
-                del response.headers["Content-Type"]
-                response.headers["Content-Type"] = CONTENT_TYPE
-                return response
+                return _page(connection, CONTENT_TYPE, self._metrics.render(self._observed()))
         return None
+
+    async def _answer_history(self, connection: _Connection, path: str, query: str) -> Response:
+        try:
+            found = await self._history.answer(path, query)
+        except BadQuery as exc:
+            return self._guard.refuse(connection, Refusal.BAD_QUERY, str(exc))
+        except UnknownStream as exc:
+            return self._guard.refuse(connection, Refusal.UNKNOWN_STREAM, str(exc))
+        except LogError as exc:
+            logger.error("history: %s", exc)  # noqa: TRY400  the text says it all
+            return connection.respond(HttpStatus.UNAVAILABLE, "log: cannot be read\n")
+        return _page(connection, found.content_type, found.body)
 
     def _observed(self) -> Observed:
         """The state that the metrics show."""
@@ -394,6 +408,20 @@ class Server:
 def _check_name(name: str) -> None:
     if not STREAM_NAME.fullmatch(name):
         raise BadQuery(f"{name[:80]!r} is no stream name; expected {STREAM_NAME.pattern}")
+
+
+def _page(connection: ServerConnection, content_type: str, body: bytes) -> Response:
+    response = connection.respond(HttpStatus.OK, "")
+    for name, value in (
+        ("Content-Type", content_type),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
+    ):
+        if name in response.headers:
+            del response.headers[name]
+        response.headers[name] = value
+    response.body = body
+    return response
 
 
 def _unix_ms() -> int:
