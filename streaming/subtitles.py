@@ -32,7 +32,7 @@ class Cue:
 def cues_of(segments: Iterable[Sequence[Word]]) -> list[Cue]:
     """The cues of segments in their order; none spans two of them."""
     groups = [group for words in segments for group in _groups(words)]
-    cues = []
+    cues: list[Cue] = []
     for i, group in enumerate(groups):
         start = max(group[0].start_ms, cues[-1].end_ms if cues else 0)
         end = max(group[-1].end_ms, start + MIN_CUE_MS)
