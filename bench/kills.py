@@ -66,6 +66,9 @@ class Victims:
     async def kill(self, kind: str) -> bool:
         """End one of them as a crash would; whether there was one."""
         assert self.process is not None
+        if self.process.returncode is not None:
+            log = (self.folder / "server.log").read_text(errors="replace")
+            raise RuntimeError(f"the server ended by itself with {self.process.returncode}:\n{log[-4000:]}")
         if kind == "server":
             self.process.kill()
             await self.process.wait()
@@ -148,8 +151,6 @@ async def run(arguments: argparse.Namespace, rng: random.Random, n_kills: int) -
         server = f"ws://{HOST}:{victims.port}"
         over = asyncio.Event()
         watch(victims)
-        killing = asyncio.create_task(kill_all(victims, rng, n_kills, arguments.every, kills, over))
-        reading = asyncio.create_task(read(server, found))
         n_bytes = 0
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -160,10 +161,11 @@ async def run(arguments: argparse.Namespace, rng: random.Random, n_kills: int) -
 
         is_paced = n_kills > 0
         url = stream_url(server, "kills")
-        await stream_audio(url, chunks(), lambda _: None, paced=is_paced, backoff=QUICK)
-        over.set()
-        await killing
-        await reading
+        async with asyncio.TaskGroup() as group:
+            group.create_task(kill_all(victims, rng, n_kills, arguments.every, kills, over))
+            group.create_task(read(server, found))
+            await stream_audio(url, chunks(), lambda _: None, paced=is_paced, backoff=QUICK)
+            over.set()
         assert victims.process is not None
         victims.process.terminate()
         await victims.process.wait()

@@ -54,6 +54,7 @@ async def open_connection(
     Raises:
         ConnectFailed: it could not be opened.
     """
+    place = url.partition("?")[0]  # the query may hold a token, and texts of errors are shown
     try:
         return await connect(
             url,
@@ -71,11 +72,11 @@ async def open_connection(
     except InvalidURI as exc:
         raise ConnectFailed(str(exc), is_lasting=True) from exc
     except InvalidHandshake as exc:
-        raise ConnectFailed(f"{url}: no WebSocket server: {exc}", is_lasting=True) from exc
+        raise ConnectFailed(f"{place}: no WebSocket server: {exc}", is_lasting=True) from exc
     except TimeoutError as exc:
-        raise ConnectFailed(f"{url}: no answer within {OPEN_TIMEOUT_S:g} s", is_lasting=False) from exc
+        raise ConnectFailed(f"{place}: no answer within {OPEN_TIMEOUT_S:g} s", is_lasting=False) from exc
     except OSError as exc:
-        message = f"{url}: cannot connect: {exc}; is the server running? (moss-live serve)"
+        message = f"{place}: cannot connect: {exc}; is the server running? (moss-live serve)"
         raise ConnectFailed(message, is_lasting=False) from exc
 
 
