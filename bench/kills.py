@@ -49,6 +49,7 @@ class Victims:
     engine: str
     port: int = field(default_factory=free_port)
     process: asyncio.subprocess.Process | None = None
+    n_ended: int = 0  # servers that ended because their engine was killed while it started
     connections: dict[str, ClientConnection] = field(default_factory=dict)  # "producer", "subscriber"
 
     async def start(self) -> None:
@@ -67,8 +68,15 @@ class Victims:
         """End one of them as a crash would; whether there was one."""
         assert self.process is not None
         if self.process.returncode is not None:
+            # An engine that dies before it was ever ready ends the server; a service is started again.
             log = (self.folder / "server.log").read_text(errors="replace")
-            raise RuntimeError(f"the server ended by itself with {self.process.returncode}:\n{log[-4000:]}")
+            if "EngineLost" not in log[-4000:]:
+                raise RuntimeError(
+                    f"the server ended by itself with {self.process.returncode}:\n{log[-4000:]}"
+                )
+            self.n_ended += 1
+            await self.start()
+            return False
         if kind == "server":
             self.process.kill()
             await self.process.wait()
@@ -105,6 +113,7 @@ def main() -> int:
     seqs = [e.seq for e in found.envelopes if e.message.type not in UNLOGGED]
     result = {
         "kills": found.kills,
+        "servers_ended_by_a_killed_start": found.n_ended,
         "seed": arguments.seed,
         "engine": arguments.engine,
         "audio_s": round(found.audio_s, 1),
@@ -126,6 +135,7 @@ class Found:
 
     envelopes: list[Envelope] = field(default_factory=list)
     kills: dict[str, int] = field(default_factory=dict)
+    n_ended: int = 0
     audio_s: float = 0.0
 
     @property
@@ -171,6 +181,7 @@ async def run(arguments: argparse.Namespace, rng: random.Random, n_kills: int) -
         await victims.process.wait()
         found.audio_s = n_bytes / bytes_of_ms(1000)
         found.kills = dict(kills)
+        found.n_ended = victims.n_ended
     return found
 
 

@@ -2,7 +2,8 @@
 
 FOLDER holds a checkpoint and cases as in `moss_reference`. Every case runs offline (the whole clip,
 no cache) and streamed (random pieces, growing blocks heard and rolled back, a fork at the end).
-Prints the largest error of each kind; exits 1 beyond the tolerance.
+Prints the largest error of each kind; exits 1 beyond the tolerance. With `--device cuda` the same on a
+GPU in plain float32, the answers by captured graphs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from model.mel import DYNAMIC_RANGE, SILENCE, StreamingMel, log_mel
 from model.moss import checkpoint
 from model.moss.checkpoint import Checkpoint
+from model.moss.decode import CudaGraphs
 from model.moss.encoder import Block, split_blocks
 from model.moss.fork import Question, ask
 from model.moss.hearing import Ear
@@ -53,7 +55,7 @@ def cases(folder: Path) -> list[Case]:
 
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference; infinite where the shapes differ."""
-    return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
+    return float((a.cpu() - b).abs().max()) if a.shape == b.shape else float("inf")
 
 
 def n_different(a: Sequence[int], b: Sequence[int]) -> float:
@@ -73,7 +75,7 @@ def greedy_uncached(ckpt: Checkpoint, ids: Sequence[int], audio: AudioEmbeddings
     special = ckpt.layout.special
     said: list[int] = []
     for _ in range(n):
-        prompt = torch.tensor([*ids, *said])
+        prompt = torch.tensor([*ids, *said], device=ckpt.model.device)
         last = ckpt.model.logits_of_prompt(prompt, audio, special.audio)[-1].clone()
         last[list(special.never)] = -torch.inf
         said.append(int(last.argmax()))
@@ -92,7 +94,7 @@ def offline_errors(ckpt: Checkpoint, case: Case) -> dict[str, float]:
     ids = ckpt.layout.clip(hidden.shape[0], case.prompt)
     errors["prompt"] = n_different(ids, stored["input_ids"].tolist())
     audio = joined(model.hear(split_blocks(mel, model.config.encoder)))
-    logits = model.logits_of_prompt(torch.tensor(ids), audio, ckpt.layout.special.audio)
+    logits = model.logits_of_prompt(torch.tensor(ids, device=model.device), audio, ckpt.layout.special.audio)
     errors["logits"] = difference(logits[-N_LAST:], stored["logits_last32"])
     said = greedy_uncached(ckpt, ids, audio, len(stored["greedy"]))
     errors["greedy"] = n_different(said, stored["greedy"].tolist())
@@ -119,6 +121,8 @@ def streamed_errors(ckpt: Checkpoint, case: Case, seed: int) -> dict[str, float]
     n_blocks = pcm.shape[0] // 64_000 + 1
     settings = WindowSettings(n_blocks=n_blocks, max_position=40_960)
     cache = RollingCache(model, ckpt.layout, settings, n_slots=1)
+    if model.device.type == "cuda":
+        cache.decoder.capture(CudaGraphs())
     ear = Ear(config, min_peak=known_peak(pcm, config.num_mel_bins))
     encoded: list[Block] = []
     at = 0
@@ -157,10 +161,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--seeds", type=int, default=3, help="random chunkings of each case")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU round to 10 bits
     worst: dict[str, float] = {}
     for folder in options.folders:
-        ckpt = checkpoint.load(str(folder), torch.float32)
+        ckpt = checkpoint.load(str(folder), torch.float32, options.device)
         for case in cases(folder):
             runs = {"offline": offline_errors(ckpt, case)}
             runs |= {f"streamed/{seed}": streamed_errors(ckpt, case, seed) for seed in range(options.seeds)}

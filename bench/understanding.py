@@ -2,11 +2,12 @@
 """What is heard beside words, through the real engine and timeline on a virtual clock.
 
     bench/understanding.py --manifest DATA/events/scenes_train/manifest.jsonl --root DATA
-    bench/understanding.py --manifest DATA/emotion/manifest.jsonl --root DATA
+    bench/understanding.py --manifest DATA/emotion/manifest.jsonl --root DATA --every 4
 
 The manifest's fields tell whether it is about sound events (`events`) or emotion (`emotion`). The
 last line is JSON. `--fold-weights` measures every scene with weights that were trained without its
-clips (`training/events.py --folds`); without it the weights that ship are measured.
+clips (`training/events.py --folds`), or every clip with a head that was trained without its actor
+(`folds` in the cache of `training/emotion.py`); without it the weights that ship are measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import understanding_events
+from bench import understanding_emotion, understanding_events
 from model.errors import CheckpointError
 from streaming.config import Config, ConfigError, load_config
 
@@ -28,7 +29,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config) if arguments.config else Config()
-        rows = read_rows(arguments.manifest, arguments.filter)[: arguments.limit]
+        rows = read_rows(arguments.manifest, arguments.filter)[:: arguments.every][: arguments.limit]
         report = measure(rows, config, arguments)
     except (CheckpointError, ConfigError, ValueError, OSError) as exc:
         print(f"understanding: {exc}", file=sys.stderr)
@@ -57,7 +58,20 @@ def measure(
                 quiet_s=arguments.quiet_s,
             ),
         )
-    raise ValueError(f"{arguments.manifest}: no row with `events`; expected a manifest of scenes")
+    if rows and "emotion" in rows[0]:
+        if arguments.no_words:
+            raise ValueError("--no-words: emotion is read from the pass that the words use")
+        return understanding_emotion.measure(
+            rows,
+            config,
+            understanding_emotion.Options(
+                root=arguments.root,
+                n_streams=arguments.streams,
+                fold_weights=arguments.fold_weights,
+                read_s=arguments.quiet_s,
+            ),
+        )
+    raise ValueError(f"{arguments.manifest}: no row with `events` or `emotion`")
 
 
 def read_rows(manifest: Path, path_part: str) -> list[Mapping[str, Any]]:
@@ -83,19 +97,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--root", type=Path, required=True, help="what the manifest's paths are relative to")
     parser.add_argument("--filter", default="", help="only rows with this in their path")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th row")
     parser.add_argument("--limit", type=int, default=None, help="only so many rows, the first ones")
     parser.add_argument("--config", type=Path, default=None, help="a config.toml; else the defaults")
     parser.add_argument("--streams", type=int, default=1, help="streams at once, in one engine")
     parser.add_argument("--no-words", action="store_true", help="hear sounds alone: the same events, cheaper")
     parser.add_argument(
-        "--fold-weights", type=Path, default=None, help="folder of training/events.py --folds"
+        "--fold-weights", type=Path, default=None, help="folder of heads trained without what they hear"
     )
     parser.add_argument(
-        "--quiet-s", type=float, default=900.0, help="seconds of speech, and of music, for false alarms"
+        "--quiet-s",
+        type=float,
+        default=900.0,
+        help="seconds of speech, and of music, for false alarms and neutral reading",
     )
     arguments = parser.parse_args()
-    if arguments.streams < 1:
-        parser.error("--streams: expected at least 1")
+    if arguments.streams < 1 or arguments.every < 1:
+        parser.error("--streams, --every: expected at least 1")
     return arguments
 
 

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from streaming.config import Config
 from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result, Sound
-from streaming.engine.plan import Runner, SoundLabel
+from streaming.engine.plan import Capabilities, Runner
 from streaming.engine.scheduler import Listening, Scheduler
-from streaming.events import EventTracker
 from streaming.protocol import SAMPLE_RATE_HZ, Flushed, Message, ms_of
-from streaming.timeline import Timeline
+from streaming.timeline import new_timeline
 from streaming.vad import Vad
 
 CHUNK = SAMPLE_RATE_HZ // 50  # samples that arrive at a time, 20 ms
@@ -46,15 +45,14 @@ class VirtualRuns:
 
 class _Stream:
     def __init__(
-        self, number: int, audio: NDArray[np.float32], config: Config, sounds: Sequence[SoundLabel]
+        self, number: int, audio: NDArray[np.float32], config: Config, capabilities: Capabilities
     ) -> None:
         self.number = number
         self.audio = audio
         self.sent = 0
         self.vad = Vad(config.vad)
-        columns = [Sound(label.name, label.parent, label.threshold) for label in sounds]
-        tracker = EventTracker(config.events, columns) if config.events.enabled else None
-        self.timeline = Timeline(config.transcript, sounds=tracker)
+        sounds = [Sound(label.name, label.parent, label.threshold) for label in capabilities.sounds]
+        self.timeline = new_timeline(config, capabilities.tasks, sounds)
         self.arrivals: list[tuple[float, Message]] = []
         self.flushed_s: float | None = None
 
@@ -114,7 +112,7 @@ def run(
         longest_window_s=runner.capabilities.max_window_s,
         listening=Listening.to(runner.capabilities, config.events, config.emotion, tick),
     )
-    streams = [_Stream(number, pcm, config, runner.capabilities.sounds) for number, pcm in enumerate(audio)]
+    streams = [_Stream(number, pcm, config, runner.capabilities) for number, pcm in enumerate(audio)]
     for stream in streams:
         scheduler.open(Open(stream.number, language))
     cpu_s = wall_s = 0.0

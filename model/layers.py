@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_QUERIES = 4  # up to here two plain products beat the fused CPU kernel (0.4 ms to 0.9 ms at 1500 keys)
+CHUNK_QUERIES = 64  # of `_attend_in_chunks`: their scores stay in the processor's cache
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
@@ -38,9 +39,20 @@ def _attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`scaled_dot_product_attention` for a few queries: the CPU's fused kernel splits over queries."""
     scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5  # [B, H, T, S]
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        is_bool = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
     weights: Tensor = scores.softmax(dim=-1).to(v.dtype)
     return weights @ v
+
+
+def _attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`scaled_dot_product_attention` with an additive mask, some queries at a time.
+
+    In bfloat16 on a CPU it takes half the time of the fused kernel (430 queries, 494 keys: 2.9 ms for
+    5.7 ms), in float32 it takes longer (7.8 ms for 5.4 ms).
+    """
+    q, k = q * q.shape[3] ** -0.5, k.transpose(2, 3)
+    return torch.cat([(part @ k + bias).softmax(dim=-1) @ v for part in q.split(CHUNK_QUERIES, dim=2)], dim=2)
 
 
 class Attention(nn.Module):
@@ -62,6 +74,12 @@ class Attention(nn.Module):
         """Keys and values of `x` [B, T, D]: each [B, H, T, D / H]."""
         return split_heads(self.k_proj(x), self.n_heads), split_heads(self.v_proj(x), self.n_heads)
 
+    def attend_biased(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """As `attend`, for many queries, with `bias` [B, H, 1, S] added to their scores."""
+        if q.is_cuda or q.dtype != torch.bfloat16:
+            return self.attend(q, k, v, bias)
+        return self.out_proj(merge_heads(_attend_in_chunks(q, k, v, bias)))  # type: ignore[no-any-return]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention output, [B, T, D].
 
@@ -69,7 +87,8 @@ class Attention(nn.Module):
             q: Queries, [B, H, T, D / H].
             k: Keys, [B, H, S, D / H].
             v: Values, as `k`.
-            mask: Bool, broadcastable to [B, H, T, S]; True where a query may look.
+            mask: Broadcastable to [B, H, T, S]. Bool: True where a query may look; else what is added
+                to the scores.
         """
         if q.shape[2] <= FEW_QUERIES and not q.is_cuda:
             out = _attend_few(q, k, v, mask)

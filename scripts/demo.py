@@ -1,4 +1,6 @@
-"""The demo: a server, a recording streamed to it in real time, and its captions as they come.
+"""The demo: a server, a recording streamed to it in real time, and what it hears as it comes.
+
+Words, sound events and emotion stand on one timeline.
 
 Starts `moss-live serve` on a free port with the repository's config.toml, streams through a
 real WebSocket, and stops the server whatever happens. On a terminal the captions are redrawn in
@@ -18,7 +20,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +32,14 @@ from clients.captions import captions_for
 from clients.connection import ConnectFailed
 from clients.producer import Progress, StreamFailed, stream_audio, stream_url
 from clients.sources import SourceError, file_chunks
-from streaming.protocol import READY_PATH, Envelope, TranscriptDelta
+from streaming.protocol import (
+    READY_PATH,
+    EmotionUpdate,
+    Envelope,
+    EventEnded,
+    Message,
+    TranscriptDelta,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -55,29 +66,47 @@ def main() -> int:
             console.print(
                 f"The server is ready on port {port}. Streaming {recording} in real time.\n", markup=False
             )
-            committed, flush_s = asyncio.run(stream(recording, port, console))
+            heard, flush_s = asyncio.run(stream(recording, port, console))
     except (DemoError, StreamFailed, ConnectFailed, SourceError) as exc:
         print(f"demo: {exc}", file=sys.stderr)
         print("\n".join(tail(log)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return report(console, committed, flush_s, Path(recording).with_suffix(".txt"))
+    return report(console, heard, flush_s, Path(recording).with_suffix(".txt"))
 
 
-async def stream(recording: str, port: int, console: Console) -> tuple[str, float | None]:
-    """The committed transcript, and the seconds from the end of the audio to its last word.
+@dataclass(slots=True)
+class Heard:
+    """What stays of the messages."""
+
+    words: list[str] = field(default_factory=list)  # of each delta
+    sounds: Counter[str] = field(default_factory=Counter)  # events by label
+    emotions: Counter[str] = field(default_factory=Counter)  # updates by label
+
+    def add(self, message: Message) -> None:
+        """Take in one message."""
+        match message:
+            case TranscriptDelta():
+                self.words.append(message.text)
+            case EventEnded():
+                self.sounds[message.label] += 1
+            case EmotionUpdate():
+                self.emotions[message.label] += 1
+
+
+async def stream(recording: str, port: int, console: Console) -> tuple[Heard, float | None]:
+    """What was heard, and the seconds from the end of the audio to its last word.
 
     Raises:
         ConnectFailed, StreamFailed, SourceError: as `stream_audio`.
     """
     progress = Progress()
-    words: list[str] = []
+    heard = Heard()
     with captions_for(console, lambda: progress.sent_s) as captions:
 
         def on_message(envelope: Envelope) -> None:
-            if isinstance(envelope.message, TranscriptDelta):
-                words.append(envelope.message.text)
+            heard.add(envelope.message)
             captions.show(envelope)
 
         url = stream_url(f"ws://{HOST}:{port}", "demo")
@@ -85,15 +114,19 @@ async def stream(recording: str, port: int, console: Console) -> tuple[str, floa
     flush_s = None
     if progress.flush_sent_at is not None and progress.flushed_at is not None:
         flush_s = progress.flushed_at - progress.flush_sent_at
-    return " ".join(words), flush_s
+    return heard, flush_s
 
 
-def report(console: Console, committed: str, flush_s: float | None, reference: Path) -> int:
+def report(console: Console, heard: Heard, flush_s: float | None, reference: Path) -> int:
     """Print what was heard, and what was said where that is known; the exit status."""
+    committed = " ".join(heard.words)
     if not committed:
         print("demo: no word was committed", file=sys.stderr)
         return 1
     console.print(f"\nTranscript:\n{committed}", markup=False, soft_wrap=True)
+    for what, found in (("Sounds", heard.sounds), ("Emotion", heard.emotions)):
+        line = ", ".join(f"{label} ({n})" for label, n in found.most_common())
+        console.print(f"\n{what}: {line or 'none'}", markup=False, soft_wrap=True)
     if flush_s is not None:
         console.print(f"\nEverything was final {flush_s:.2f} s after the last audio.")
     if reference.suffix == ".txt" and reference.is_file():

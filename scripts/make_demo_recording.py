@@ -1,7 +1,8 @@
 """Put together the demo's recording: a telephone call, spoken by a person.
 
 The sentences and their texts come from Debian's `asterisk-core-sounds-en*` (Allison Smith,
-CC BY-SA 3.0), the ringing from `sound-theme-freedesktop`. They are downloaded and unpacked into a
+CC BY-SA 3.0), the hold music from `asterisk-moh-opsound-g722` (Macroform, CC BY-SA 3.0), the ringing
+from `sound-theme-freedesktop`. They are downloaded and unpacked into a
 folder that git ignores; no root is needed. Writes RECORDING.wav (16 kHz mono) and RECORDING.txt
 (what is said in it).
 """
@@ -22,10 +23,16 @@ from pathlib import Path
 from clients.sources import SAMPLE_BYTES, SourceError, bytes_of_ms, decode
 from streaming.protocol import SAMPLE_RATE_HZ
 
-PACKAGES = ("asterisk-core-sounds-en", "asterisk-core-sounds-en-g722", "sound-theme-freedesktop")
+PACKAGES = (
+    "asterisk-core-sounds-en",
+    "asterisk-core-sounds-en-g722",
+    "asterisk-moh-opsound-g722",
+    "sound-theme-freedesktop",
+)
 VOICE = Path("usr/share/asterisk/sounds/en_US_f_Allison")
 TEXTS = Path("usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 SOUNDS = Path("usr/share/sounds/freedesktop/stereo")
+MUSIC = Path("usr/share/asterisk/moh")
 APT_TIMEOUT_S = 300
 
 
@@ -37,20 +44,29 @@ class RecordingError(RuntimeError):
 class Piece:
     """One sound of the call and the silence after it."""
 
-    name: str
+    path: Path  # inside the packages
     pause_ms: int
-    is_speech: bool = True
+    cut_ms: tuple[int, int] | None = None  # the part that is taken; None: all of it
+
+
+def voice(name: str, pause_ms: int) -> Piece:
+    """A sentence."""
+    return Piece(VOICE / f"{name}.g722", pause_ms)
+
+
+RINGING = SOUNDS / "phone-incoming-call.oga"
 
 
 CALL = (
-    Piece("phone-incoming-call", 700, is_speech=False),
-    Piece("priv-introsaved", 900),
-    Piece("tt-allbusy", 1200),
-    Piece("followme/status", 800),
-    Piece("demo-echotest", 1000),
-    Piece("bell", 700, is_speech=False),
-    Piece("followme/sorry", 900),
-    Piece("demo-thanks", 1000),
+    Piece(RINGING, 700),
+    voice("priv-introsaved", 900),
+    voice("tt-allbusy", 1200),
+    Piece(MUSIC / "macroform-the_simplicity.g722", 900, cut_ms=(20_000, 26_000)),
+    voice("followme/status", 800),
+    voice("demo-echotest", 1000),
+    Piece(RINGING, 700),
+    voice("followme/sorry", 900),
+    voice("demo-thanks", 1000),
 )
 
 
@@ -79,19 +95,22 @@ def make(recording: Path, packages: Path) -> None:
         SourceError: a sound in them cannot be decoded.
     """
     unpacked = packages / "unpacked"
-    if not (unpacked / TEXTS).exists():
+    if not all((unpacked / path).exists() for path in (TEXTS, *(piece.path for piece in CALL))):
         fetch(packages)
     texts = read_texts(unpacked / TEXTS)
     audio = bytearray(bytes_of_ms(500))
     said = []
     for piece in CALL:
-        if piece.is_speech:
-            audio += b"".join(decode(str(unpacked / VOICE / f"{piece.name}.g722")))
-            if piece.name not in texts:
-                raise RecordingError(f"{TEXTS.name} has no text of {piece.name!r}")
-            said.append(texts[piece.name])
-        else:
-            audio += b"".join(decode(str(unpacked / SOUNDS / f"{piece.name}.oga")))
+        sound = b"".join(decode(str(unpacked / piece.path)))
+        if piece.cut_ms is not None:
+            first, last = piece.cut_ms
+            sound = sound[bytes_of_ms(first) : bytes_of_ms(last)]
+        audio += sound
+        if piece.path.is_relative_to(VOICE):
+            name = str(piece.path.relative_to(VOICE).with_suffix(""))
+            if name not in texts:
+                raise RecordingError(f"{TEXTS.name} has no text of {name!r}")
+            said.append(texts[name])
         audio += bytes(bytes_of_ms(piece.pause_ms))
     recording.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(recording), "wb") as file:

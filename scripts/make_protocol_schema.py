@@ -181,7 +181,13 @@ def generated() -> dict[str, list[str]]:
             ("limit", "value", "meaning"),
             [
                 (f"`{name}`", str(getattr(protocol, name)), comments.of_assignment(name))
-                for name in ("MAX_ID_CHARS", "MAX_QUESTION_CHARS", "MAX_SUBSCRIBED_STREAMS", "MAX_CHANNELS")
+                for name in (
+                    "MAX_ID_CHARS",
+                    "MAX_QUESTION_CHARS",
+                    "MAX_TEXT_CHARS",
+                    "MAX_SUBSCRIBED_STREAMS",
+                    "MAX_CHANNELS",
+                )
             ],
         ),
     }

@@ -28,9 +28,13 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from streaming.config import ConfigError, is_loopback, problems
 from streaming.protocol import (
+    DEEPGRAM_PATH,
+    DEEPGRAM_STREAMS,
     HEALTH_PATH,
     HISTORY_PATH,
     METRICS_PATH,
+    OPENAI_PATH,
+    OPENAI_STREAMS,
     READY_PATH,
     STREAM_PATH,
     SUBSCRIBE_PATH,
@@ -280,6 +284,8 @@ _NEEDS = {
     METRICS_PATH: Need(Scope.READ, "*"),
     HISTORY_PATH: Need(Scope.READ, "*"),
     SUBSCRIBE_PATH: Need(Scope.SUBSCRIBE),
+    OPENAI_PATH: Need(Scope.PUBLISH, OPENAI_STREAMS),
+    DEEPGRAM_PATH: Need(Scope.PUBLISH, DEEPGRAM_STREAMS),
 }
 
 

@@ -21,6 +21,7 @@ from streaming.logs import configure
 logger = logging.getLogger(__name__)
 
 DEFAULT_PATH = Path("config.toml")
+MAX_FILES = 65_536  # open at once; more are not asked for
 PRIVATE = 0o600  # the tokens file is its owner's alone
 
 
@@ -114,8 +115,10 @@ def _append(path: Path, entry: str) -> None:
 
 def _raise_file_limit() -> None:
     """As many open files as the system allows: every connection is one, half-open ones too."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def find_config(path: Path | None) -> Config:

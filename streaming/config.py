@@ -52,6 +52,13 @@ class ServerConfig(_Section):
     def _a_list_will_do(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            ipaddress.ip_address(address)
+        return value
+
     @model_validator(mode="after")
     def _tls_has_both_files(self) -> ServerConfig:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -202,7 +209,7 @@ class EventsConfig(_Section):
     enabled: bool = True
     labels: Literal["monitoring", "meeting", "all"] | list[str] = "monitoring"
     thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
-    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.6
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
     min_ms: Annotated[int, Field(ge=80, le=5000)] = 160
     merge_gap_ms: Annotated[int, Field(ge=0, le=5000)] = 320
     max_open: Annotated[int, Field(ge=1, le=1000)] = 16

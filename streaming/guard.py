@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
@@ -144,6 +143,11 @@ class Guard:
             oldest.transport.abort()
         self._half_open[connection] = None
 
+    def drop_half_open(self) -> None:
+        """The server is stopping: it waits for nobody who has not asked for anything yet."""
+        for connection in self._half_open:
+            connection.transport.abort()
+
     def lost(self, connection: GuardedConnection) -> None:
         """A connection is gone, with whatever it held."""
         if connection in self._half_open:
@@ -166,8 +170,8 @@ class Guard:
         """Refuse a request that may not be made at all, or give the connection its grant."""
         self._half_open.pop(connection, None)
         connection.address = self._address(connection, request)
-        url = urlsplit(request.path)
-        need = need_of(url.path)
+        path, _ = split_target(request)
+        need = need_of(path)
         if request.method != "GET":
             return self.refuse(connection, Refusal.BAD_METHOD)
         if need is not None and need.scope is None:
@@ -184,7 +188,7 @@ class Guard:
             return self.refuse(connection, Refusal.BAD_ORIGIN)
         if need is None:
             return self.refuse(connection, Refusal.BAD_PATH)
-        if url.path == METRICS_PATH and (self._tokens is None or is_local):
+        if path == METRICS_PATH and (self._tokens is None or is_local):
             # Numbers of the whole server: without a token for this machine alone, and through a
             # proxy on it for nobody.
             if is_local and not any(name in request.headers for name in _FORWARDED):
@@ -197,7 +201,8 @@ class Guard:
         if self._tokens is None:
             connection.grant = EVERYTHING
             return None
-        token = presented(request.headers.get_all("Authorization"), urlsplit(request.path).query)
+        _, query = split_target(request)
+        token = presented(request.headers.get_all("Authorization"), query)
         if token is None:
             return self.refuse(connection, Refusal.NO_TOKEN)
         grant = self._tokens.grant(token, self._today())
@@ -267,6 +272,12 @@ class Guard:
             if forwarded:  # the last one is the proxy's own finding, those before it the client's word
                 return forwarded[-1].rpartition(",")[2].strip()[:64]
         return address
+
+
+def split_target(request: Request) -> tuple[str, str]:
+    """Path and query of a request; not by `urlsplit`, which finds hosts in paths and raises at some."""
+    path, _, query = request.path.partition("?")
+    return path, query
 
 
 def tls_context(cert: str, key: str) -> ssl.SSLContext | None:

@@ -9,6 +9,8 @@ import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 
+from streaming.errors import TooFast
+
 MAX_ADDRESSES = 10_000  # remembered at once; beyond it the one that was seen longest ago is forgotten
 
 
@@ -87,10 +89,17 @@ class AudioPace:
         self._ahead = 0.0  # seconds of audio, at `_at`
         self._at = now_s
 
-    def take(self, audio_s: float, now_s: float) -> float | None:
-        """Count audio that came; gives the seconds to wait before reading on, None where it is too much."""
+    def take(self, audio_s: float, now_s: float) -> float:
+        """Count audio that came; gives the seconds to wait before reading on.
+
+        Raises:
+            TooFast: it is further ahead than the server puts up with.
+        """
         self._ahead = max(0.0, self._ahead - (now_s - self._at) * self._speed) + audio_s
         self._at = now_s
         if self._ahead > self._ahead_s:
-            return None
+            raise TooFast(
+                f"the audio is more than {self._ahead_s:g} s ahead; expected at most "
+                f"{self._burst_s:g} s at once, then {self._speed:g} s a second"
+            )
         return max(0.0, self._ahead - self._burst_s) / self._speed

@@ -23,7 +23,6 @@ from streaming.errors import (
     Replaced,
     ServerStopping,
     SlowReader,
-    TooFast,
 )
 from streaming.hub import Subscription
 from streaming.limits import AudioPace
@@ -57,6 +56,12 @@ class ProducerLimits:
     ack_interval_s: float
     languages: tuple[str, ...]  # codes the model can be set to
     tasks: tuple[str, ...]  # what the model does
+
+    def new_pace(self) -> AudioPace:
+        """What holds back a client whose audio comes too fast, from now on."""
+        limits = self.limits
+        now = asyncio.get_running_loop().time()
+        return AudioPace(limits.audio_speed, limits.audio_burst_s, limits.audio_ahead_s, now)
 
 
 class Producer:
@@ -93,12 +98,7 @@ class Producer:
         self._limits = limits
         self._stopping = stopping
         self._n_bad = 0
-        self._pace = AudioPace(
-            limits.limits.audio_speed,
-            limits.limits.audio_burst_s,
-            limits.limits.audio_ahead_s,
-            asyncio.get_running_loop().time(),
-        )
+        self._pace = limits.new_pace()
 
     async def run(self) -> None:
         """Converse until the stream is over or the connection is, and close.
@@ -189,7 +189,8 @@ class Producer:
         while True:
             frame = await self._next_frame()
             if isinstance(frame, bytes):
-                wait_s = self._ahead(frame)
+                now = asyncio.get_running_loop().time()
+                wait_s = self._pace.take(self._session.seconds_of(len(frame)), now)
                 await self._session.feed(frame)
                 if wait_s:
                     await asyncio.sleep(wait_s)  # and the socket is not read meanwhile
@@ -210,21 +211,6 @@ class Producer:
                     self._session.ask(message)
                 case Ask():
                     self.tell(Error("unsupported", "the loaded model answers no questions", fatal=False))
-
-    def _ahead(self, frame: bytes) -> float:
-        """Seconds to wait after a frame of audio, until no more is ahead of real time than may be.
-
-        Raises:
-            TooFast: it is further ahead than the server puts up with.
-        """
-        wait_s = self._pace.take(self._session.seconds_of(len(frame)), asyncio.get_running_loop().time())
-        if wait_s is None:
-            limits = self._limits.limits
-            raise TooFast(
-                f"the audio is more than {limits.audio_ahead_s:g} s ahead; expected at most "
-                f"{limits.audio_burst_s:g} s at once, then {limits.audio_speed:g} s a second"
-            )
-        return wait_s
 
     async def _next_frame(self) -> str | bytes:
         """The next frame; audio that waits for its `ack` gets it in the meantime."""

@@ -22,9 +22,10 @@ STREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 STREAM_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}")  # a name, or with `*` many of them
 AUDIO_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
-MAX_CHANNELS = 8
+MAX_CHANNELS = 8  # of a stream's audio, mixed to one
 MAX_ID_CHARS = 64  # of a client's `flush` and `ask`
-MAX_QUESTION_CHARS = 2_000
+MAX_QUESTION_CHARS = 2_000  # of an `ask`
+MAX_TEXT_CHARS = 65_536  # of a client's text frame; a subscriber's frame of more bytes closes with 1009
 MAX_SUBSCRIBED_STREAMS = 64  # names and patterns in one `subscribe`
 MAX_SEQ = 2**53  # what JavaScript can count to
 
@@ -39,6 +40,10 @@ RESUME_PARAMETER, AFTER_PARAMETER = "resume", "after"
 HEALTH_PATH = "/healthz"
 READY_PATH = "/readyz"
 METRICS_PATH = "/metrics"
+OPENAI_PATH = "/v1/realtime"  # protocols of other people's, see docs/openai.md and docs/deepgram.md;
+OPENAI_STREAMS = "openai-*"  # ... their streams get names of these patterns
+DEEPGRAM_PATH = "/v1/listen"
+DEEPGRAM_STREAMS = "deepgram-*"
 TOKEN_PARAMETER = "token"  # of a URL's query, for clients that cannot set the header `Authorization`
 
 
@@ -536,6 +541,10 @@ def decode_client(text: str | bytes, allowed: Sequence[type[ClientMessage]]) -> 
     Raises:
         ProtocolError: no JSON object, another type, an unknown field, or a value out of range.
     """
+    if len(text) > MAX_TEXT_CHARS:
+        raise ProtocolError(
+            "bad_message", f"a text frame of {len(text)} characters; expected at most {MAX_TEXT_CHARS}"
+        )
     body = _json_object(text)
     names = {cls.type: cls for cls in allowed}
     kind = body.pop("type", None)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as SocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -23,19 +22,22 @@ from websockets.http11 import Request, Response
 from streaming import connection as wire
 from streaming import protocol
 from streaming.access import Scope, without_token
-from streaming.config import Config
+from streaming.adaptors import deepgram, openai
+from streaming.adaptors.base import FED, Adaptor, Conversation
+from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
 from streaming.errors import BadQuery, LogError, StreamFault
-from streaming.guard import Guard, GuardedConnection, tls_context
+from streaming.guard import Guard, GuardedConnection, split_target, tls_context
 from streaming.history import History, UnknownStream, is_history
 from streaming.hub import Hub, Subscription
 from streaming.ingest import AudioFormat, parse_query
-from streaming.live import LiveStream, Resumption, parse_resumption
+from streaming.live import Resumption, parse_resumption
 from streaming.log import Log
 from streaming.logs import socket_logger, where_raised
 from streaming.metrics import CONTENT_TYPE, Observed
 from streaming.producer import Producer, ProducerLimits
 from streaming.protocol import (
+    MAX_TEXT_CHARS,
     STREAM_NAME,
     STREAM_PATH,
     SUBSCRIBE_PATH,
@@ -55,6 +57,12 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0  # for the peer's part of the closing handshake
 MAX_FRAMES_WAITING = 8  # of one connection, before its socket is not read any more
 
+# Protocols of other people's: a path, and what makes an adaptor of its handshake or refuses it.
+ADAPTORS: Mapping[str, Callable[[Request, VadConfig], Adaptor]] = {
+    protocol.DEEPGRAM_PATH: deepgram.admit,
+    protocol.OPENAI_PATH: openai.admit,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Admission:
@@ -63,6 +71,7 @@ class _Admission:
     name: str
     audio_format: AudioFormat
     language: str | None
+    adaptor: Adaptor | None = None  # None: the native protocol
     resumption: Resumption | None = None  # None: a new stream, whose name and slot are taken
 
 
@@ -167,6 +176,7 @@ class Server:
         self._streams.stop()
         self._check_finalised()
         sockets.close(close_connections=False)
+        self._guard.drop_half_open()
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.server.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
@@ -185,10 +195,10 @@ class Server:
         refusal = self._guard.check(connection, request)
         if refusal is not None:
             return refusal
-        url = urlsplit(request.path)
-        if is_history(url.path):
-            return await self._answer_history(connection, url.path, without_token(url.query))
-        match url.path:
+        path, query = split_target(request)
+        if is_history(path):
+            return await self._answer_history(connection, path, without_token(query))
+        match path:
             case protocol.HEALTH_PATH:
                 return connection.respond(HttpStatus.OK, "ok\n")
             case protocol.READY_PATH if self._log.is_full:
@@ -233,39 +243,63 @@ class Server:
             if response.status_code == HttpStatus.UPGRADE_REQUIRED:
                 return self._guard.refuse(connection, Refusal.NO_UPGRADE)
             return None
-        url = urlsplit(request.path)
-        is_stream = url.path != SUBSCRIBE_PATH
+        path, query = split_target(request)
+        is_stream = path != SUBSCRIBE_PATH
+        admission: _Admission | None = None
         if is_stream:
-            refusal = self._admit_stream(connection, url.path.removeprefix(STREAM_PATH), url.query)
+            try:
+                admission = self._admission(path, query, request)
+            except BadQuery as exc:
+                return self._guard.refuse(connection, Refusal.BAD_QUERY, str(exc))
+            refusal = self._check_stream(connection, admission)
             if refusal is not None:
                 return refusal
-        connection.is_subscriber = not is_stream
-        admission = connection.admission
+        if not is_stream:  # it sends no audio, and what half a message holds is memory
+            connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.server.max_message_bytes)
+        is_again = admission is not None and admission.resumption is not None
         refusal = self._guard.take_place(
             connection,
             Scope.PUBLISH if is_stream else Scope.SUBSCRIBE,
             # Its stream has a place already, if the connection that was lost is not known to be yet.
-            is_again=admission is not None and admission.resumption is not None,
+            is_again=is_again,
         )
         if refusal is not None:
             return refusal
-        if admission is not None and admission.resumption is None:
-            self._live.add(admission.name)
+        connection.is_subscriber = not is_stream
+        if admission is not None:
+            if not is_again:
+                self._live.add(admission.name)
+            connection.admission = admission
+            # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
+            connection.ping_timeout = None
+            if admission.adaptor is not None:
+                response.headers.update(admission.adaptor.headers)
         self._connections.add(connection)
         connection.on_lost = self._on_lost
         return None
 
-    def _admit_stream(self, connection: _Connection, name: str, query: str) -> Response | None:
-        refuse = self._guard.refuse
-        try:
-            _check_name(name)
-            resumption, query = parse_resumption(without_token(query))
-            audio_format = parse_query(query)
-            language = self._language(audio_format)
-            if resumption is not None:
-                return self._admit_again(connection, _Admission(name, audio_format, language, resumption))
-        except BadQuery as exc:
-            return refuse(connection, Refusal.BAD_QUERY, str(exc))
+    def _admission(self, path: str, query: str, request: Request) -> _Admission:
+        """What a handshake asks for.
+
+        Raises:
+            BadQuery: its URL asks for what cannot be.
+        """
+        query = without_token(query)
+        if path in ADAPTORS:
+            adaptor = ADAPTORS[path](Request(f"{path}?{query}", request.headers), self._config.vad)
+            audio_format = replace(FED, language=adaptor.language)
+            return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
+        name = path.removeprefix(STREAM_PATH)
+        _check_name(name)
+        resumption, query = parse_resumption(query)
+        audio_format = parse_query(query)
+        return _Admission(name, audio_format, self._language(audio_format), resumption=resumption)
+
+    def _check_stream(self, connection: _Connection, admission: _Admission) -> Response | None:
+        """Refuse a stream for which there is no engine, name or slot, or that cannot be resumed."""
+        name, refuse = admission.name, self._guard.refuse
+        if admission.resumption is not None:
+            return self._check_again(connection, admission, admission.resumption)
         ready = self._engine.ready
         if ready is None or not self._engine.is_ready:
             return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
@@ -275,29 +309,21 @@ class Server:
             return refuse(connection, Refusal.NAME_TAKEN)
         if len(self._live) >= ready.n_slots:
             return refuse(connection, Refusal.NO_SLOT)
-        connection.admission = _Admission(name, audio_format, language)
-        # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
-        connection.ping_timeout = None
         return None
 
-    def _admit_again(self, connection: _Connection, admission: _Admission) -> Response | None:
-        """A producer that comes back to its stream; it needs no slot.
-
-        Raises:
-            BadQuery: it declares another format than before.
-        """
-        name = admission.name
-        assert admission.resumption is not None
+    def _check_again(
+        self, connection: _Connection, admission: _Admission, resumption: Resumption
+    ) -> Response | None:
+        """Refuse a producer that may not go on with a stream; it needs no slot."""
+        name, refuse = admission.name, self._guard.refuse
         live = self._streams.find(name)
-        if not admission.resumption.is_for(self._log.resume_digest(name)):
-            is_live = name in self._live
-            return self._guard.refuse(connection, Refusal.NOT_ITS_TOKEN if is_live else Refusal.IS_OVER)
+        if not resumption.is_for(self._log.resume_digest(name)):
+            return refuse(connection, Refusal.NOT_ITS_TOKEN if name in self._live else Refusal.IS_OVER)
         if live is None and name in self._live:  # a dead server's, and the engine is not there yet
-            return self._guard.refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
+            return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
         if live is not None and not live.session.audio_format.is_as(admission.audio_format):
-            raise BadQuery(f"{admission.audio_format}; expected {live.session.audio_format}, as before")
-        connection.admission = admission
-        connection.ping_timeout = None
+            declared = f"{admission.audio_format}; expected {live.session.audio_format}, as before"
+            return refuse(connection, Refusal.BAD_QUERY, declared)
         return None
 
     def _language(self, audio_format: AudioFormat) -> str | None:
@@ -354,10 +380,34 @@ class Server:
 
     async def _produce(self, connection: _Connection, admission: _Admission) -> None:
         """The first connection of a new stream."""
+        name = admission.name
         with self._hub.subscription() as reader:
-            self._hub.subscribe(reader, Subscribe((admission.name,)))
-            live, token = self._streams.begin(admission.name, admission.audio_format, admission.language)
-            await self._producer(connection, live, reader, token).run()
+            self._hub.subscribe(reader, Subscribe((name,)))
+            if admission.adaptor is not None:
+                await self._adapt(connection, admission, admission.adaptor, reader)
+                return
+            live, token = self._streams.begin(name, admission.audio_format, admission.language)
+            limits, stopping = self._limits(), self._stopping
+            await Producer(connection, live, reader, self._log, limits, stopping, token=token).run()
+
+    async def _adapt(
+        self, connection: _Connection, admission: _Admission, adaptor: Adaptor, reader: Subscription
+    ) -> None:
+        """A stream of another protocol: its whole life is one connection."""
+        name = admission.name
+        session = self._streams.begin_unsaved(
+            name,
+            admission.audio_format,
+            admission.language,
+            vad=adaptor.endpointing(self._config.vad),
+            tell=lambda message: reader.put(Envelope(name, self._log.last_seq(name), message)),
+        )
+        try:
+            session.open(self._clock_ms())
+            limits = self._limits()
+            await Conversation(connection, session, reader, self._log, limits, self._stopping, adaptor).run()
+        finally:
+            session.abandon("internal")  # changes nothing unless something above failed
 
     async def _resume(self, connection: _Connection, name: str, resumption: Resumption) -> None:
         """A further connection of a stream; it hears what it missed first."""
@@ -368,9 +418,10 @@ class Server:
             self._hub.subscribe(reader, Subscribe((name,), after=resumption.after))
             if live is None or live.is_over.is_set():
                 await self._recite(connection, reader, name, resumption.after)
-            else:
-                logger.info("stream %s: its producer is back", name)
-                await self._producer(connection, live, reader, None).run()
+                return
+            logger.info("stream %s: its producer is back", name)
+            limits, stopping = self._limits(), self._stopping
+            await Producer(connection, live, reader, self._log, limits, stopping, token=None).run()
 
     async def _recite(
         self, connection: _Connection, reader: Subscription, name: str, after: int | None
@@ -384,19 +435,16 @@ class Server:
                     break
         await connection.close(CloseCode.NORMAL)
 
-    def _producer(
-        self, connection: _Connection, live: LiveStream, reader: Subscription, token: str | None
-    ) -> Producer:
+    def _limits(self) -> ProducerLimits:
         ready = self._engine.ready
         assert ready is not None, "streams are begun and restored when it is"
-        limits = ProducerLimits(
+        return ProducerLimits(
             self._config.server,
             self._config.limits,
             self._config.ingest.ack_interval_s,
             ready.languages,
             ready.tasks,
         )
-        return Producer(connection, live, reader, self._log, limits, self._stopping, token=token)
 
     def _deliver(self, envelope: Envelope) -> None:
         """A message is safe: let its readers have it. With the last one, name and slot are free."""

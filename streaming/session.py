@@ -259,9 +259,6 @@ class Session:
         await self._room(0)
         self._push(self._ingest.flush())
         self.acknowledge()
-        at = self._ring.end
-        if any((p.mark.kind, p.mark.at, p.client_id) == ("flush", at, flush_id) for p in self._pending):
-            return  # asked again over a new connection, without audio in between
         self._mark_flush(flush_id)
 
     def ask(self, ask: Ask) -> None:
@@ -280,6 +277,10 @@ class Session:
         self._language = language
         self._settled_language = None
         self._language_from = self._ring.end
+
+    def set_endpointing(self, vad: VadConfig) -> None:
+        """Find the beginning and end of speech by these settings from the next audio on."""
+        self._vad.change(vad)
 
     async def finish(self, reason: str) -> None:
         """Finalise what was said and close the stream; waits for the engine unless it is lost.

@@ -13,10 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from streaming import connection as wire
-from streaming.config import Config
+from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient, EngineState
 from streaming.errors import LogError
-from streaming.events import EventTracker
 from streaming.ingest import AudioFormat
 from streaming.live import LiveStream, Seat, digest_of, new_token
 from streaming.log import Left, Log
@@ -25,7 +24,7 @@ from streaming.metrics import Metrics
 from streaming.protocol import Message, SessionClosed, TranscriptDelta, TranscriptFinal, decode
 from streaming.session import Outlets, Session
 from streaming.state import decode_state
-from streaming.timeline import Timeline, TimelineState
+from streaming.timeline import TimelineState, new_timeline
 from streaming.vad import Vad
 
 logger = logging.getLogger(__name__)
@@ -74,10 +73,24 @@ class Streams:
         """A new stream, and the token that it is resumed with."""
         token = new_token()
         seat = Seat(self._log, name)
-        session = self._session(name, audio_format, language, seat, TimelineState())
+        session = self._session(name, audio_format, language, seat.tell)
         self._log.open(name, session, digest_of(token))
         session.open(self._clock_ms())
         return self._keep(session, seat), token
+
+    def begin_unsaved(
+        self,
+        name: str,
+        audio_format: AudioFormat,
+        language: str | None,
+        *,
+        vad: VadConfig,
+        tell: Callable[[Message], None],
+    ) -> Session:
+        """A new stream that ends with its connection, and is closed by the next server if this one dies."""
+        session = self._session(name, audio_format, language, tell, vad=vad, is_saved=False)
+        self._log.open(name)
+        return session
 
     def publish(self, name: str, message: Message) -> None:
         """Log a message; it goes out when it is on the disk."""
@@ -138,7 +151,7 @@ class Streams:
             raise LogError(f"its audio from {start} to {end} is kept; expected it up to {state.ring_end}")
         audio_format = AudioFormat(state.encoding, state.rate_hz, state.channels, state.asked_language)
         seat = Seat(self._log, left.name)
-        session = self._session(left.name, audio_format, state.language, seat, state.timeline)
+        session = self._session(left.name, audio_format, state.language, seat.tell, state=state.timeline)
         self._log.reopen(left.name, session)
         session.restore(state, start, audio)
         self._keep(session, seat)
@@ -158,35 +171,35 @@ class Streams:
     # --- inside --------------------------------------------------------------------------
 
     def _session(
-        self, name: str, audio_format: AudioFormat, language: str | None, seat: Seat, state: TimelineState
+        self,
+        name: str,
+        audio_format: AudioFormat,
+        language: str | None,
+        tell: Callable[[Message], None],
+        *,
+        vad: VadConfig | None = None,
+        state: TimelineState | None = None,
+        is_saved: bool = True,
     ) -> Session:
+        ready = self._engine.ready
+        assert ready is not None, "admitted before the engine was ever ready"
         return Session(
             name,
             next(self._numbers),
             audio_format,
             language,
             ingest=self._config.ingest,
-            vad=self._config.vad,
-            timeline=self._timeline(state),
+            vad=vad or self._config.vad,
+            timeline=new_timeline(self._config, ready.tasks, ready.sounds, state),
             engine=self._engine,
             outlets=Outlets(
                 publish=lambda message: self.publish(name, message),
-                tell=seat.tell,
+                tell=tell,
                 room=lambda: self._log.room(name),
-                is_saved=True,
+                is_saved=is_saved,
                 metrics=self._metrics,
             ),
         )
-
-    def _timeline(self, state: TimelineState) -> Timeline:
-        """A timeline with the trackers of what is wanted and what the model does."""
-        ready = self._engine.ready
-        assert ready is not None, "admitted before the engine was ever ready"
-        events = self._config.events
-        sounds = None
-        if events.enabled and "events" in ready.tasks:
-            sounds = EventTracker(events, ready.sounds, state.sounds)
-        return Timeline(self._config.transcript, sounds, state=state)
 
     def _keep(self, session: Session, seat: Seat) -> LiveStream:
         """Let a stream live in a task of its own."""

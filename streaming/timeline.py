@@ -19,8 +19,18 @@ from typing import Any, Protocol
 
 import msgspec
 
-from streaming.config import TranscriptConfig
-from streaming.engine.messages import MAX_CONTEXT_CHARS, Emotion, Events, Heard, Result, Sounds
+from streaming.config import EngineSettings, TranscriptConfig
+from streaming.emotion import EmotionState, EmotionTracker
+from streaming.engine.messages import (
+    MAX_CONTEXT_CHARS,
+    Emotion,
+    Events,
+    Heard,
+    Result,
+    Sound,
+    Sounds,
+)
+from streaming.events import EventTracker
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Message,
@@ -90,8 +100,34 @@ class VoiceTracker(Protocol):
     def push(self, emotion: Emotion) -> list[Message]:
         """Take what a window sounds like."""
 
-    def final(self, start: int, end: int) -> list[Message]:
-        """A segment from `start` to `end` was closed: what it sounded like."""
+    def final(self, start_ms: int, end_ms: int) -> list[Message]:
+        """A segment was closed: what it sounded like."""
+
+
+def new_timeline(
+    settings: EngineSettings,
+    tasks: Sequence[str],
+    sounds: Sequence[Sound],
+    state: TimelineState | None = None,
+) -> Timeline:
+    """A timeline with the trackers of what is wanted and what the model does.
+
+    Args:
+        settings: What is wanted.
+        tasks: What the model does.
+        sounds: Columns of its scores; empty where it names sounds itself or hears none.
+        state: Of the timeline that this one goes on from; None: of a new stream.
+    """
+    state = state or TimelineState()
+    voice = None if state.voice is None else msgspec.convert(state.voice, EmotionState)
+    has_events = settings.events.enabled and "events" in tasks
+    has_emotion = settings.emotion.enabled and "emotion" in tasks
+    return Timeline(
+        settings.transcript,
+        EventTracker(settings.events, sounds, state.sounds) if has_events else None,
+        EmotionTracker(settings.emotion, voice) if has_emotion else None,
+        state,
+    )
 
 
 class Timeline:
@@ -167,11 +203,14 @@ class Timeline:
         return messages if result.events is None else messages + self._sounds.named(result.events)
 
     def _feel(self, result: Result, said: Sequence[Message]) -> list[Message]:
-        """How the speaker sounds: of each segment that was closed, else as it is now."""
-        if self._voice is None:
+        """How the speaker sounds: of each segment that was closed, else as it is now.
+
+        Endpointing takes some sounds for a voice; where no word was heard, nobody has an emotion.
+        """
+        finals = [message for message in said if isinstance(message, TranscriptFinal)]
+        if self._voice is None or not (result.words or self._segment or finals):
             return []
         now = [] if result.emotion is None else self._voice.push(result.emotion)
-        finals = [message for message in said if isinstance(message, TranscriptFinal)]
         if not finals:
             return now
         return [message for final in finals for message in self._voice.final(final.start_ms, final.end_ms)]

@@ -46,18 +46,24 @@ class Vad:
 
     def __init__(self, config: VadConfig) -> None:
         self.is_speech = False
-        self._aggressiveness = config.aggressiveness
-        self._detector = webrtcvad.Vad(config.aggressiveness)
+        self._detector = webrtcvad.Vad()
         self._next: webrtcvad.Vad | None = None  # warms up to take over
-        self._n_start = math.ceil(config.start_ms / FRAME_MS)
-        self._n_stop = math.ceil(config.stop_ms / FRAME_MS)
-        self._pad = config.pad_ms * SAMPLE_RATE_HZ // 1000
-        self._min_power = 10.0 ** (config.min_level_dbfs / 10)  # of a full-scale square wave
+        self.change(config)
         self._rest: Pcm = np.zeros(0, np.float32)  # less than a frame
         self._n_frames = 0
         self._n_run = 0  # speech frames in a row, up to the newest one
         self._speech_end = 0  # after the last frame of the running speech
         self._last_stop = 0
+
+    def change(self, config: VadConfig) -> None:
+        """Decide by these settings from the next frame on."""
+        self._aggressiveness = config.aggressiveness
+        for detector in filter(None, (self._detector, self._next)):
+            detector.set_mode(config.aggressiveness)  # what it learnt of the noise stays
+        self._n_start = math.ceil(config.start_ms / FRAME_MS)
+        self._n_stop = math.ceil(config.stop_ms / FRAME_MS)
+        self._pad = config.pad_ms * SAMPLE_RATE_HZ // 1000
+        self._min_power = 10.0 ** (config.min_level_dbfs / 10)  # of a full-scale square wave
 
     def push(self, pcm: Pcm) -> list[Mark]:
         """The decisions that these samples bring, in order."""

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from bench import virtual
+from bench.encoders import LAST_S, Ears, agreement
 from bench.manifest import join, load_manifest, read_audio
 from bench.measures import pooled_wer
 from scripts.make_demo_recording import RecordingError, make
-from streaming.config import Config, EngineConfig
+from streaming.config import Config, EmotionConfig, EngineConfig
 from streaming.engine.loader import load_runner
 from streaming.engine.plan import Pcm, Runner
-from streaming.protocol import Message, TranscriptDelta, TranscriptFinal
+from streaming.protocol import EmotionUpdate, Message, TranscriptDelta, TranscriptFinal
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +102,35 @@ def test_neighbours_do_not_add_words(runner: Runner, demo: tuple[Pcm, str]) -> N
     assert words == twin
 
 
+def test_emotion_is_told_while_somebody_speaks(runner: Runner, demo: tuple[Pcm, str]) -> None:
+    """Of every closed segment, and on the way; nothing in silence; the same for a twin in the batch."""
+    audio = demo[0][: 12 * 16_000]
+    silence = np.zeros(MINUTE // 4, np.float32)
+    told = [
+        [message for _, message in heard.arrivals]
+        for heard in virtual.run([audio, silence, audio], runner, CONFIG, speed=1000.0).runs
+    ]
+    updates = [[m for m in messages if isinstance(m, EmotionUpdate)] for messages in told]
+    assert updates[1] == []
+    assert [u.label for u in updates[0]] == [u.label for u in updates[2]]
+    spans = {(u.start_ms, u.end_ms) for u in updates[0]}
+    finals = [m for m in told[0] if isinstance(m, TranscriptFinal) and m.end_ms - m.start_ms > 1000]
+    assert finals
+    assert {(m.start_ms, m.end_ms) for m in finals} <= spans
+    for update in updates[0]:
+        assert update.label in runner.capabilities.emotions
+        assert sum(update.scores.values()) == pytest.approx(1.0, abs=0.01)
+        assert update.valence is not None
+
+
+def test_emotion_can_be_switched_off() -> None:
+    """Then no head is loaded, and the model says that it cannot be asked."""
+    off = Config(engine=CONFIG.engine, emotion=EmotionConfig(enabled=False))
+    capabilities = load_runner(off).capabilities
+    assert "emotion" not in capabilities.tasks
+    assert capabilities.emotions == ()
+
+
 def pink_noise(n_samples: int, dbfs: float) -> Pcm:
     """Noise of 1/f power at a level relative to a full-scale square wave."""
     rng = np.random.default_rng(0)
@@ -114,3 +144,19 @@ def pink_noise(n_samples: int, dbfs: float) -> Pcm:
 def test_nothing_is_heard_where_nobody_speaks(runner: Runner) -> None:
     """A minute of digital zeros, and one of pink noise at -50 dBFS."""
     assert captions(runner, np.zeros(MINUTE, np.float32), pink_noise(MINUTE, -50.0)) == [[], []]
+
+
+def test_the_short_encoder_hears_what_the_padded_one_hears(runner: Runner, demo: tuple[Pcm, str]) -> None:
+    """Windows cut off anywhere: the words before the last second, and when they were said."""
+    padded_model = CONFIG.model.model_copy(update={"short_context": False})
+    padded = Ears(load_runner(CONFIG.model_copy(update={"model": padded_model})), CONFIG)
+    short = Ears(runner, CONFIG)
+    found = []
+    for start_s, end_s in ((0.0, 4.3), (2.1, 9.0), (5.0, 17.7)):
+        pcm = demo[0][int(start_s * 16_000) : int(end_s * 16_000)]
+        found.append(agreement(padded.hear(pcm, "en"), short.hear(pcm, "en"), end_s - start_s - LAST_S))
+    n_words = sum(a.n_words for a in found)
+    assert n_words > 15
+    assert sum(a.n_same for a in found) >= 0.9 * (n_words + sum(a.n_added for a in found))
+    shifts_s = [shift for a in found for shift in a.shifts_s]
+    assert np.mean(shifts_s) < 0.05

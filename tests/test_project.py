@@ -46,7 +46,7 @@ def test_the_readme_tree_has_a_line_for_every_file() -> None:
     named = {line.split()[0] for line in tree[1].splitlines() if line.strip()}
     for name in named:
         assert (ROOT / name).exists(), f"README names {name}, which is not there"
-    for package in ("bench", "clients", "model", "scripts", "streaming"):
+    for package in ("bench", "clients", "model", "scripts", "streaming", "training"):
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "__init__.py":
                 assert str(path.relative_to(ROOT)) in named, f"README does not name {path}"

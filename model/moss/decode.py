@@ -88,9 +88,8 @@ class Decoder:
         self._live = torch.zeros(shape, dtype=torch.int64, device=device)  # 1 where a lane moves on
         self._seen = torch.zeros(*shape, self._n_entries, dtype=torch.bool, device=device)
         self._seen[:, :, SPARE] = True  # an idle lane looks at something, or its softmax is NaN
-        # Token and log probability together, so that one copy brings both; float64 holds any id.
         self._said = torch.zeros(*shape, 2, dtype=torch.float64, device=device)
-        self._never = torch.tensor(never, device=device)
+        self.never = torch.tensor(never, device=device)
         self._slot_index = torch.arange(self._n_slots, device=device)[:, None]
         self._last: dict[tuple[int, int], int] = {}  # open lanes and the entry each writes next
         self._replays: dict[Bucket, Replay] = {}
@@ -211,21 +210,25 @@ class Decoder:
         )
         x = self._model.language_model.embed_tokens(self._token[lanes])
         hidden = self._model.language_model.forward(x, self._position[lanes], (), access)
-        tokens, log_probability = choose(self._model.lm_head(hidden), self._never)
-        self._said[lanes].copy_(torch.stack([tokens.double(), log_probability.double()], dim=-1))
-        self._token[lanes].copy_(tokens)  # what was said is fed next
+        said = choose(self._model.lm_head(hidden), self.never)
+        self._said[lanes].copy_(said)
+        self._token[lanes].copy_(said[..., 0])  # what was said is fed next
         self._position[lanes].add_(self._live[lanes])
         entry.add_(self._live[lanes])
 
 
-def choose(logits: Tensor, never: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token of `logits` [..., V] but for the ids in `never`, and its log probability."""
+def choose(logits: Tensor, never: Tensor) -> Tensor:
+    """The likeliest token of `logits` [..., V] but for the ids in `never`, and its log probability.
+
+    Together in one float64 [..., 2], which holds any id, so that one copy brings both to the host.
+    """
     scores = logits.float()
     if scores is logits:
         scores = scores.clone()  # the caller's are not changed
     scores.index_fill_(-1, never, -torch.inf)
     best = scores.max(dim=-1)
-    return best.indices, best.values - scores.logsumexp(dim=-1)
+    log_probability = best.values - scores.logsumexp(dim=-1)
+    return torch.stack([best.indices.double(), log_probability.double()], dim=-1)
 
 
 def _doubling(limit: int) -> list[int]:

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from model.moss.decode import LANES, Lane, choose
 from model.moss.prompt import Layout
 from model.moss.window import Branch, RollingCache
@@ -157,8 +155,7 @@ def _write(cache: RollingCache, opened: Sequence[_Open], guard: LoopGuard | None
         [one.branch for one in live.values()],
         [(*one.question.ids, *one.question.before) for one in live.values()],
     )
-    never = torch.tensor(layout.special.never, device=logits.device)
-    first = zip(*(values.tolist() for values in choose(logits, never)), strict=True)
+    first = choose(logits, cache.decoder.never).tolist()
     for one, (token, log_probability) in zip(live.values(), first, strict=True):
         _take(one, int(token), log_probability, layout, guard)
     live = {lane: one for lane, one in live.items() if one.reason is None}

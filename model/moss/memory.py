@@ -1,8 +1,9 @@
 """What a MOSS-Audio model needs in memory to serve so many streams, before any of it is taken.
 
 Weights and slots are exact: they are counted from shapes, and tests hold them to what is allocated.
-The workspace is what the largest call leaves in temporary tensors, from the limits of one call.
-What the libraries take for themselves is an allowance, not a measurement.
+The workspace is what the largest call has in temporary tensors at one time, from the limits of one
+call; tests run those calls without memory behind the tensors and count. What the libraries take for
+themselves is an allowance, not a measurement.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ def encode_bytes(config: MossConfig, dtype: torch.dtype) -> int:
     """Workspace of one encoder call of the most blocks it takes, and the adapters after it."""
     encoder = config.encoder
     # After the first convolution: 64 mel bins and 200 frames per channel, before and after the
-    # activation, cut to its length, and once more for what the convolution takes for itself.
+    # activation, cut to its length, and once more for what the kernel takes for itself.
     stem = 4 * encoder.downsample_hidden_size * (encoder.num_mel_bins // 2) * (encoder.block_frames // 2)
     width = max(2 * encoder.encoder_ffn_dim, 6 * encoder.d_model, 3 * config.adapter_hidden_size)
     kept = (1 + len(encoder.tap_layers)) * encoder.d_model
     kept += (2 + 2 * config.n_deepstack) * config.language.hidden_size  # embeddings, and stacked
     rows = MAX_BLOCKS * encoder.block_tokens * (width + 3 * encoder.d_model + kept)
     mel = MAX_BLOCKS * encoder.block_frames * encoder.num_mel_bins
-    return (STEM_BLOCKS * stem + rows + mel) * dtype.itemsize
+    return (max(STEM_BLOCKS * stem, rows) + mel) * dtype.itemsize
 
 
 def _token_bytes(config: MossConfig, n_read: int, dtype: torch.dtype) -> int:
@@ -103,8 +104,8 @@ def _token_bytes(config: MossConfig, n_read: int, dtype: torch.dtype) -> int:
     width = max(3 * language.intermediate_size, 3 * heads) + 3 * language.hidden_size
     added = 2 * config.n_deepstack * language.hidden_size
     n_groups = language.num_attention_heads // language.num_key_value_heads
-    # The mask: as bool for the call, for each query head of a group, and as numbers in the kernel.
-    mask = n_read * (2 + n_groups * (1 + dtype.itemsize))
+    # The mask: while it is put together, then as numbers, once and for each query head of a group.
+    mask = n_read * (6 + (1 + n_groups) * dtype.itemsize)
     return (width + added) * dtype.itemsize + 8 * language.hidden_size + mask
 
 

@@ -160,12 +160,14 @@ class Decoder:
         )
         for row_idx, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             first = len(row.prompt) - 1  # the position that predicts the first new token
-            start_logits = self._model.decoder.logits(hidden[row_idx, row.start_idx])
-            row.no_speech = float(start_logits.softmax(dim=-1)[self._vocabulary.no_speech])
+            # One pass over the vocabulary's weights for the start token and all that follows the prompt.
+            positions = [row.start_idx, *range(first, len(sequence))]
+            logits = self._model.decoder.logits(hidden[row_idx, positions])  # [1 + 1 + draft, V]
+            row.no_speech = float(logits[0].softmax(dim=-1)[self._vocabulary.no_speech])
             # The prefix's own rows, so that alignment knows where the agreed words lie.
             begin = first - len(row.request.prefix)
             row.attention.append(attention[row_idx, :, begin:first])
-            logits = self._model.decoder.logits(hidden[row_idx, first : len(sequence)])  # [1 + draft, V]
+            logits = logits[1:]
             log_probabilities = logits.log_softmax(dim=-1)
             logits = logits + self._allowed_for(row)
             if not row.request.prefix:

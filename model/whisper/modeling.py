@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import Attention, EncoderLayer
+from model.whisper.padding import Padding, summarise
 
 FRAMES_PER_POSITION = 2  # mel frames per encoder position: conv2 has stride 2
 
@@ -45,28 +46,9 @@ class WhisperConfig:
         return self.n_audio_positions * FRAMES_PER_POSITION
 
 
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """What the model makes of the silence behind a window's audio, computed once at load.
-
-    Whisper reads 30 s whatever was said, and stock weights fail when the padding is cut off. But
-    what the padded positions become hardly depends on the audio before them. So their keys and
-    values are taken from a window of nothing but padding, and only positions that hold audio are
-    computed: an encode costs what the audio lasts, with the weights as they are.
-    Measured in docs/decisions.md.
-    """
-
-    encoder_keys: tuple[Tensor, ...]  # per encoder layer [1, H, S, D / H]
-    encoder_values: tuple[Tensor, ...]
-    audio_keys: tuple[Tensor, ...]  # per decoder layer, of its attention to the audio [1, H, S, D / H]
-    audio_values: tuple[Tensor, ...]
-
-
-def _behind(heard: Tensor, padding: Tensor, is_heard: Tensor) -> Tensor:
-    """`heard` [B, H, T, .] where `is_heard` [B, 1, T, 1], the `padding` [1, H, S, .] after it."""
-    n_steps = heard.shape[2]
-    rest = padding[:, :, n_steps:].expand(heard.shape[0], -1, -1, -1)
-    return torch.cat([torch.where(is_heard, heard, padding[:, :, :n_steps]), rest], dim=2)
+def _tap(taps: list[Tensor] | None, x: Tensor) -> None:
+    if taps is not None:
+        taps.append(x)
 
 
 class AudioEncoder(nn.Module):
@@ -84,43 +66,46 @@ class AudioEncoder(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(width)
 
-    def forward(self, mel: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, taps: list[Tensor] | None = None) -> Tensor:
         """Encode full windows, padding and all, as Whisper was trained.
 
         Args:
             mel: [B, M, 2 S], S positions of a full window.
+            taps: Where given, what the first layer takes and what each layer gives is appended,
+                [B, S, D] each. The output is the same to the bit.
 
         Returns:
             [B, S, D].
         """
         x = self._embed(mel)
+        _tap(taps, x)
         for layer in self.layers:
             x = layer(x)
+            _tap(taps, x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
-    def forward_heard(self, mel: Tensor, n_heard: Tensor, padding: Padding) -> Tensor:
+    def forward_heard(
+        self, mel: Tensor, n_heard: Tensor, padding: Padding, taps: list[Tensor] | None = None
+    ) -> Tensor:
         """Encode what was heard; what lies behind it is remembered padding, not computed.
 
         Args:
             mel: [B, M, 2 T], T positions, at least each row's.
             n_heard: [B] int64, positions of each row that count.
-            padding: Of a full window.
+            padding: Of a full window, put behind each row's own positions.
+            taps: As in `forward`, [B, T, D] each.
 
         Returns:
-            [B, T, D]. Positions of a row after its own last are not to be read.
+            [B, T, D]. Positions of a row after its own last are not to be read, nor those of taps.
         """
         x = self._embed(mel)
-        n_steps = x.shape[1]
-        positions = torch.arange(n_steps, device=x.device)
-        is_heard = (positions < n_heard[:, None])[:, None, :, None]  # [B, 1, T, 1]
-        for layer, pad_keys, pad_values in zip(
-            self._layers, padding.encoder_keys, padding.encoder_values, strict=True
-        ):
+        _tap(taps, x)
+        for layer, silence in zip(self._layers, padding.encoder, strict=True):
             h = layer.self_attn_layer_norm(x)
-            k, v = layer.self_attn.keys_values(h)  # [B, H, T, D / H]
-            k, v = _behind(k, pad_keys, is_heard), _behind(v, pad_values, is_heard)  # [B, H, S, D / H]
-            x = x + layer.self_attn.attend(layer.self_attn.queries(h), k, v)
+            k, v, bias = silence.behind(*layer.self_attn.keys_values(h), n_heard)
+            x = x + layer.self_attn.attend_biased(layer.self_attn.queries(h), k, v, bias)
             x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+            _tap(taps, x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
     def remember_padding(self, mel: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
@@ -169,8 +154,10 @@ class DecoderCache:
 
     keys: Tensor  # [L, B, H, T_max, D / H], self-attention
     values: Tensor  # as `keys`
-    audio_keys: tuple[Tensor, ...]  # per layer [B, H, S, D / H], once per encode
+    # Per layer [B, H, S, D / H], once per encode. Behind the audio lies padding, or groups of it.
+    audio_keys: tuple[Tensor, ...]
     audio_values: tuple[Tensor, ...]  # as `audio_keys`
+    audio_bias: tuple[Tensor, ...] | None  # per layer [B, H, 1, S], added to the scores; None: nothing is
     lengths: list[int]  # [B], tokens in the cache
 
     def rollback(self, row: int, length: int) -> None:
@@ -186,6 +173,7 @@ class DecoderCache:
             self.values.index_select(1, idx),
             tuple(k.index_select(0, idx) for k in self.audio_keys),
             tuple(v.index_select(0, idx) for v in self.audio_values),
+            None if self.audio_bias is None else tuple(b.index_select(0, idx) for b in self.audio_bias),
             [self.lengths[row] for row in rows],
         )
 
@@ -215,25 +203,28 @@ class TextDecoder(nn.Module):
         self, encoded: Tensor, n_heard: Tensor, padding: Padding, n_tokens: int
     ) -> DecoderCache:
         """As `new_cache`, for the output of `forward_heard` [B, T, D]: padding lies behind it."""
-        is_heard = (torch.arange(encoded.shape[1], device=encoded.device) < n_heard[:, None])[
-            :, None, :, None
-        ]
-        audio = []
-        for layer, pad_keys, pad_values in zip(
-            self._layers, padding.audio_keys, padding.audio_values, strict=True
-        ):
-            k, v = layer.encoder_attn.keys_values(encoded)
-            audio.append((_behind(k, pad_keys, is_heard), _behind(v, pad_values, is_heard)))
-        return self._cache(audio, n_tokens)
+        audio, biases = [], []
+        for layer, silence in zip(self._layers, padding.decoder, strict=True):
+            k, v, bias = silence.behind(*layer.encoder_attn.keys_values(encoded), n_heard)
+            audio.append((k, v))
+            biases.append(bias)
+        return self._cache(audio, n_tokens, tuple(biases))
 
-    def _cache(self, audio: Sequence[tuple[Tensor, Tensor]], n_tokens: int) -> DecoderCache:
+    def _cache(
+        self, audio: Sequence[tuple[Tensor, Tensor]], n_tokens: int, bias: tuple[Tensor, ...] | None = None
+    ) -> DecoderCache:
         """An empty cache over keys and values of the audio, each [B, H, S, D / H]."""
         # Read once a token: laid out head by head, a step costs half.
         audio = [(k.contiguous(), v.contiguous()) for k, v in audio]
         batch, n_heads, _, head_width = audio[0][0].shape
         keys = audio[0][0].new_zeros(len(audio), batch, n_heads, n_tokens, head_width)
         return DecoderCache(
-            keys, torch.zeros_like(keys), tuple(k for k, _ in audio), tuple(v for _, v in audio), [0] * batch
+            keys,
+            torch.zeros_like(keys),
+            tuple(k for k, _ in audio),
+            tuple(v for _, v in audio),
+            bias,
+            [0] * batch,
         )
 
     def forward(self, tokens: Tensor, n_valid: Sequence[int], cache: DecoderCache) -> tuple[Tensor, Tensor]:
@@ -269,11 +260,13 @@ class TextDecoder(nn.Module):
 
             q = layer.encoder_attn.queries(layer.encoder_attn_layer_norm(x))
             audio_keys = cache.audio_keys[layer_idx]
-            x = x + layer.encoder_attn.attend(q, audio_keys, cache.audio_values[layer_idx])
+            bias = None if cache.audio_bias is None else cache.audio_bias[layer_idx]
+            x = x + layer.encoder_attn.attend(q, audio_keys, cache.audio_values[layer_idx], bias)
             if heads := self.alignment_heads[layer_idx]:
                 picked = list(heads)
                 scores = q[:, picked] @ audio_keys[:, picked].transpose(2, 3)  # [B, a, T, S]
-                aligned.append((scores.float() * q.shape[3] ** -0.5).softmax(dim=-1))
+                scores = scores.float() * q.shape[3] ** -0.5
+                aligned.append((scores if bias is None else scores + bias[:, picked]).softmax(dim=-1))
 
             x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
         for row, n in enumerate(n_valid):
@@ -306,4 +299,7 @@ class Whisper(nn.Module):
         mel = torch.full((1, config.n_mels, config.n_frames), level, dtype=weight.dtype, device=weight.device)
         keys, values, encoded = self.encoder.remember_padding(mel)
         cache = self.decoder.new_cache(encoded, n_tokens=1)
-        return Padding(keys, values, cache.audio_keys, cache.audio_values)
+        return Padding(
+            tuple(map(summarise, keys, values)),
+            tuple(map(summarise, cache.audio_keys, cache.audio_values)),
+        )

@@ -1,7 +1,7 @@
 """The `moss-live inspect` command: what a checkpoint is, what it needs in memory, whether it fits.
 
-Reads configuration, tokenizer and the headers of weight files; never a weight. Of a hub id whose
-weights are not here it fetches what describes it alone.
+Reads configuration, tokenizer and the headers of weight files; never a weight. Of a hub id it fetches
+what describes it alone, unless it is told to fetch the weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from streaming.config import ConfigError, with_overrides
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Default: model.dtype."
 )
 @click.option("--config", "path", type=click.Path(path_type=Path), help="As of `serve`.")
+@click.option("--fetch", is_flag=True, help="Download the weights of a hub id, too, with progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
     model: str,
@@ -36,6 +37,7 @@ def inspect(
     dtype: str | None,
     path: Path | None,
     *,
+    fetch: bool,
     as_json: bool,
 ) -> None:
     """Say what MODEL (embedded, a folder or a hub id) is, what it needs in memory, and whether it fits.
@@ -56,7 +58,7 @@ def inspect(
         for section, keys in given.items()
     }
     try:
-        found = describe(with_overrides(find_config(path or config_path()), overrides))
+        found = describe(with_overrides(find_config(path or config_path()), overrides), fetch=fetch)
     except (ConfigError, CheckpointError) as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)

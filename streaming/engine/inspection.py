@@ -29,8 +29,12 @@ _OF = {
 }
 
 
-def describe(config: Config) -> dict[str, Any]:
+def describe(config: Config, *, fetch: bool = False) -> dict[str, Any]:
     """What the configured model is and needs.
+
+    Args:
+        config: Names the model and what it is to serve.
+        fetch: Download the weights of a hub id; else what describes them alone.
 
     Raises:
         CheckpointError: it cannot be had, or is of a kind that is not known.
@@ -41,7 +45,7 @@ def describe(config: Config) -> dict[str, Any]:
     if name == EMBEDDED:
         whisper = load_embedded()
         return _whisper(name, "Whisper base, embedded", whisper.model.config, config, dtype)
-    folder = find(name, with_weights=False)
+    folder = find(name, with_weights=fetch)
     kind = model_type(folder)
     if kind == MODEL_TYPE:
         return _moss(folder, config, device, dtype)

@@ -8,26 +8,40 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import model as model_package
+from model.emotion import EmotionHead, load_head
 from model.errors import CheckpointError
 from model.hub import find
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
 from model.moss.config import MODEL_TYPE
 from model.moss.memory import plan_memory
 from model.moss.window import WindowSettings
-from model.whisper.checkpoint import load_embedded, load_hugging_face
+from model.whisper.checkpoint import EMBEDDED_SHA256, load_embedded, load_hugging_face
+from model.whisper.modeling import WhisperConfig
 from streaming.config import EngineSettings, MossConfig
 from streaming.engine.memory import check_memory
 from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
 from streaming.engine.sounds import load_scorer
-from streaming.engine.whisper_runner import WhisperRunner
+from streaming.engine.whisper_runner import GUARD_POSITIONS, WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
 
 EMBEDDED = "embedded"
+EMOTION_WEIGHTS = Path(model_package.__file__).parent / "weights" / "emotion.safetensors"
 
 
-def load_runner(settings: EngineSettings) -> Runner:
-    """The runner of the configured model, on its device, not yet warm.
+def load_runner(
+    settings: EngineSettings,
+    *,
+    emotion_weights: Path = EMOTION_WEIGHTS,
+    guard_positions: int = GUARD_POSITIONS,
+) -> Runner:
+    """The runner of the configured model, on its device, not yet warm. What is disabled is not loaded.
+
+    Args:
+        settings: Which checkpoint, where, in which arithmetic; how many slots and threads.
+        emotion_weights: The embedded model's emotion head, where another than the one that ships is wanted.
+        guard_positions: As `WhisperRunner` takes it; for measuring.
 
     Raises:
         CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
@@ -39,8 +53,11 @@ def load_runner(settings: EngineSettings) -> Runner:
         torch.set_num_threads(engine.threads)
     device = device_of(model.device)
     dtype = dtype_of(model.dtype, device)
+    emotion: EmotionHead | None = None
     if model.name == EMBEDDED:
         checkpoint, pads_fully = load_embedded(), not model.short_context
+        if settings.emotion.enabled:
+            emotion = emotion_head(checkpoint.model.config, emotion_weights)
     else:
         folder = find(model.name)
         kind = model_type(folder)
@@ -48,7 +65,8 @@ def load_runner(settings: EngineSettings) -> Runner:
             return _moss_runner(settings, folder, device, dtype)
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
-        checkpoint, pads_fully = load_hugging_face(folder), not model.short_context
+        # Remembered padding was measured with the embedded weights alone (docs/short_context.md).
+        checkpoint, pads_fully = load_hugging_face(folder), True
     runner = WhisperRunner(
         checkpoint,
         engine.n_slots,
@@ -56,6 +74,8 @@ def load_runner(settings: EngineSettings) -> Runner:
         dtype=dtype,
         pads_fully=pads_fully,
         sounds=load_scorer(settings.events, engine.n_slots),
+        emotion=emotion,
+        guard_positions=guard_positions,
     )
     if model.language != "auto" and model.language not in runner.capabilities.languages:
         raise CheckpointError(
@@ -63,6 +83,15 @@ def load_runner(settings: EngineSettings) -> Runner:
             + ", ".join(runner.capabilities.languages)
         )
     return runner
+
+
+def emotion_head(config: WhisperConfig, path: Path) -> EmotionHead:
+    """The emotion head that ships, or another one of the embedded model's encoder.
+
+    Raises:
+        CheckpointError: it is missing, or the head of another encoder.
+    """
+    return load_head(path, EMBEDDED_SHA256, config.n_encoder_layers + 1, config.width)
 
 
 def _moss_runner(

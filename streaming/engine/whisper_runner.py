@@ -14,27 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.emotion import EmotionHead, affect, pool
 from model.mel import HOP, SILENCE, StreamingMel, normalise
 from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded, Decoder, DecodeRequest
-from model.whisper.modeling import FRAMES_PER_POSITION, Padding
+from model.whisper.modeling import FRAMES_PER_POSITION
+from model.whisper.padding import Padding
 from model.whisper.tokens import Vocabulary, is_punctuation, split_words
 from streaming.engine.plan import (
     Capabilities,
     Fork,
+    HeardEmotion,
     HeardWord,
     Hypothesis,
     Pcm,
     SlotStep,
     StepPlan,
     StepResult,
+    Task,
 )
 from streaming.engine.sounds import SoundScorer
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
-GUARD_POSITIONS = 10  # silence computed behind the audio before remembered padding takes over, 0.2 s
-PADDING_LEVEL = -0.6  # normalised log-mel of silence; -1.2 to -0.3 give the same word error rate
+GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
+PADDING_LEVEL = -0.8  # normalised log-mel of silence
 MAX_CONTEXT_TOKENS = 100
 MAX_BATCH = 16  # windows encoded at once; more would only take more memory
 
@@ -90,10 +94,11 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Due:
-    """One transcript fork, ready to run."""
+    """One transcript fork, ready to run, and the emotion fork that follows it."""
 
     step: SlotStep
     fork: Fork
+    emotion: Fork | None
     frames: Tensor  # [T, M] log power
     n_samples: int  # audio in the window
     request: DecodeRequest
@@ -111,6 +116,8 @@ class WhisperRunner:
         dtype: torch.dtype,
         pads_fully: bool,
         sounds: SoundScorer | None = None,
+        emotion: EmotionHead | None = None,
+        guard_positions: int = GUARD_POSITIONS,
     ) -> None:
         """Move the model to its device.
 
@@ -121,22 +128,30 @@ class WhisperRunner:
             dtype: Arithmetic of the model; mel and alignment stay float32.
             pads_fully: Encode 30 s each time instead of remembering what padding becomes.
             sounds: Scores the sounds of every slot; None: no sounds are looked for.
+            emotion: A head of this checkpoint's encoder; None: no emotion is answered.
+            guard_positions: Silence computed behind the audio before remembered padding takes over.
         """
         self._model = checkpoint.model.to(device=device, dtype=dtype)
         self._vocabulary = Vocabulary(checkpoint.tokenizer)
         self._decoder = Decoder(self._model, self._vocabulary)
         self._device, self._dtype = device, dtype
+        self._emotion = None if emotion is None else emotion.to(device)
+        self._guard_positions = guard_positions
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
         self._sounds = sounds
         self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
+        tasks: list[Task] = ["transcript"]
+        tasks += [] if sounds is None else ["events"]
+        tasks += [] if emotion is None else ["emotion"]
         self.capabilities = Capabilities(
             model=checkpoint.name,
-            tasks=("transcript",) if sounds is None else ("transcript", "events"),
+            tasks=tuple(tasks),
             languages=self._vocabulary.languages,
             max_window_s=config.n_frames / 100,
             min_tick_s=0.08,
             sounds=() if sounds is None else sounds.labels,
+            emotions=() if emotion is None else emotion.labels,
         )
 
     def reset(self, slots: Sequence[int]) -> None:
@@ -156,20 +171,41 @@ class WhisperRunner:
                 slot.start_at(step.start)
                 slot.owner = step.owner
             slot.push(step.pcm)
-            due += [self._due(step, fork, slot) for fork in step.forks]
+            due += self._dues(step, slot)
         # Windows of like length together: a batch costs what its longest costs.
         order = sorted(range(len(due)), key=lambda i: due[i].n_samples)
         answers: dict[int, Hypothesis] = {}
+        emotions: dict[int, HeardEmotion] = {}
         for first in range(0, len(order), MAX_BATCH):
             batch = order[first : first + MAX_BATCH]
-            decoded = self._decode([due[i] for i in batch])
+            taps: list[Tensor] = []
+            decoded = self._decode([due[i] for i in batch], taps)
             for i, answer in zip(batch, decoded, strict=True):
                 answers[i] = self._hypothesis(due[i], answer)
-        sounds = () if self._sounds is None else self._sounds.step(plan.slots)
-        return StepResult(tuple(answers[i] for i in range(len(due))), sounds=sounds)
+            felt = [row for row, i in enumerate(batch) if due[i].emotion is not None]
+            for row, heard in zip(
+                felt, self._feel([due[batch[row]] for row in felt], felt, taps), strict=True
+            ):
+                emotions[batch[row]] = heard
+        return StepResult(
+            tuple(answers[i] for i in range(len(due))),
+            emotions=tuple(emotions[i] for i in sorted(emotions)),
+            sounds=() if self._sounds is None else self._sounds.step(plan.slots),
+        )
 
-    def _due(self, step: SlotStep, fork: Fork, slot: _Slot) -> _Due:
-        assert fork.task == "transcript", fork.task
+    def _dues(self, step: SlotStep, slot: _Slot) -> list[_Due]:
+        """The transcript forks of a slot, each with the emotion fork that may stand behind it."""
+        due: list[_Due] = []
+        for i, fork in enumerate(step.forks):
+            if fork.task == "emotion":
+                continue
+            assert fork.task == "transcript", fork.task
+            after = step.forks[i + 1] if i + 1 < len(step.forks) else None
+            due.append(self._due(step, fork, after if after and after.task == "emotion" else None, slot))
+        assert sum(item.emotion is not None for item in due) + len(due) == len(step.forks), step.forks
+        return due
+
+    def _due(self, step: SlotStep, fork: Fork, emotion: Fork | None, slot: _Slot) -> _Due:
         vocabulary = self._vocabulary
         n_samples = slot.position - fork.window_start
         draft: list[int] = []
@@ -188,14 +224,18 @@ class WhisperRunner:
             ),
             max_tokens=fork.max_tokens,
         )
-        return _Due(step, fork, slot.window(fork.window_start), n_samples, request)
+        return _Due(step, fork, emotion, slot.window(fork.window_start), n_samples, request)
 
     @torch.inference_mode()
-    def _decode(self, due: Sequence[_Due]) -> list[Decoded]:
-        """One encode and one decode loop over windows [T, M] of different lengths."""
+    def _decode(self, due: Sequence[_Due], taps: list[Tensor]) -> list[Decoded]:
+        """One encode and one decode loop over windows [T, M] of different lengths.
+
+        The encoder's taps are appended to `taps`, [B, T, D] each, if an emotion fork wants them.
+        """
+        wanted = taps if any(item.emotion for item in due) else None
         config = self._model.config
         requests = [item.request for item in due]
-        n_heard = [min(r.n_positions + GUARD_POSITIONS, config.n_audio_positions) for r in requests]
+        n_heard = [min(r.n_positions + self._guard_positions, config.n_audio_positions) for r in requests]
         n_frames = config.n_frames
         if self._padding is not None:
             # One position more: the convolutions of the longest window too must see silence behind it,
@@ -209,12 +249,50 @@ class WhisperRunner:
         mel = mel.transpose(1, 2).to(device=self._device, dtype=self._dtype)
         n_tokens = self._decoder.n_tokens(requests)
         if self._padding is None:
-            cache = self._model.decoder.new_cache(self._model.encoder(mel), n_tokens)
+            cache = self._model.decoder.new_cache(self._model.encoder(mel, wanted), n_tokens)
         else:
             heard = torch.tensor(n_heard, device=self._device)
-            encoded = self._model.encoder.forward_heard(mel, heard, self._padding)
+            encoded = self._model.encoder.forward_heard(mel, heard, self._padding, wanted)
             cache = self._model.decoder.new_cache_heard(encoded, heard, self._padding, n_tokens)
         return self._decoder.decode(cache, requests)
+
+    @torch.inference_mode()
+    def _feel(self, due: Sequence[_Due], rows: Sequence[int], taps: Sequence[Tensor]) -> list[HeardEmotion]:
+        """What the emotion forks of `due` hear in their rows of the encoder's taps [B, T, D]."""
+        if not due:
+            return []
+        head = self._emotion
+        assert head is not None, "an emotion fork for a runner without an emotion head"
+        spans = []
+        for item in due:
+            assert item.emotion is not None, item.fork
+            offset = item.emotion.window_start - item.fork.window_start
+            assert 0 <= offset < item.n_samples, (item.emotion.window_start, item.fork, item.n_samples)
+            last = item.request.n_positions
+            spans.append((min(offset // SAMPLES_PER_POSITION, last - 1), last))
+        idx = torch.tensor(rows, device=self._device)
+        first, last_positions = torch.tensor(spans, device=self._device).T
+        features = pool([taps[tap].index_select(0, idx) for tap in head.taps], first, last_positions)
+        probabilities = head(features).tolist()
+        return [self._heard_emotion(item, row) for item, row in zip(due, probabilities, strict=True)]
+
+    def _heard_emotion(self, due: _Due, probabilities: Sequence[float]) -> HeardEmotion:
+        assert due.emotion is not None, due.fork
+        assert self._emotion is not None
+        labels = self._emotion.labels
+        score, label = max(zip(probabilities, labels, strict=True))
+        valence, arousal = affect(labels, probabilities)
+        return HeardEmotion(
+            slot_idx=due.step.slot_idx,
+            owner=due.step.owner,
+            window_start=due.emotion.window_start,
+            window_end=due.fork.window_start + due.n_samples,
+            label=label,
+            score=score,
+            scores=tuple(zip(labels, probabilities, strict=True)),
+            valence=valence,
+            arousal=arousal,
+        )
 
     def _hypothesis(self, due: _Due, decoded: Decoded) -> Hypothesis:
         slot = self._slots[due.step.slot_idx]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from model.moss.config import EncoderConfig, LanguageConfig, MossConfig, SpecialTokens
-from model.moss.encoder import Block
 from model.moss.hearing import Ear
 from model.moss.network import AudioEmbeddings, MossAudio
 from model.moss.prompt import ByteTokenizer, Layout
@@ -75,22 +74,27 @@ def random_pcm(n_samples: int, seed: int) -> Tensor:
 
 
 class Stream:
-    """One slot's ear, and all blocks it gave."""
+    """One slot's ear, and what the encoder made of its complete blocks."""
 
     def __init__(self, model: MossAudio, slot_idx: int) -> None:
         self.slot_idx = slot_idx
         self.ear = Ear(model.config.encoder)
-        self.blocks: list[Block] = []
+        self.hidden: list[Tensor] = []  # per block [50, D]
+        self.taps: list[tuple[Tensor, ...]] = []
 
 
 def feed(cache: RollingCache, chunks: Sequence[tuple[Stream, Tensor]]) -> None:
     """Give several streams audio at once, complete blocks of all of them in common calls."""
+    model = cache.model
+    streams = {stream.slot_idx: stream for stream, _ in chunks}
     pending = {stream.slot_idx: stream.ear.push(pcm) for stream, pcm in chunks}
-    for stream, _ in chunks:
-        stream.blocks += pending[stream.slot_idx]
     while ready := {idx: blocks.pop(0) for idx, blocks in pending.items() if blocks}:
-        heard = cache.model.hear(list(ready.values()))
-        cache.append(dict(zip(ready, heard, strict=True)))
+        encoded = model.audio_encoder.forward(list(ready.values()))
+        for row, slot_idx in enumerate(ready):
+            streams[slot_idx].hidden.append(encoded.hidden[row])
+            streams[slot_idx].taps.append(tuple(tap[row] for tap in encoded.taps))
+        embeds, added = model.adapt(encoded)
+        cache.append({idx: AudioEmbeddings(embeds[row], added[:, row]) for row, idx in enumerate(ready)})
 
 
 def feed_tails(cache: RollingCache, streams: Sequence[Stream]) -> None:

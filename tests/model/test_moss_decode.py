@@ -13,12 +13,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from model.layers import send
 from model.moss import decode
+from model.moss.checkpoint import empty_model
 from model.moss.decode import LANES, Bucket, CudaGraphs, Replay, choose
 from model.moss.fork import Answer, Question, ask
+from model.moss.hearing import Ear
 from model.moss.language import visible_mask
 from model.moss.window import RollingCache, WindowSettings
-from tests.model.moss_tiny import LAYOUT, make_model, random_audio
+from tests.model.moss_tiny import LAYOUT, make_model, random_audio, random_pcm
 
 MODEL = make_model()
 WINDOW = WindowSettings(n_blocks=3, scratch_tokens=300)
@@ -215,7 +218,7 @@ def test_choosing() -> None:
     """The likeliest of what may be said, with its probability among all that may."""
     logits = torch.tensor([[1.0, 5.0, 2.0], [0.0, 9.0, 8.0]])
     kept = logits.clone()
-    tokens, log_probability = choose(logits, torch.tensor([1]))
+    tokens, log_probability = choose(logits, torch.tensor([1])).float().unbind(-1)
     assert tokens.tolist() == [2, 2]
     expected = torch.tensor([[1.0, 2.0], [0.0, 8.0]]).log_softmax(1)[:, 1]
     torch.testing.assert_close(log_probability, expected)
@@ -227,6 +230,70 @@ def test_ranges_become_masks() -> None:
     starts, stops = torch.tensor([[3, 0, 0], [5, 0, 2]]), torch.tensor([[5, 1, 0], [6, 0, 5]])
     rows = [[int(x) for x in row] for row in visible_mask(starts, stops, 6)]
     assert rows == [[1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+
+
+class NoWaiting(TorchFunctionMode):
+    """Refuses what waits for a device unseen: tensors made there of Python's values, indexing by mask."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run what is called, if it may be."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is torch.tensor:
+            assert kwargs.get("device") is None, "sent from pageable memory"
+        if name in ("__getitem__", "__setitem__") and args[0].is_meta:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in index), "a list as an index is sent, too"
+            masks = [part for part in index if isinstance(part, Tensor) and part.dtype == torch.bool]
+            assert not masks, "how many places a mask names, the host must wait for"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        WindowSettings(n_blocks=2, scratch_tokens=200, max_position=520),
+        WindowSettings(n_blocks=2, scratch_tokens=200, markers="restart"),
+    ],
+    ids=["re-anchored", "restart"],
+)
+def test_audio_and_questions_never_wait_for_the_device(window: WindowSettings) -> None:
+    """Encode, append, evict, re-anchor, growing blocks, questions: on tensors that hold nothing to read.
+
+    A tensor on the meta device raises when a value of it is asked for.
+    """
+    model = empty_model(MODEL.config)
+    cache = RollingCache(model, LAYOUT, window, 3)
+    ears = [Ear(MODEL.config.encoder) for _ in range(3)]
+    n_moves = 0
+    with NoWaiting(), torch.inference_mode():
+        for tick in range(9):
+            before = cache.end_position(0)
+            blocks = [ear.push(random_pcm(70_000, tick)) for ear in ears]
+            tails = [ear.tail() for ear in ears]
+            heard = model.hear([block for complete in blocks for block in complete] + [t for t in tails if t])
+            assert len(heard) == 6
+            cache.append(dict(enumerate(heard[:3])))
+            cache.set_tail(dict(enumerate(heard[3:])))
+            n_moves += cache.end_position(0) < before
+            branches = [cache.branch(slot_idx, n_tokens=90) for slot_idx in (0, 2, 2)]
+            logits = cache.step(branches, [LAYOUT.question(text) for text in TEXTS[:3]])
+            cache.decoder.open(
+                [
+                    decode.Lane(b.slot_idx, lane, 40, b.position, b.visible[-1].stop, b.visible)
+                    for lane, b in enumerate(branches)
+                ]
+            )
+            cache.decoder.say([(0, 0, 41)])
+            cache.decoder._compute(next(cache.decoder.buckets()))
+            cache.decoder.close([(0, 0), (2, 1), (2, 2)])
+            cache.clear([0, 2])
+            assert logits.is_meta
+        cache.reset([1])
+    assert cache.blocks(0).stop == 9
+    assert window.markers == "restart" or n_moves > 0
 
 
 class FakeCuda:
@@ -270,6 +337,21 @@ class FakeCuda:
         self.log.append(name)
         yield
         self.log.append("end")
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By way of pinned memory there, as it is elsewhere."""
+    log: list[tuple[Any, Any, Any]] = []
+    pinned = torch.zeros(2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _self: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: log.append((self, args, kwargs)))
+    host = torch.ones(2)
+    send(host, torch.device("cuda"))
+    send(host, torch.device("cpu"))
+    assert log[0][0] is pinned
+    assert log[0][1:] == ((torch.device("cuda"),), {"non_blocking": True})
+    assert log[1][0] is host
+    assert log[1][1:] == ((torch.device("cpu"),), {})
 
 
 def test_the_order_of_cuda_calls(monkeypatch: pytest.MonkeyPatch) -> None:

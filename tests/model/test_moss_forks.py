@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import pytest
@@ -227,6 +228,27 @@ def test_a_thought_beyond_its_budget_is_closed() -> None:
     for n in (1, 8, 9, 10, 15):
         sliced = in_slices(cache, Question(0, opening, 40, max_thought_tokens=9), n)
         assert sliced.ids[:40] == answer.ids[:40]
+
+
+# The first 16 digits of the SHA-256 of each prompt, as it was compared with its source.
+PROMPTS = {
+    "transcript": "1c2b6b9207064e0e",
+    "plain_transcript": "1c1d9eb9c4da7bc6",
+    "speakers": "42b36cfaf03ba25a",
+    "events": "c12b34d000c4dec2",
+    "emotion": "6764d02b7d80ac15",
+    "speech_caption": "2132022c9c869dc4",
+    "speech_caption_zh": "05f4d45fa1e2afed",
+    "caption": "e5ece3758d2147d8",
+    "caption_zh": "53de7bc7a25322e0",
+    "choice": "2b15c6450b593dd4",
+}
+
+
+def test_the_official_prompts_are_word_for_word() -> None:
+    """The weights were trained on them: a comma more is another prompt."""
+    found = {name: hashlib.sha256(prompt(name).text.encode()).hexdigest()[:16] for name in prompt_names()}
+    assert found == PROMPTS
 
 
 def test_the_official_prompts_are_here() -> None:

@@ -1,21 +1,31 @@
-"""Garbage at any point of a connection: errors there, and nothing anywhere else."""
+"""Garbage at any point of a connection: errors there, and nothing anywhere else.
+
+`N_CASES` of each kind in every run; N_CASES=20000 in the environment for a long one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
+from streaming.access import Scope, entry_text
 from streaming.engine_client import EngineState
 from streaming.protocol import (
     Close,
     CloseCode,
+    HttpStatus,
     SessionClosed,
     Subscribe,
     decode,
@@ -25,7 +35,16 @@ from tests.streaming.support import TIMEOUT_S, Running, receive_until, running_s
 from tests.streaming.test_protocol import client_messages, json_values
 
 AUDIO = s16(utterances(1.0))
-N_CASES = 500
+# The bystander says nothing while the cases run. A slot is free again a moment after its client is gone.
+LIMITS = """
+[engine]
+n_slots = 64
+[server]
+max_bad_messages = 4
+max_message_bytes = 2048
+idle_timeout_s = 3600.0
+"""
+N_CASES = int(os.environ.get("N_CASES", "500"))
 ALLOWED_ENDS = {
     CloseCode.NORMAL,
     CloseCode.TOO_BIG,
@@ -46,7 +65,9 @@ frames = st.one_of(
     client_messages.map(encode_client),
 )
 cases = st.lists(frames, min_size=1, max_size=6)
-Case = Callable[[Running, list[str | bytes]], Coroutine[None, None, None]]
+TOKEN = "moss_of-these-tests"
+TOKEN_QUERY = f"token={TOKEN}"  # without a tokens file nobody looks at it
+Case = Callable[[Running, Any], Coroutine[None, None, None]]
 
 
 async def throw(connection: ClientConnection, garbage: list[str | bytes]) -> None:
@@ -63,10 +84,39 @@ async def throw(connection: ClientConnection, garbage: list[str | bytes]) -> Non
     assert connection.close_code in ALLOWED_ENDS, (connection.close_code, connection.close_reason)
 
 
-def fuzz(case: Case, n_cases: int = N_CASES) -> None:
-    """Run many cases against one server, while another stream goes on undisturbed."""
+class Faults(logging.Handler):
+    """What went wrong and was logged, or reached the event loop's own handler."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self.found.append(f"{record.name}: {record.getMessage()}")
+
+    def on_loop_fault(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Keep what nobody awaited."""
+        self.found.append(str(context))
+
+
+def fuzz(
+    case: Case, n_cases: int = N_CASES, *, access: str = "", strategy: SearchStrategy[Any] = cases
+) -> None:
+    """Run many cases against one server, while another stream goes on undisturbed and no fault is logged."""
+    faults = Faults()
+    logging.getLogger().addHandler(faults)
+    try:
+        _fuzz(case, n_cases, access, strategy, faults)
+    finally:
+        logging.getLogger().removeHandler(faults)
+    assert not faults.found
+
+
+def _fuzz(case: Case, n_cases: int, access: str, strategy: SearchStrategy[Any], faults: Faults) -> None:
     with asyncio.Runner() as runner:
-        context = running_server("[server]\nmax_bad_messages = 4\nmax_message_bytes = 2048")
+        runner.get_loop().set_exception_handler(faults.on_loop_fault)
+        context = running_server(f"{LIMITS}{access}")
         running = runner.run(context.__aenter__())
         try:
             bystander = runner.run(open_bystander(running))
@@ -76,8 +126,8 @@ def fuzz(case: Case, n_cases: int = N_CASES) -> None:
                 phases=[Phase.explicit, Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )
-            @given(cases)
-            def check(garbage: list[str | bytes]) -> None:
+            @given(strategy)
+            def check(garbage: Any) -> None:
                 runner.run(case(running, garbage))
 
             check()
@@ -88,7 +138,7 @@ def fuzz(case: Case, n_cases: int = N_CASES) -> None:
 
 async def open_bystander(running: Running) -> ClientConnection:
     """A stream that has said half of what it has to say."""
-    connection = await running.stream("bystander")
+    connection = await running.stream("bystander", TOKEN_QUERY)
     half = len(AUDIO) // 2
     for at in range(0, half, 2000):
         await connection.send(AUDIO[at : min(at + 2000, half)])
@@ -104,7 +154,7 @@ async def check_bystander(running: Running, connection: ClientConnection) -> Non
         await connection.send(AUDIO[at : at + 2000])
     await connection.send(encode_client(Close()))
     heard = said(await receive_until(connection, SessionClosed))
-    async with running.stream("reference") as again:
+    async with running.stream("reference", TOKEN_QUERY) as again:
         for at in range(0, len(AUDIO), 2000):
             await again.send(AUDIO[at : at + 2000])
         await again.send(encode_client(Close()))
@@ -152,3 +202,73 @@ def test_garbage_instead_of_a_handshake_stays_there() -> None:
             writer.close()
 
     fuzz(case, n_cases=100)
+
+
+words = st.sampled_from(
+    ["/v1/stream/", "/v1/subscribe", "/metrics", "/readyz", "victim", "?", "&", "=", "rate=8000", "%0d%0a",
+     "%", "token=", TOKEN, "#", "//", "..", "\x00", "*", "http://a/", ":", "[", "\u00e9"]
+)  # fmt: skip
+values = st.one_of(
+    st.lists(words, max_size=5).map("".join), st.text(st.characters(codec="latin-1"), max_size=40)
+)
+headers = st.tuples(
+    st.sampled_from(
+        ["Host", "Origin", "Authorization", "X-Forwarded-For", "Upgrade", "Connection", "Sec-WebSocket-Key",
+         "Sec-WebSocket-Version", "Sec-WebSocket-Protocol", "Content-Length", "Transfer-Encoding", "X"]
+    ),
+    st.one_of(
+        values,
+        st.sampled_from(
+            [f"Bearer {TOKEN}", f"Token {TOKEN}", "websocket", "Upgrade", "13", "dGhlIHNhbXBsZSBub25jZQ==",
+             "null", "http://localhost", "http://[::1", "http://a:99999", "0", "chunked", "1.2.3.4, ::1%eth0"]
+        ),
+    ),
+)  # fmt: skip
+PATHS = ["/v1/stream/victim", "/v1/subscribe", "/metrics", "/healthz"]
+GOOD = [
+    ("Host", "localhost"),
+    ("Upgrade", "websocket"),
+    ("Connection", "Upgrade"),
+    ("Sec-WebSocket-Version", "13"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ("Authorization", f"Bearer {TOKEN}"),
+]
+requests = st.builds(
+    lambda method, path, good, more: "\r\n".join(
+        [f"{method} {path} HTTP/1.1", *(f"{key}: {value}" for key, value in [*good, *more]), "", ""]
+    ),
+    st.sampled_from(["GET", "GET", "GET", "GET", "POST", "OPTIONS", ""]),
+    st.one_of(
+        values,
+        st.lists(words, min_size=1, max_size=5).map("".join),
+        st.builds(str.__add__, st.sampled_from(PATHS), st.just("") | values),
+    ),
+    st.one_of(st.just(GOOD), st.lists(st.sampled_from(GOOD), max_size=6, unique=True)),
+    st.lists(headers, max_size=4),
+)
+STATUSES = {int(status) for status in HttpStatus} | {101, 505}
+
+
+def test_garbage_in_a_request_stays_there(tmp_path: Path) -> None:
+    """Any path, query and headers get a known status or no answer, with tokens and without."""
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(entry_text(TOKEN, "fuzz", [Scope.ADMIN], ["*"]))
+    tokens.chmod(0o600)
+
+    answers: set[bytes] = set()
+
+    async def case(running: Running, garbage: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(garbage.encode("utf-8", "surrogateescape"))
+        async with asyncio.timeout(TIMEOUT_S):
+            answer = b""
+            with suppress(ConnectionError):
+                answer = await reader.readline()
+            writer.close()
+        answers.update(answer.split()[1:2])
+        assert not answer or int(answer.split()[1]) in STATUSES, answer
+
+    for access in ("", f'trusted_proxies = ["127.0.0.1"]\n[access]\ntokens = "{tokens}"'):
+        # A stranger's request among them, which chance alone does not always make.
+        fuzz(case, access=access, strategy=st.just("GET /v1/subscribe HTTP/1.1\r\n\r\n") | requests)
+    assert answers >= {b"101", b"200", b"401", b"403", b"404", b"405", b"426"}

@@ -21,6 +21,7 @@ from streaming.access import Scope, entry_text, new_token
 from streaming.config import ConfigError, parse_config
 from streaming.engine_client import EngineClient, engine_settings
 from streaming.protocol import (
+    MAX_TEXT_CHARS,
     Close,
     CloseCode,
     Error,
@@ -283,6 +284,23 @@ async def test_a_frame_of_100_mb_is_refused_by_its_first_bytes() -> None:
         assert await counted(running, Refusal.TOO_BIG) == 2
 
 
+async def test_text_is_short_and_a_subscriber_sends_nothing_else() -> None:
+    """A producer's long text is one bad message; a subscriber's does not even come in."""
+    text = '{"type": "flush", "id": "' + "a" * MAX_TEXT_CHARS + '"}'
+    async with running_server() as running:
+        async with running.stream("a") as connection:
+            await connection.send(text)
+            error = (await receive_until(connection, Error))[-1].message
+            assert isinstance(error, Error)
+            assert (error.code, error.fatal) == ("bad_message", False)
+            assert f"at most {MAX_TEXT_CHARS}" in error.message
+        async with running.subscribe() as connection:
+            await connection.send(text)
+            async with asyncio.timeout(TIMEOUT_S):
+                await connection.wait_closed()
+            assert connection.close_code == CloseCode.TOO_BIG
+
+
 async def test_a_header_that_never_ends_is_cut_off() -> None:
     """A byte now and then does not keep the connection: the whole request has one deadline."""
     async with running_server(settings(limits="handshake_timeout_s = 0.2")) as running:
@@ -366,6 +384,20 @@ async def test_half_open_connections_are_gone_after_the_timeout(many_files: None
         assert await counted(running, Refusal.NO_HANDSHAKE) == 300
 
 
+async def test_a_stopping_server_does_not_wait_for_half_open_connections() -> None:
+    """They are dropped at once, long before their timeout."""
+    async with (
+        running_server(settings(limits="handshake_timeout_s = 300.0")) as running,
+        half_open(running.port, 10) as readers,
+    ):
+        assert (await ask(running, "/healthz"))[0] == 200  # the others were accepted before it
+        running.stop.set()
+        async with asyncio.timeout(TIMEOUT_S):
+            for reader in readers:
+                with suppress(ConnectionError):
+                    await reader.read()
+
+
 # --- TLS ---------------------------------------------------------------------------------
 
 
@@ -436,6 +468,7 @@ async def test_connections_that_never_shake_hands_over_tls_are_cut_off(
         ('[server]\nhost = "0.0.0.0"', r"access\.tokens.*access\.allow_anonymous"),
         ('[server]\ntls_cert = "a"', "tls_cert and tls_key belong together"),
         ('[access]\ntokens = "a"\nallow_anonymous = true', "exclude one another"),
+        ('[server]\ntrusted_proxies = ["proxy"]', r"server\.trusted_proxies.*'proxy'"),
         ("[limits]\naudio_ahead_s = 10.0", "more than audio_burst_s"),
     ],
 )

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import limits
+from streaming.errors import TooFast
 from streaming.limits import Attempts, AudioPace, Places, network_of
 
 
@@ -80,7 +81,10 @@ def test_audio_that_is_ahead_waits_and_far_ahead_is_refused() -> None:
     assert pace.take(4.0, 0) == 2.0
     assert pace.take(0.0, 2.0) == 0
     assert pace.take(9.0, 2.0) == 4.5
-    assert pace.take(0.1, 2.0) is None
+    with pytest.raises(
+        TooFast, match="more than 10 s ahead; expected at most 1 s at once, then 2 s a second"
+    ):
+        pace.take(0.1, 2.0)
 
 
 @given(st.lists(st.floats(0.01, 5), min_size=1, max_size=50))
@@ -89,7 +93,5 @@ def test_whoever_waits_as_told_is_never_refused(frames_s: list[float]) -> None:
     pace = AudioPace(speed=3, burst_s=2, ahead_s=7.5, now_s=0)
     now = 0.0
     for audio_s in frames_s:
-        wait_s = pace.take(audio_s, now)
-        assert wait_s is not None
-        now += wait_s
+        now += pace.take(audio_s, now)
     assert now >= (sum(frames_s) - 2) / 3 - 1e-6

@@ -18,6 +18,7 @@ from streaming.engine.moss_runner import MossRunner
 from streaming.engine.plan import Fork, HeardWord, Pcm, SlotStep, StepPlan, StepResult
 from streaming.text import join_words, split_words
 from tests.model.moss_tiny import LAYOUT, TINY, make_model, random_pcm
+from tests.model.test_moss_decode import Recording
 
 Script = Callable[..., list[Question]]
 CHECKPOINT = Checkpoint(make_model(), LAYOUT)
@@ -246,3 +247,16 @@ def test_the_loader_serves_a_moss_checkpoint() -> None:
     warm_up(runner, 2)
     result = runner.step(one(1, 0, pcm(1.0), TRANSCRIPT, ANSWER))
     assert len(result.hypotheses) == len(result.answers) == 1
+
+
+def test_replayed_decode_steps_find_the_same() -> None:
+    """With every step captured at the start, as on a GPU: the same results as without."""
+    plain, replayed = make_runner(2), make_runner(2)
+    recording = Recording()
+    replayed._cache.decoder.capture(recording)
+    forks = (TRANSCRIPT, EVENTS, EMOTION, ANSWER)
+    for tick in range(3):
+        steps = tuple(SlotStep(s, 7, tick * 80_000, pcm(5.0, 10 * s + tick), forks) for s in range(2))
+        found = replayed.step(StepPlan(steps))
+        assert without_scores(found) == without_scores(plain.step(StepPlan(steps)))
+    assert recording.n_replays > 0

@@ -324,7 +324,7 @@ async def test_a_killed_server_loses_and_repeats_nothing(rate: int, tmp_path: Pa
 
 
 async def test_what_waited_when_the_server_was_killed_is_answered(tmp_path: Path) -> None:
-    """A flush that had no answer gets it once from the next server, and subscribers miss nothing."""
+    """A flush that had no answer is answered by the next server, and subscribers miss nothing."""
     talk = Talk()
     async with server_process(tmp_path) as server:
         connection = await server.begin(talk)

@@ -453,6 +453,15 @@ def test_what_is_not_wanted_is_not_said() -> None:
     assert timeline.apply(stop).messages == Timeline(CONFIG).apply(result(SECOND, HEARD, "stopped")).messages
 
 
+def test_without_words_there_is_no_emotion() -> None:
+    """A telephone's ringing passes for speech at times, but it is nobody's voice."""
+    timeline = Timeline(CONFIG, Told(), Told())
+    ringing = msgspec.structs.replace(result(SECOND, ()), emotion=EMOTION)
+    assert types_of(timeline.apply(ringing).messages) == []
+    stop = msgspec.structs.replace(result(2 * SECOND, (), "stopped"), emotion=EMOTION)
+    assert types_of(timeline.apply(stop).messages) == []
+
+
 def test_open_events_end_with_the_stream() -> None:
     """After its last words."""
     timeline = Timeline(CONFIG, Told(), Told())

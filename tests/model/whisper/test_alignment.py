@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from model.whisper.alignment import token_starts, warp
+from model.whisper.alignment import MEDIAN_WIDTH, _running_median, token_starts, warp
 
 # Whole numbers: sums are exact in any order.
 costs = arrays(
@@ -44,6 +44,13 @@ def test_the_path_is_the_cheapest_of_all(cost: NDArray[np.float64]) -> None:
     paths = all_paths(cost)
     cheapest = min(total for total, _ in paths)
     assert tuple(warp(cost).tolist()) in {starts for total, starts in paths if total == cheapest}
+
+
+@given(n=st.integers(MEDIAN_WIDTH, 40), seed=st.integers(0, 99))
+def test_the_running_median_is_the_median_of_every_window(n: int, seed: int) -> None:
+    """To the bit: it picks a value and computes none."""
+    x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(_running_median(x), x.unfold(-1, MEDIAN_WIDTH, 1).median(dim=-1).values)
 
 
 def test_tokens_begin_where_their_attention_does() -> None:

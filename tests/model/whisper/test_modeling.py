@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.whisper.modeling import DecoderCache, Padding
+from model.whisper.modeling import DecoderCache
+from model.whisper.padding import N_GROUPS, Padding, summarise
 from tests.tiny_whisper import N_AUDIO_POSITIONS, tiny_checkpoint
 
 MODEL = tiny_checkpoint().model
@@ -36,28 +39,44 @@ def heard(*lengths: int) -> Tensor:
     return torch.tensor(lengths)
 
 
-def test_a_window_heard_in_full_is_encoded_exactly() -> None:
-    """Where nothing is padding, remembering it changes no bit."""
+def test_a_window_heard_in_full_is_encoded_as_ever() -> None:
+    """Where nothing is padding, none of it is looked at."""
     mel = random_mel(N_AUDIO_POSITIONS)
     encoded = MODEL.encoder(mel)
-    assert torch.equal(MODEL.encoder.forward_heard(mel, heard(N_AUDIO_POSITIONS), PADDING), encoded)
-    full = MODEL.decoder.new_cache(encoded, 4)
-    same = MODEL.decoder.new_cache_heard(encoded, heard(N_AUDIO_POSITIONS), PADDING, 4)
-    for ours, theirs in zip(
-        same.audio_keys + same.audio_values, full.audio_keys + full.audio_values, strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    n_heard = heard(N_AUDIO_POSITIONS)
+    assert_close(MODEL.encoder.forward_heard(mel, n_heard, PADDING), encoded)
+    tokens = random_tokens(1, 3)
+    hidden, attention = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache(encoded, 4))
+    same, same_attention = MODEL.decoder(
+        tokens, [3], MODEL.decoder.new_cache_heard(encoded, n_heard, PADDING, 4)
+    )
+    assert_close(same, hidden)
+    assert_close(same_attention[..., :N_AUDIO_POSITIONS], attention)
+
+
+def exact_padding() -> Padding:
+    """As many groups as positions: each key stands for itself."""
+    mel = torch.full((1, 80, 2 * N_AUDIO_POSITIONS), -0.6)
+    keys, values, encoded = MODEL.encoder.remember_padding(mel)
+    cache = MODEL.decoder.new_cache(encoded, 1)
+    n = N_AUDIO_POSITIONS
+    return Padding(
+        tuple(summarise(k, v, n) for k, v in zip(keys, values, strict=True)),
+        tuple(summarise(k, v, n) for k, v in zip(cache.audio_keys, cache.audio_values, strict=True)),
+    )
 
 
 def test_padding_alone_is_remembered_as_it_is_computed() -> None:
-    """A window of silence, heard in part or in full, has the keys and values that were remembered."""
+    """A window of silence, heard in part, is encoded and decoded as one heard in full."""
     mel = torch.full((1, 80, 2 * N_AUDIO_POSITIONS), -0.6)
-    full = MODEL.decoder.new_cache(MODEL.encoder(mel), 1)
-    n_heard = 20
-    encoded = MODEL.encoder.forward_heard(mel, heard(n_heard), PADDING)
-    part = MODEL.decoder.new_cache_heard(encoded, heard(n_heard), PADDING, 1)
-    assert_close(part.audio_keys, full.audio_keys)
-    assert_close(PADDING.audio_values, full.audio_values)
+    padding, n_heard = exact_padding(), heard(20)
+    encoded = MODEL.encoder(mel)
+    part = MODEL.encoder.forward_heard(mel[:, :, :42], n_heard, padding)
+    assert_close(part[:, :20], encoded[:, :20])
+    tokens = random_tokens(1, 3)
+    hidden, _ = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache(encoded, 4))
+    same, _ = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache_heard(part, n_heard, padding, 4))
+    assert_close(same, hidden)
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4), seed=st.integers(0, 99))
@@ -67,14 +86,31 @@ def test_rows_of_different_lengths_are_encoded_as_alone(lengths: list[int], seed
     n_steps = max(lengths) + 1  # the first convolutions look one position ahead
     mel = torch.cat([random_mel(n_steps, seed + row) for row in range(len(lengths))])
     encoded = MODEL.encoder.forward_heard(mel, heard(*lengths), PADDING)
-    cache = MODEL.decoder.new_cache_heard(encoded, heard(*lengths), PADDING, 1)
+    cache = MODEL.decoder.new_cache_heard(encoded, heard(*lengths), PADDING, 2)
     for row, n_heard in enumerate(lengths):
         own_mel = mel[row : row + 1, :, : 2 * (n_heard + 1)]
         own = MODEL.encoder.forward_heard(own_mel, heard(n_heard), PADDING)
         assert_close(encoded[row, :n_heard], own[0, :n_heard])
-        own_cache = MODEL.decoder.new_cache_heard(own, heard(n_heard), PADDING, 1)
-        for ours, theirs in zip(cache.audio_keys, own_cache.audio_keys, strict=True):
-            assert_close(ours[row], theirs[0])
+        own_cache = MODEL.decoder.new_cache_heard(own, heard(n_heard), PADDING, 2)
+        tokens = random_tokens(1, 2, seed=seed)
+        hidden, _ = MODEL.decoder(tokens, [2], cache.select([row]))
+        expected, _ = MODEL.decoder(tokens, [2], own_cache)
+        assert_close(hidden, expected)
+
+
+def test_taps_change_no_bit_and_hold_every_layer() -> None:
+    """What the first layer takes and what each gives; the last one normalised is the output."""
+    mel = random_mel(30)
+    for encode in (
+        lambda taps: MODEL.encoder(random_mel(N_AUDIO_POSITIONS), taps),
+        lambda taps: MODEL.encoder.forward_heard(mel, heard(30), PADDING, taps),
+    ):
+        taps: list[Tensor] = []
+        encoded = encode(taps)
+        assert torch.equal(encoded, encode(None))
+        assert len(taps) == MODEL.config.n_encoder_layers + 1
+        assert torch.equal(MODEL.encoder.layer_norm(taps[-1]), encoded)
+        assert not any(torch.equal(a, b) for a, b in itertools.pairwise(taps))
 
 
 def new_cache(n_rows: int = 1, n_tokens: int = 16) -> DecoderCache:
@@ -150,7 +186,6 @@ def test_the_attention_is_that_of_the_alignment_heads() -> None:
 
 
 def test_padding_is_of_every_layer() -> None:
-    """As many keys and values as there are layers, for a full window."""
-    assert isinstance(PADDING, Padding)
-    assert [k.shape for k in PADDING.encoder_keys] == [(1, 2, N_AUDIO_POSITIONS, 16)] * 2
-    assert [v.shape for v in PADDING.audio_values] == [(1, 4, N_AUDIO_POSITIONS, 8)] * 2
+    """As many summaries as there are layers on either side."""
+    assert [silence.keys.shape for silence in PADDING.encoder] == [(1, 2, N_GROUPS, 16)] * 2
+    assert [silence.values.shape for silence in PADDING.decoder] == [(1, 4, N_GROUPS, 8)] * 2

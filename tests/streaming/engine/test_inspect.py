@@ -147,3 +147,19 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(inspect, [str(tmp_path)])
     assert result.exit_code == 2
     assert "'bert'" in result.stderr
+
+
+@pytest.mark.parametrize("fetches", [True, False])
+def test_weights_of_a_hub_id_are_fetched_only_when_asked_for(
+    fetches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes are downloaded by --fetch alone."""
+    asked: list[tuple[str, bool]] = []
+
+    def find(name: str, *, with_weights: bool = True) -> Path:
+        asked.append((name, with_weights))
+        return TINY
+
+    monkeypatch.setattr(inspection, "find", find)
+    inspected("someone/tiny", *(["--fetch"] if fetches else []))
+    assert asked == [("someone/tiny", fetches)]
