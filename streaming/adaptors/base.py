@@ -144,6 +144,7 @@ class Conversation:
             if isinstance(over, SlowReader):
                 await wire.cancel(sender)
             await self._finish(reason, taking)
+            await self._log.settled()  # else the reader would be closed before it has the last messages
             if not sender.done():
                 await wire.send_rest(self._connection, self._reader, sender)
             closing = self._adaptor.closing(over)
