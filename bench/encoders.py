@@ -19,7 +19,7 @@ from rapidfuzz.distance import Levenshtein
 
 from bench.manifest import Clip, join, load_manifest, read_audio
 from bench.measures import normal_words
-from streaming.config import Config, EngineConfig, ModelConfig
+from streaming.config import Config, EmotionConfig, EngineConfig, EventsConfig, ModelConfig
 from streaming.engine.loader import load_runner, warm_up
 from streaming.engine.plan import Fork, HeardWord, Pcm, Runner, SlotStep, StepPlan
 from streaming.engine.scheduler import EXTRA_TOKENS
@@ -95,17 +95,18 @@ class Encoders:
 
 
 def load_encoders(threads: int, dtype: str) -> Encoders:
-    """The embedded weights, warm.
+    """The embedded weights, warm. Words alone: sounds and emotion cost the same with any encoder.
 
     Raises:
         CheckpointError: the weights cannot be had.
     """
     engine = EngineConfig(n_slots=1, threads=threads, shed_after_s=0.0)
+    events, emotion = EventsConfig(enabled=False), EmotionConfig(enabled=False)
     short = ModelConfig.model_validate({"dtype": dtype})
     padded = short.model_copy(update={"short_context": False})
     ears = []
     for model, guard in ((short, GUARD_POSITIONS), (short, TIGHT_POSITIONS), (padded, GUARD_POSITIONS)):
-        config = Config(model=model, engine=engine)
+        config = Config(model=model, engine=engine, events=events, emotion=emotion)
         runner = load_runner(config, guard_positions=guard)
         warm_up(runner, 1)
         ears.append(Ears(runner, config))
