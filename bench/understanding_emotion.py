@@ -29,7 +29,7 @@ TAIL = SAMPLE_RATE_HZ  # samples of silence after a clip, so that its speech sto
 NEGATIVE = ("angry", "fearful", "disgust")  # what plain reading must not be called
 READ = ("speech_en/manifest.jsonl", "speech_en/librispeech_test_other")
 N_BINS = 10  # of the calibration error
-N_COST = 30  # steps with and without an emotion, for what it costs
+N_COST = 12  # steps with and without an emotion, for what it costs
 COST_WINDOW = 5 * SAMPLE_RATE_HZ
 
 

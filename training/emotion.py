@@ -3,11 +3,11 @@
 
     training/emotion.py --data /path/to/data --cache ~/.cache/moss-live/emotion
 
-Makes the features that the cache lacks (hours of one core, resumed where it was stopped; `--part 0/2`
-and `--part 1/2` in two processes share the work and train nothing), then cross-validates over actors,
-writes a head per fold to the cache for `bench/understanding.py --folds`, fits on all actors, and
-writes model/weights/emotion.safetensors and docs/emotion.md. With the same cache the same weights
-come out. Ends with one line of JSON.
+Makes the features that the cache lacks, resumed where it was stopped: ten minutes of one core for the
+first presentation, two for each other (`--part 0/2` and `--part 1/2` in two processes share that work
+and train nothing). Then cross-validates over actors, writes a head per fold to the cache for
+`bench/understanding.py --fold-weights`, fits on all actors, and writes model/weights/emotion.safetensors
+and docs/emotion.md. With the same cache the same weights come out. Ends with one line of JSON.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ def write_card(path: Path, report: Report, labels: Sequence[str], taps: Sequence
         "Cross-validation over actors, six folds, windows of streams as the server cuts them; a clip's "
         "answer is the average of its windows, and `neutral` where the likeliest label is below "
         "the tracker's limit.",
+        "Clips in which the endpointing hears nobody have no window and are not counted.",
         "UAR is the unweighted average of the classes' recalls, ECE the expected calibration error.",
         "",
         "| | clips | actors | UAR | accuracy | ECE | UAR by fold |",
@@ -68,7 +69,8 @@ def write_card(path: Path, report: Report, labels: Sequence[str], taps: Sequence
     parts += [
         "",
         f"ECE over both: {summary.calibration_error:.3f}. "
-        f"RAVDESS at a single tick, in mid-speech: UAR {summary.tick_uar:.3f}.",
+        f"RAVDESS at a single tick, in mid-speech: UAR {summary.tick_uar:.3f}; at a single point after other "
+        f"speech, in noise or in a room ({summary.n_altered} windows): {summary.altered_uar:.3f}.",
         "Windows of read speech by other readers called angry, fearful or disgust: "
         f"{summary.read_negative:.1%}.",
     ]

@@ -1,7 +1,8 @@
 """Features of emotional and of plain speech, taken through the real runner, and kept in a cache.
 
-A clip is not shown whole. It is put into a stream: silence or other speech before it, noise, another
-level, a room. The endpointing and the windows are those of the server, and the runner is asked as
+A clip is not shown whole. It is put into a stream: in the first presentation between silences, in the
+others after other speech of the same or another speaker, in noise, at another level, in a room. The
+endpointing and the windows are those of the server, and the runner is asked as
 the scheduler asks it: at a tick in mid-word, and where speech has stopped. So what is kept is what
 the head will see. One file of the cache per `SHARD` clips and presentation; those that are there are
 not made again.
@@ -108,7 +109,9 @@ def make_cache(data: Path, cache: Path, n_presentations: int, part: int = 0, n_p
         if path.exists():
             continue
         maker = maker or _Maker(clips)
-        features = maker.shard(clips[first : first + SHARD], k)
+        # Of the altered presentations every shard is spread over all speakers: part of them is of use too.
+        chosen = clips[first // SHARD :: -(-len(clips) // SHARD)] if k else clips[first : first + SHARD]
+        features = maker.shard(chosen, k)
         unfinished = path.with_suffix(".tmp.npz")
         np.savez(unfinished, **{f.name: getattr(features, f.name) for f in dataclasses.fields(features)})
         unfinished.rename(path)
@@ -156,7 +159,10 @@ class _Maker:
             # Its own generator: what a clip becomes does not depend on how shards are cut.
             rng = np.random.default_rng([presentation, *clip.path.name.encode()])
             stream, clip_start = self._present(clip, presentation, rng)
-            for is_stop, at, window_start, start in points(stream, clip_start, self._config, rng):
+            asked = list(points(stream, clip_start, self._config, rng))
+            if presentation and asked:  # one point each: another clip tells more than the same one again
+                asked = [asked[rng.integers(len(asked))]]
+            for is_stop, at, window_start, start in asked:
                 self._ask(stream, at, window_start, start)
                 about.append((clip, is_stop, at - start))
         return Features(

@@ -49,6 +49,8 @@ class Summary:
     calibration_error: float  # of both
     read_negative: float  # share of windows of read speech called one of NEGATIVE
     tick_uar: float  # of RAVDESS' windows at ticks, in mid-speech, each on its own
+    n_altered: int  # windows of RAVDESS in noise, in rooms, after other speech, ...
+    altered_uar: float  # ... each on its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ def measure(scored: Scored) -> Report:
         ]
     ticks = clean & (about.corpus == "ravdess") & ~about.is_stop
     tick_uar = recalls(about.label[ticks], scored.probabilities[ticks], labels, 0).uar
+    altered = ~clean & (about.corpus == "ravdess")
+    altered_uar = recalls(about.label[altered], scored.probabilities[altered], labels, 0).uar
     read = said(scored.probabilities[about.corpus == "read"], labels)
     both = recalls(
         np.concatenate([truth for truth, _ in scores.values()]),
@@ -98,6 +102,8 @@ def measure(scored: Scored) -> Report:
             calibration_error=both.calibration_error,
             read_negative=float(np.isin(read, NEGATIVE).mean()) if len(read) else float("nan"),
             tick_uar=tick_uar,
+            n_altered=int(altered.sum()),
+            altered_uar=altered_uar,
         ),
         reports["ravdess"],
         reports["emodb"],
@@ -126,8 +132,8 @@ def recalls(
     return Recalls(
         n_clips=len(truth),
         n_speakers=n_speakers,
-        uar=float(np.mean(list(recall.values()))),
-        accuracy=float((named == truth).mean()),
+        uar=float(np.mean(list(recall.values()))) if names else float("nan"),
+        accuracy=float((named == truth).mean()) if names else float("nan"),
         calibration_error=calibration_error(score, named == truth),
         recall=recall,
         confusion=confusion,

@@ -7,7 +7,7 @@ CC BY and Apache-2.0. What a seed gives is always the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,6 @@ class Sources:
     music: tuple[Clip, ...]
     noise: tuple[Clip, ...]
 
-    def without(self, names: Collection[str]) -> Sources:
-        """The same without some clips."""
-        return Sources(
-            *(
-                tuple(clip for clip in clips if clip.name not in names)
-                for clips in (self.sounds, self.speech, self.music, self.noise)
-            )
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
@@ -72,6 +63,7 @@ class Scene:
 
     audio: Audio
     occurrences: tuple[Occurrence, ...]
+    sources: tuple[str, ...]  # the names of the clips in it
 
 
 def is_free(licence: str) -> bool:
@@ -106,9 +98,10 @@ def load_sources(data: Path, speech_folders: Sequence[str]) -> Sources:
 
 
 def make_scene(sources: Sources, rng: np.random.Generator) -> Scene:
-    """One scene of `SCENE_S` seconds."""
+    """One scene of `SCENE_S` seconds; noise beds, which hold no sound to be found, are not named in it."""
     n = round(SCENE_S * SAMPLE_RATE_HZ)
-    mix, occurrences, level = _background(sources, n, rng)
+    mix, occurrences, level, under = _background(sources, n, rng)
+    names = [] if under is None else [under.name]
     by_label: dict[str, list[Clip]] = {}
     for clip in sources.sounds:
         by_label.setdefault(clip.label, []).append(clip)
@@ -117,36 +110,40 @@ def make_scene(sources: Sources, rng: np.random.Generator) -> Scene:
     for _ in range(rng.integers(1, 6)):
         label = labels[rng.integers(len(labels))]
         clip = by_label[label][rng.integers(len(by_label[label]))]
+        names.append(clip.name)
         sound, spans = _excerpt(clip, rng)
         _add(mix, occurrences, label, sound, spans, level, rng.uniform(3.0, 30.0), room, rng)
     for _ in range(rng.integers(0, 4)):
         clip = sources.speech[rng.integers(len(sources.speech))]
+        names.append(clip.name)
         sound = clip.audio[: round(rng.uniform(2.0, 10.0) * SAMPLE_RATE_HZ)]
         spans = [(a, min(b, len(sound) / SAMPLE_RATE_HZ)) for a, b in clip.segments]
         _add(mix, occurrences, "speech", sound, spans, level, rng.uniform(10.0, 30.0), room, rng)
     peak = float(np.abs(mix).max())
     gain = min(10.0 ** (rng.uniform(-30.0, 6.0) / 20.0), 0.99 / max(peak, 1e-4))
-    return Scene((mix * gain).astype(np.float32), tuple(occurrences))
+    return Scene((mix * gain).astype(np.float32), tuple(occurrences), tuple(names))
 
 
 def _background(
     sources: Sources, n: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float64], list[Occurrence], float]:
-    """What lies under a scene, what of it is to be heard, and the level events are measured against."""
-    kind = rng.choice(["quiet", "noise", "music", "steady"], p=[0.25, 0.25, 0.25, 0.25])
+) -> tuple[NDArray[np.float64], list[Occurrence], float, Clip | None]:
+    """What lies under a scene, what of it is to be heard, the level events are measured against, its clip."""
+    kind = rng.choice(["quiet", "noise", "music", "steady"], p=[0.2, 0.25, 0.25, 0.3])
     level = 10.0 ** (rng.uniform(-50.0, -30.0) / 20.0)
     hiss = _coloured(n, rng) * level
     if kind == "quiet" or (kind == "noise" and not sources.noise):
-        return hiss, [], level
+        return hiss, [], level, None
     if kind == "noise":
-        return _looped(sources.noise[rng.integers(len(sources.noise))], n, rng) * level, [], level
+        noise = sources.noise[rng.integers(len(sources.noise))]
+        return _looped(noise, n, rng) * level, [], level, None
     if kind == "music":
         loud = level * 10.0 ** (rng.uniform(0.0, 12.0) / 20.0)
-        music = _looped(_varied(sources.music[rng.integers(len(sources.music))], rng), n, rng) * loud
-        return music + hiss * 0.03, [Occurrence("music", 0.0, SCENE_S)], loud
+        clip = sources.music[rng.integers(len(sources.music))]
+        music = _looped(_varied(clip, rng), n, rng) * loud
+        return music + hiss * 0.03, [Occurrence("music", 0.0, SCENE_S)], loud, clip
     clips = [clip for clip in sources.sounds if clip.label in STEADY]
     clip = clips[rng.integers(len(clips))]
-    return _looped(_varied(clip, rng), n, rng) * level, [Occurrence(clip.label, 0.0, SCENE_S)], level
+    return _looped(_varied(clip, rng), n, rng) * level, [Occurrence(clip.label, 0.0, SCENE_S)], level, clip
 
 
 def _add(

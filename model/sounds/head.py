@@ -1,9 +1,10 @@
 """The head: from embeddings over two and a half seconds to how sure each sound is.
 
 Some sounds are trained (`training/events.py`): every patch's embedding is projected to a few
-features, and a row looks at those of some patches of its context. The other sounds of the 521 have
-YAMNet's own score, the mean logit of the patches around the row, moved by what YAMNet says of it over
-speech, music and noise.
+features, and a row looks at those of some patches of its context. Such a sound may be sure only where
+YAMNet's own score is above a guard, and goes on while that is not far below. The other sounds of the
+521 have YAMNet's own score, the mean logit of the patches around the row, moved by what YAMNet says
+of it over speech, music and noise.
 
 What is multiplied with embeddings are whole numbers, so that the sums are exact in float64: a row
 does not depend on how many rows are computed with it.
@@ -27,6 +28,7 @@ from model.sounds.stream import CONTEXT
 from model.sounds.yamnet import N_CLASSES, WIDTH, Yamnet
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "sounds.safetensors"
+GUARD_SLOPE = 0.25  # logits that a trained sound may have per logit of YAMNet's above its guard
 AROUND = 3  # the last patches of the context, whose mean logit is the score of a sound that is not trained
 
 
@@ -43,6 +45,7 @@ class HeadWeights:
     hidden_bias: Tensor  # [D]
     out: Tensor  # [N, D]
     out_bias: Tensor  # [N]
+    guards: Tensor  # [N] YAMNet's own logit below which a trained sound is not believed
     offsets: Tensor  # [521] logits taken from YAMNet's, where a sound is not trained
     thresholds: Tensor  # [521] scores from which a sound is there
 
@@ -70,6 +73,7 @@ def load_weights(path: Path = WEIGHTS) -> HeadWeights:
         "hidden_bias": (n_hidden,),
         "out": (len(labels), n_hidden),
         "out_bias": (len(labels),),
+        "guards": (len(labels),),
         "offsets": (N_CLASSES,),
         "thresholds": (N_CLASSES,),
     }
@@ -104,7 +108,9 @@ class SoundHead:
         self._matrix = torch.cat([weights.project, classifier.weight[columns]]).T.contiguous()
         plain_scale = torch.full((len(names),), classifier.scale, dtype=torch.float64)
         self._scale = torch.cat([weights.project_scale, plain_scale])
-        self._bias = torch.cat([weights.project_bias, classifier.bias[columns] - weights.offsets[columns]])
+        self._bias = torch.cat([weights.project_bias, classifier.bias[columns]])
+        self._offsets = weights.offsets[columns]
+        self._guards = weights.guards[self._from]
         self.thresholds = weights.thresholds[columns].tolist()
 
     def scores(self, embeddings: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -123,9 +129,12 @@ class SoundHead:
         logits = (
             values[:, self._n_features :].unfold(0, AROUND, 1).mean(-1)[CONTEXT - AROUND :]
         )  # [n, n_names]
+        scores = logits - self._offsets
         if self._to:
-            logits[:, self._to] = self._trained(values[:, : self._n_features].relu(), n)[:, self._from]
-        return logits.sigmoid().float().numpy()
+            trained = self._trained(values[:, : self._n_features].relu(), n)[:, self._from]
+            allowed = GUARD_SLOPE * (logits[:, self._to] - self._guards)
+            scores[:, self._to] = torch.minimum(trained, allowed)
+        return scores.sigmoid().float().numpy()
 
     def _trained(self, features: Tensor, n: int) -> Tensor:
         """Logits of the trained sounds, [n, N], from the features of every patch [n + CONTEXT - 1, H]."""

@@ -61,6 +61,7 @@ class Yamnet:
         self.names = names
         values = {item.name: numpy_helper.to_array(item) for item in graph.graph.initializer}
         self._scale, self._zero_point = float(values["audio_scale"]), int(values["audio_zero_point"])
+        self.embedding_unit = float(values[f"{_EMBEDDING}_scale"])  # what a step of an embedding is worth
         self.classifier = _classifier(values)
         options = onnxruntime.SessionOptions()
         # The cores belong to the words. A thread that spins while it waits would take one of them.

@@ -136,7 +136,7 @@ class OpenAi:
 
     async def end_audio(self, talk: Conversation) -> None:
         """The resampler's rest."""
-        await self._feed(talk, b"", is_last=True)
+        await self._feed_rest(talk)
 
     def stop(self) -> None:
         """Nothing is held."""
@@ -163,25 +163,31 @@ class OpenAi:
                 await self._mark(talk, "clear")
             case "session.update" if not self._is_beta:
                 await self._update(talk, updated, event)
-                await talk.say(lambda: [self._event("session.updated", session=self._session())])
-            case _:
+                await self._say_updated(talk, "session.updated")
+            case kind:
                 await self._update(talk, updated_beta, event)
-                kind = event["type"].replace(".update", ".updated")
-                await talk.say(lambda: [self._event(kind, session=self._beta_session())])
+                await self._say_updated(talk, kind.replace(".update", ".updated"))
         return True
+
+    async def _say_updated(self, talk: Conversation, kind: str) -> None:
+        """The effective configuration; the current API knows one shape and one type of it."""
+        if self._is_beta:
+            await talk.say(lambda: [self._event(kind, session=self._beta_session())])
+        else:
+            await talk.say(lambda: [self._event("session.updated", session=self._session())])
 
     def complaint(self, exc: BadMessage, frame: str | bytes) -> list[Event]:
         """An `error` event that names the client's own event, where it named it."""
         return [self._error("invalid_request_error", exc.code, str(exc), exc.param, _event_id_of(frame))]
 
-    async def _feed(self, talk: Conversation, data: bytes, *, is_last: bool = False) -> None:
-        pcm = self._ingest.flush() if is_last else self._ingest.push(data)
-        self._fed_ms += len(data) / FORMATS[self._settings.encoding].frame_bytes * self._ms_per_sample
-        await talk.feed(pcm)
+    async def _feed(self, talk: Conversation, data: bytes) -> None:
+        audio_format = FORMATS[self._settings.encoding]
+        self._fed_ms += len(data) / audio_format.frame_bytes * 1000 / audio_format.rate_hz
+        await talk.decode(self._ingest, audio_format, data)
 
-    @property
-    def _ms_per_sample(self) -> float:
-        return 1000 / FORMATS[self._settings.encoding].rate_hz
+    async def _feed_rest(self, talk: Conversation) -> None:
+        """What the resampler still holds."""
+        await talk.feed(self._ingest.flush())
 
     async def _commit(self, talk: Conversation) -> None:
         waiting_ms = self._fed_ms - self._committed_ms
@@ -195,7 +201,7 @@ class OpenAi:
 
     async def _mark(self, talk: Conversation, kind: str) -> None:
         """Everything appended so far belongs to what ends here; `Flushed` comes at its place in the log."""
-        await self._feed(talk, b"", is_last=True)
+        await self._feed_rest(talk)
         self._committed_ms = self._fed_ms
         self._n_marks += 1
         await talk.session.flush(f"{kind}-{self._n_marks}")
@@ -212,7 +218,7 @@ class OpenAi:
                 "session.audio.input.transcription.language",
             )
         if after.encoding != before.encoding:
-            await self._feed(talk, b"", is_last=True)
+            await self._feed_rest(talk)
             self._ingest = Ingest(FORMATS[after.encoding])
         self._settings = after
         if after.language != before.language:
@@ -256,7 +262,8 @@ class OpenAi:
             case SessionClosed(duration_ms=end_ms):
                 return self._closed(end_ms)
             case Error():
-                kind = "invalid_request_error" if message.code.startswith("bad_") else "server_error"
+                is_theirs = message.code.startswith("bad_") or message.code == "too_fast"
+                kind = "invalid_request_error" if is_theirs else "server_error"
                 return [self._error(kind, message.code, message.message, None, None)]
             case _:
                 return _untranslated(message)

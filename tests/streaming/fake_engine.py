@@ -85,7 +85,8 @@ class FakeEngine:
     def _hear(self, message: messages.ToEngine) -> None:
         match message:
             case messages.Open():
-                committed_end = max((word.end for word in message.committed), default=0)
+                # Where no committed word lies in the window, it begins at the first that is not.
+                committed_end = max((word.end for word in message.committed), default=message.window_start)
                 self._streams[message.stream] = Stream(
                     start=message.start,
                     consumed=message.consumed,

@@ -26,7 +26,7 @@ from tests.streaming.test_container import KINDS, contained
 from tests.streaming.test_fuzz import fuzz
 from tests.streaming.test_protocol import json_values
 
-N_CASES = int(os.environ.get("MOSS_LIVE_FUZZ_CASES", "150"))
+N_CASES = int(os.environ.get("MOSS_LIVE_FUZZ_CASES", "100"))
 SPEECH = pcm24(utterances(0.5))
 NOT_UTF8 = 1007  # the WebSocket library closes by itself
 NAMES = """type audio input format rate transcription language turn_detection threshold

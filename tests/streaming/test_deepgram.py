@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import deepgram.listen.v1.types as types
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from streaming.access import Scope, entry_text
 from streaming.adaptors.deepgram import Deepgram, Results, parse_options
 from streaming.config import VadConfig
 from streaming.errors import BadQuery
@@ -332,6 +334,19 @@ async def test_a_bad_query_is_refused_with_what_was_expected(query: str, expecte
             await listen(running, query)
     assert refused.value.response.status_code == 400
     assert expected in (refused.value.response.body or b"").decode()
+
+
+async def test_a_token_is_asked_for_where_there_are_tokens(tmp_path: Path) -> None:
+    """In Deepgram's own scheme, with the right to publish streams of this name."""
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(entry_text("good", "good", [Scope.PUBLISH], ["deepgram-*"]), encoding="utf-8")
+    tokens.chmod(0o600)
+    async with running_server(f'[access]\ntokens = "{tokens}"') as running:
+        with pytest.raises(InvalidStatus, match="401"):
+            await listen(running)
+        uri = f"ws://127.0.0.1:{running.port}/v1/listen?{LINEAR}"
+        async with connect(uri, additional_headers={"Authorization": "Token good"}) as connection:
+            assert finals(await transcribe(connection, cut(AUDIO)))
 
 
 # --- message by message --------------------------------------------------------------------

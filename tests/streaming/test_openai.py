@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from streaming.access import Scope, entry_text
 from streaming.adaptors.openai import MAX_ITEM_CHARS, OpenAi
 from streaming.config import VadConfig
 from streaming.protocol import (
@@ -181,6 +183,16 @@ async def test_the_beta_is_spoken_to_who_asks_for_it() -> None:
     assert [p["token"] for p in events[-1]["logprobs"]] == events[-1]["transcript"].split()
 
 
+async def test_the_flat_session_is_understood_from_everybody() -> None:
+    """And answered in the shape of the API that the client speaks. Found by fuzzing."""
+    async with running_server() as running, realtime(running) as connection:
+        session = {"input_audio_format": "g711_ulaw", "turn_detection": None}
+        await connection.send(json.dumps({"type": "transcription_session.update", "session": session}))
+        event = (await receive_until(connection, "session.updated"))[-1]
+    given = event["session"]["audio"]["input"]
+    assert (given["format"], given["turn_detection"]) == ({"type": "audio/pcmu"}, None)
+
+
 async def test_a_browser_is_answered_its_subprotocol() -> None:
     """It can send no header: it names the protocol, its key and the beta in one list."""
     async with running_server() as running:
@@ -317,6 +329,37 @@ async def test_a_bad_query_is_refused(query: str) -> None:
         with pytest.raises(InvalidStatus) as refused:
             await realtime(running, query)
     assert refused.value.response.status_code == 400
+
+
+async def test_a_token_is_asked_for_where_there_are_tokens(tmp_path: Path) -> None:
+    """As a bearer's, with the right to publish streams of this name."""
+    tokens = tmp_path / "tokens.toml"
+    texts = [
+        entry_text("good", "good", [Scope.PUBLISH], ["openai-*"]),
+        entry_text("other", "other", [Scope.PUBLISH], ["desk-*"]),
+    ]
+    tokens.write_text("".join(texts), encoding="utf-8")
+    tokens.chmod(0o600)
+    async with running_server(f'[access]\ntokens = "{tokens}"') as running:
+        for token, status in ((None, 401), ("bad", 401), ("other", 403)):
+            headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+            with pytest.raises(InvalidStatus) as refused:
+                await realtime(running, additional_headers=headers)
+            assert refused.value.response.status_code == status
+        async with realtime(running, additional_headers={"Authorization": "Bearer good"}) as connection:
+            assert (await receive(connection))["type"] == "session.created"
+
+
+async def test_audio_far_too_fast_ends_the_session() -> None:
+    """As on the native endpoint, with its error and its code."""
+    limits = "[limits]\naudio_speed = 1.0\naudio_burst_s = 1.0\naudio_ahead_s = 2.0"
+    async with running_server(limits) as running, realtime(running) as connection:
+        await connection.send(append(AUDIO))
+        event = (await receive_until(connection, "error"))[-1]
+        assert event["error"]["code"] == "too_fast"
+        with pytest.raises(ConnectionClosed):
+            await receive_until(connection, "never")
+        assert connection.close_code == CloseCode.TOO_FAST
 
 
 async def test_slots_are_shared_with_the_native_endpoint() -> None:
