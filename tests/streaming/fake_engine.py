@@ -112,8 +112,9 @@ class FakeEngine:
                     stream.next_word = max(stream.next_word, message.point)
                     stream.is_speech = stream.is_speech and message.kind != "stopped"
                 stream.resume_at = message.point
-                # Here too: with audio waiting, the next result is unanswered before there is progress.
-                self._progress(message.stream, stream)
+                if not stream.is_speech:
+                    # With audio waiting, the next result is unanswered before anything else is told.
+                    self._progress(message.stream, stream)
                 self._go_on(message.stream, stream)
             case messages.Configure():
                 pass
