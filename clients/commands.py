@@ -23,6 +23,7 @@ from streaming.protocol import (
     DEFAULT_PORT,
     MESSAGE_TYPES,
     STREAM_NAME,
+    STREAM_PATTERN,
     Envelope,
     TranscriptDelta,
     encode,
@@ -75,6 +76,12 @@ def _unavailable(name: str, why: str) -> click.Command:
 @click.version_option(package_name="moss-live")
 def group() -> None:
     """Live captions: run a server, send it audio, read what it hears."""
+
+
+def _streams(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    if not STREAM_PATTERN.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no stream name or pattern: letters, digits, ._- and *")
+    return value
 
 
 def _stream_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -146,7 +153,7 @@ def mic(
 
 
 @group.command()
-@name_argument
+@click.argument("name", metavar="NAME_OR_PATTERN", callback=_streams)
 @server_option
 @token_option
 @click.option("--types", help="Only these message types, by commas, such as transcript.final.")
@@ -155,7 +162,7 @@ def mic(
 def subscribe(
     name: str, server: str, token: str | None, types: str | None, after: int | None, wait_s: float
 ) -> None:
-    """Print a stream's messages, one line of JSON each."""
+    """Print a stream's messages, one line of JSON each; with a * in the name those of many streams."""
     wanted = tuple(part.strip() for part in types.split(",") if part.strip()) if types else ()
     for part in wanted:
         if part not in MESSAGE_TYPES:

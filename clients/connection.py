@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+from dataclasses import dataclass
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -25,6 +27,20 @@ class ConnectFailed(RuntimeError):
         self.is_lasting = is_lasting  # trying again would not help
 
 
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long to wait before another attempt: doubling, with jitter, a limited number of times."""
+
+    first_s: float = 0.5
+    longest_s: float = 15.0
+    max_attempts: int = 10  # in a row without a message; then the client gives up
+
+    def delay_s(self, n_failed: int) -> float:
+        """Seconds before the next attempt after `n_failed` failures: half to all of the doubled step."""
+        step_s = min(self.longest_s, self.first_s * 2.0 ** min(n_failed - 1, 32))
+        return step_s * random.uniform(0.5, 1.0)
+
+
 async def open_connection(
     url: str, *, token: str | None = None, ping_interval_s: float | None = PING_INTERVAL_S
 ) -> ClientConnection:
@@ -38,6 +54,7 @@ async def open_connection(
     Raises:
         ConnectFailed: it could not be opened.
     """
+    place = url.partition("?")[0]  # the query may hold a token, and texts of errors are shown
     try:
         return await connect(
             url,
@@ -55,11 +72,11 @@ async def open_connection(
     except InvalidURI as exc:
         raise ConnectFailed(str(exc), is_lasting=True) from exc
     except InvalidHandshake as exc:
-        raise ConnectFailed(f"{url}: no WebSocket server: {exc}", is_lasting=True) from exc
+        raise ConnectFailed(f"{place}: no WebSocket server: {exc}", is_lasting=True) from exc
     except TimeoutError as exc:
-        raise ConnectFailed(f"{url}: no answer within {OPEN_TIMEOUT_S:g} s", is_lasting=False) from exc
+        raise ConnectFailed(f"{place}: no answer within {OPEN_TIMEOUT_S:g} s", is_lasting=False) from exc
     except OSError as exc:
-        message = f"{url}: cannot connect: {exc}; is the server running? (moss-live serve)"
+        message = f"{place}: cannot connect: {exc}; is the server running? (moss-live serve)"
         raise ConnectFailed(message, is_lasting=False) from exc
 
 

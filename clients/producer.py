@@ -1,40 +1,61 @@
 """Sends audio to a live stream and hands back what the server says meanwhile.
 
-Knows the wire protocol and one WebSocket; where the audio comes from and how messages are
-shown is the caller's.
+Knows the wire protocol; where the audio comes from and how messages are shown is the caller's.
+A lost connection is opened again and the stream gone on with, from the sample the server names:
+audio is kept until the server has it on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote, urlencode
 
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from clients.connection import closed_because, open_connection, receive
-from clients.sources import bytes_of_ms
+from clients.backlog import Backlog
+from clients.connection import Backoff, ConnectFailed, closed_because, open_connection, receive
+from clients.sources import SAMPLE_BYTES, bytes_of_ms
 from streaming.protocol import (
+    AFTER_PARAMETER,
+    RESUME_PARAMETER,
     SAMPLE_RATE_HZ,
     STREAM_PATH,
+    UNLOGGED,
+    Ack,
     Close,
+    CloseCode,
     Envelope,
     Error,
     Flush,
     Flushed,
     SessionClosed,
+    SessionCreated,
+    SessionResumed,
     encode_client,
 )
 
+logger = logging.getLogger(__name__)
+
 REPLY_TIMEOUT_S = 120.0  # without any message; a server acknowledges audio every second
 FLUSH_ID = "end"
+MAX_UNACKNOWLEDGED_MS = 120_000  # of audio, kept until it is acknowledged; then the source waits
+MAX_FRAME_BYTES = bytes_of_ms(1_000)  # in one frame, where much waits
+PATIENT = Backoff(longest_s=5.0, max_attempts=30)  # a server's restart loads a model
+# What the server closes with when nothing is wrong with what the client does.
+_PASSING = frozenset({CloseCode.GOING_AWAY, CloseCode.INTERNAL, CloseCode.TOO_SLOW})
 
 
 class StreamFailed(RuntimeError):
     """The stream did not end well; says what the server said."""
+
+
+class _ConnectionLost(Exception):
+    """Another connection may go on where this one ended."""
 
 
 @dataclass(slots=True)
@@ -64,96 +85,217 @@ async def stream_audio(
     progress: Progress | None = None,
     stop: asyncio.Event | None = None,
     token: str | None = None,
+    backoff: Backoff = PATIENT,
 ) -> SessionClosed:
     """Send `chunks` to `url`, call `on_message` with every message, end the stream.
 
-    At the end of the audio, or at the next chunk once `stop` is set, everything heard is
-    flushed and the stream closed.
+    At the end of the audio, or once `stop` is set, everything heard is flushed and the stream
+    closed. A connection that is lost after the stream was created is opened again, also to a server
+    that was killed and started anew: no audio and no logged message is lost or repeated.
 
     Args:
         url: As `stream_url` gives it.
-        chunks: s16le mono audio at 16 kHz.
+        chunks: s16le mono audio at 16 kHz; not asked for more than `MAX_UNACKNOWLEDGED_MS` ahead of
+            what the server has acknowledged.
         on_message: Called on the event loop, in order, as messages arrive.
         paced: Each chunk leaves when a microphone would have filled it; else as fast as the
             server accepts.
         progress: Kept up to date where given.
         stop: Ends the audio early.
         token: For a server that asks for one.
+        backoff: The pace of attempts to come back.
 
     Raises:
-        ConnectFailed: no connection.
-        StreamFailed: a fatal error, an end other than the one asked for, or no message for
-            `REPLY_TIMEOUT_S`.
+        ConnectFailed: no first connection.
+        StreamFailed: a fatal error, an end other than the one asked for, no way back to the stream,
+            or no message for `REPLY_TIMEOUT_S`.
         SourceError: the audio failed.
     """
-    progress = progress or Progress()
+    talk = _Talk(url, on_message, progress or Progress(), token)
     stop = stop or asyncio.Event()
-    # No pings: they would wait behind the audio that the server does not read yet. A dead server
-    # is found by its missing acknowledgements.
-    async with await open_connection(url, token=token, ping_interval_s=None) as connection:
-        reading = asyncio.create_task(_read(connection, on_message, progress), name="stream.read")
-        sending = asyncio.create_task(
-            _send(connection, chunks, progress, stop, paced=paced), name="stream.send"
-        )
-        try:
-            await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()  # raises what went wrong with the audio
-            return await reading
-        finally:
-            for task in (reading, sending):
-                task.cancel()
-            await asyncio.gather(reading, sending, return_exceptions=True)
-
-
-async def _send(
-    connection: ClientConnection,
-    chunks: AsyncIterator[bytes],
-    progress: Progress,
-    stop: asyncio.Event,
-    *,
-    paced: bool,
-) -> None:
-    """Send the audio, flush, close. Returns where the connection ends: the reader says why."""
-    start = progress.started_at = time.perf_counter()
-    n_bytes = 0
+    connection = await talk.connect()
+    filling = asyncio.create_task(talk.fill(chunks, stop, paced=paced), name="stream.source")
+    stopping = asyncio.create_task(talk.finish_when(stop), name="stream.stop")
+    n_failed = 0
     try:
+        while True:
+            n_heard = talk.n_heard
+            try:
+                return await talk.converse(connection, filling)
+            except _ConnectionLost as exc:
+                n_failed = 1 if talk.n_heard > n_heard else n_failed + 1
+                connection = await _connect_again(talk, exc, n_failed, backoff)
+    finally:
+        filling.cancel()
+        stopping.cancel()
+        await asyncio.gather(filling, stopping, return_exceptions=True)
+
+
+async def _connect_again(
+    talk: _Talk, lost: _ConnectionLost, n_failed: int, backoff: Backoff
+) -> ClientConnection:
+    """A further connection to the stream.
+
+    Raises:
+        StreamFailed: there is no way back.
+    """
+    why = str(lost)
+    while n_failed < backoff.max_attempts:
+        delay_s = backoff.delay_s(n_failed)
+        logger.warning("%s; trying again in %.1f s", why, delay_s)
+        await asyncio.sleep(delay_s)
+        try:
+            return await talk.connect()
+        except ConnectFailed as exc:
+            if exc.is_lasting:
+                raise StreamFailed(f"{lost}; it cannot be gone on with: {exc}") from exc
+            why = str(exc)
+            n_failed += 1
+    raise StreamFailed(why)
+
+
+class _Talk:
+    """One stream over all its connections."""
+
+    def __init__(
+        self, url: str, on_message: Callable[[Envelope], None], progress: Progress, token: str | None
+    ) -> None:
+        self.n_heard = 0  # messages
+        self._url = url
+        self._on_message = on_message
+        self._progress = progress
+        self._token = token
+        self._resume_token: str | None = None
+        self._last_seq = 0
+        self._sent = 0  # bytes, at most, on any connection
+        self._backlog = Backlog(bytes_of_ms(MAX_UNACKNOWLEDGED_MS))
+
+    async def connect(self) -> ClientConnection:
+        """A connection to the stream: the first, or one that goes on.
+
+        Raises:
+            ConnectFailed: it could not be opened.
+        """
+        url = self._url
+        if self._resume_token is not None:
+            url += "&" + urlencode({RESUME_PARAMETER: self._resume_token, AFTER_PARAMETER: self._last_seq})
+        # No pings: they would wait behind the audio that the server does not read yet. A dead server
+        # is found by its missing acknowledgements.
+        return await open_connection(url, token=self._token, ping_interval_s=None)
+
+    async def fill(self, chunks: AsyncIterator[bytes], stop: asyncio.Event, *, paced: bool) -> None:
+        """Take the audio as it is due, or as there is room for it.
+
+        Raises:
+            SourceError: the audio failed.
+        """
+        start = self._progress.started_at = time.perf_counter()
+        n_bytes = 0
         async for chunk in chunks:
             if stop.is_set():
                 break
             n_bytes += len(chunk)
-            audio_s = n_bytes / bytes_of_ms(1000)
-            # Sending alone need not let the event loop run: messages are read at least once a chunk.
-            await asyncio.sleep(start + audio_s - time.perf_counter() if paced else 0)
-            await connection.send(chunk)
-            progress.sent_s = audio_s
-        progress.flush_sent_at = time.perf_counter()
-        await connection.send(encode_client(Flush(FLUSH_ID)))
-        await connection.send(encode_client(Close()))
-    except ConnectionClosed:
-        return
+            # A source that never waits must let the connection have its turn, too.
+            await asyncio.sleep(start + n_bytes / bytes_of_ms(1000) - time.perf_counter() if paced else 0)
+            await self._backlog.put(chunk)
+        self._backlog.finish()
 
+    async def finish_when(self, stop: asyncio.Event) -> None:
+        """End the audio once `stop` is set, whatever the source does."""
+        await stop.wait()
+        self._backlog.finish()
 
-async def _read(
-    connection: ClientConnection, on_message: Callable[[Envelope], None], progress: Progress
-) -> SessionClosed:
-    """Every message up to `session.closed`."""
-    fatal: Error | None = None
-    while True:
+    async def converse(self, connection: ClientConnection, filling: asyncio.Task[None]) -> SessionClosed:
+        """Send and hear on one connection, up to the stream's end.
+
+        Raises:
+            _ConnectionLost: the stream may go on over another one.
+            StreamFailed, SourceError: it may not.
+        """
+        is_first = self._resume_token is None
+        async with connection:
+            begin: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            if is_first:
+                begin.set_result(0)
+            reading = asyncio.create_task(self._read(connection, begin), name="stream.read")
+            sending = asyncio.create_task(self._send(connection, begin), name="stream.send")
+            try:
+                await asyncio.wait({reading, sending, filling}, return_when=asyncio.FIRST_COMPLETED)
+                if filling.done():
+                    filling.result()  # raises what went wrong with the audio
+                if sending.done() and not reading.done():
+                    sending.result()
+                return await reading
+            finally:
+                for task in (reading, sending):
+                    task.cancel()
+                await asyncio.gather(reading, sending, return_exceptions=True)
+
+    async def _send(self, connection: ClientConnection, begin: asyncio.Future[int]) -> None:
+        """Send the audio, flush, close. Returns where the connection ends: the reader says why."""
+        at = await begin
         try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
-                envelope = await receive(connection)
-        except TimeoutError as exc:
-            raise StreamFailed(f"no message from the server for {REPLY_TIMEOUT_S:g} s") from exc
-        except ConnectionClosed as exc:
-            raise StreamFailed(fatal.message if fatal else closed_because(exc)) from exc
-        on_message(envelope)
-        match envelope.message:
-            case Error(fatal=True) as fatal:
-                pass
-            case Flushed(id=id_) if id_ == FLUSH_ID:
-                progress.flushed_at = time.perf_counter()
-            case SessionClosed(reason="closed") as closed:
-                return closed
-            case SessionClosed(reason=reason):
-                raise StreamFailed(fatal.message if fatal else f"the server ended the stream: {reason}")
+            while True:
+                piece = await self._backlog.read(at, MAX_FRAME_BYTES)
+                if not piece:
+                    break
+                # Sending alone need not let the event loop run: messages are read at least once a frame.
+                await asyncio.sleep(0)
+                await connection.send(piece)
+                at += len(piece)
+                self._sent = max(self._sent, at)
+                self._progress.sent_s = max(self._progress.sent_s, at / bytes_of_ms(1000))
+            if self._progress.flushed_at is None:
+                self._progress.flush_sent_at = self._progress.flush_sent_at or time.perf_counter()
+                await connection.send(encode_client(Flush(FLUSH_ID)))
+            await connection.send(encode_client(Close()))
+        except ConnectionClosed:
+            return
+
+    async def _read(self, connection: ClientConnection, begin: asyncio.Future[int]) -> SessionClosed:
+        """Every message up to `session.closed`."""
+        fatal: Error | None = None
+        while True:
+            try:
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    envelope = await receive(connection)
+            except TimeoutError as exc:
+                raise StreamFailed(f"no message from the server for {REPLY_TIMEOUT_S:g} s") from exc
+            except ConnectionClosed as exc:
+                code = None if exc.rcvd is None else exc.rcvd.code
+                may_return = self._resume_token is not None and (code is None or code in _PASSING)
+                if fatal is None and may_return:
+                    raise _ConnectionLost(closed_because(exc)) from exc
+                raise StreamFailed(fatal.message if fatal else closed_because(exc)) from exc
+            self.n_heard += 1
+            if envelope.message.type not in UNLOGGED:
+                self._last_seq = envelope.seq
+            match envelope.message:
+                case SessionCreated(resume_token=resume_token) as created if resume_token is not None:
+                    self._resume_token = resume_token
+                    envelope = replace(envelope, message=replace(created, resume_token=None))
+                case SessionResumed(n_samples=n_samples):
+                    self._go_on(n_samples, begin)
+                case Ack(n_samples=n_samples):
+                    self._backlog.forget(min(n_samples * SAMPLE_BYTES, self._sent))
+                case _:
+                    pass
+            self._on_message(envelope)
+            match envelope.message:
+                case Error(fatal=True) as fatal:
+                    pass
+                case Flushed(id=id_) if id_ == FLUSH_ID:
+                    self._progress.flushed_at = time.perf_counter()
+                case SessionClosed(reason="closed") as closed:
+                    return closed
+                case SessionClosed(reason=reason):
+                    raise StreamFailed(fatal.message if fatal else f"the server ended the stream: {reason}")
+
+    def _go_on(self, n_samples: int, begin: asyncio.Future[int]) -> None:
+        at = n_samples * SAMPLE_BYTES
+        if at < self._backlog.start:
+            lost_s = (self._backlog.start - at) / bytes_of_ms(1000)
+            raise StreamFailed(f"the server lost {lost_s:.2f} s of audio that it had acknowledged")
+        logger.warning("the stream goes on at %.1f s", n_samples / SAMPLE_RATE_HZ)
+        if not begin.done():
+            begin.set_result(at)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from websockets.exceptions import ConnectionClosed
 
-from clients.connection import ConnectFailed, closed_because, open_connection, receive
+from clients.connection import Backoff, ConnectFailed, closed_because, open_connection, receive
 from streaming.protocol import (
     SUBSCRIBE_PATH,
     UNLOGGED,
@@ -25,27 +23,16 @@ from streaming.protocol import (
     SessionCreated,
     Subscribe,
     encode_client,
+    is_pattern,
 )
 
 logger = logging.getLogger(__name__)
 
+EAGER = Backoff()
+
 
 class SubscriptionFailed(RuntimeError):
     """The messages cannot be had; says what the server said last."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """How long to wait before another attempt: doubling, with jitter, a limited number of times."""
-
-    first_s: float = 0.5
-    longest_s: float = 15.0
-    max_attempts: int = 10  # in a row without a message; then `SubscriptionFailed`
-
-    def delay_s(self, n_failed: int) -> float:
-        """Seconds before the next attempt after `n_failed` failures: half to all of the doubled step."""
-        step_s = min(self.longest_s, self.first_s * 2.0 ** min(n_failed - 1, 32))
-        return step_s * random.uniform(0.5, 1.0)
 
 
 async def subscribe(
@@ -55,10 +42,12 @@ async def subscribe(
     types: Sequence[str] = (),
     after: int | None = None,
     wait_s: float = 0.0,
-    backoff: Backoff = Backoff(),
+    backoff: Backoff = EAGER,
     token: str | None = None,
 ) -> AsyncIterator[Envelope]:
     """The messages of `stream` as they come, ending after its `session.closed`.
+
+    With a pattern, such as `room-*`: of every stream whose name it is, without end.
 
     A lost connection is opened again and resumed after the last `seq`, so that no logged
     message is given twice or missed. An interim that was on its way may be missed: the next
@@ -66,7 +55,7 @@ async def subscribe(
 
     Args:
         server: Such as ws://127.0.0.1:8765.
-        stream: Its name.
+        stream: Its name, or a pattern.
         types: Message types to give; none means all.
         after: Give the logged messages after this `seq` first; None begins with the next one.
         wait_s: How long to wait for a stream the server does not know yet, seconds.
@@ -81,13 +70,19 @@ async def subscribe(
     wanted = tuple(dict.fromkeys([*types, SessionClosed.type])) if types else ()
     deadline = time.monotonic() + wait_s
     n_failed = 0
+    last: Mapping[str, int] | None = None  # of a pattern: the last logged message
     while True:
         try:
-            async for envelope in _until_lost(server, Subscribe((stream,), wanted, after), token):
+            position = after if last is None else last
+            async for envelope in _until_lost(server, Subscribe((stream,), wanted, position), token):
                 n_failed = 0
-                if _was_given(envelope, after):
+                if is_pattern(stream):
+                    if envelope.message.type not in UNLOGGED:
+                        last = {envelope.stream: envelope.seq}
+                elif _was_given(envelope, after):
                     continue
-                after = envelope.seq
+                else:
+                    after = envelope.seq
                 if not types or envelope.message.type in types:
                     yield envelope
         except _StreamUnknown as exc:
@@ -131,7 +126,7 @@ async def _until_lost(server: str, request: Subscribe, token: str | None) -> Asy
                     case Error(message=error, fatal=True):
                         pass  # what its close code says decides
                 yield envelope
-                if isinstance(envelope.message, SessionClosed):
+                if isinstance(envelope.message, SessionClosed) and not is_pattern(request.streams[0]):
                     return
     except ConnectFailed as exc:
         raise (SubscriptionFailed if exc.is_lasting else _ConnectionLost)(str(exc)) from exc

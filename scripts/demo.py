@@ -150,7 +150,7 @@ def running_server(log: Path) -> Iterator[int]:
     """
     port = free_port()
     command = [sys.executable, "-m", "clients.cli", "serve", "--config", str(ROOT / "config.toml")]
-    command += ["--host", HOST, "--port", str(port)]
+    command += ["--host", HOST, "--port", str(port), "--log", str(log.with_suffix(".sqlite"))]
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches the demo alone, which then stops the server.
         server = subprocess.Popen(

@@ -31,6 +31,7 @@ from streaming.protocol import (
     DEEPGRAM_PATH,
     DEEPGRAM_STREAMS,
     HEALTH_PATH,
+    HISTORY_PATH,
     METRICS_PATH,
     OPENAI_PATH,
     OPENAI_STREAMS,
@@ -272,6 +273,8 @@ def need_of(path: str) -> Need | None:
     """What a path needs; None where there is no such path."""
     if path.startswith(STREAM_PATH):
         return Need(Scope.PUBLISH, path.removeprefix(STREAM_PATH))
+    if path.startswith(f"{HISTORY_PATH}/"):
+        return Need(Scope.READ, path.removeprefix(f"{HISTORY_PATH}/").partition("/")[0])
     return _NEEDS.get(path)
 
 
@@ -279,6 +282,7 @@ _NEEDS = {
     HEALTH_PATH: Need(None),
     READY_PATH: Need(None),
     METRICS_PATH: Need(Scope.READ, "*"),
+    HISTORY_PATH: Need(Scope.READ, "*"),
     SUBSCRIBE_PATH: Need(Scope.SUBSCRIBE),
     OPENAI_PATH: Need(Scope.PUBLISH, OPENAI_STREAMS),
     DEEPGRAM_PATH: Need(Scope.PUBLISH, DEEPGRAM_STREAMS),

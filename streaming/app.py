@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from streaming.config import Config
+from streaming.connection import race, until
 from streaming.engine_client import ENGINE_COMMAND, EngineClient, engine_settings
 from streaming.server import Server
 
@@ -27,7 +28,7 @@ async def run(
 
     Raises:
         ConfigError: a file that the configuration names cannot be used.
-        ExceptionGroup: of the `EngineLost` that ended it.
+        ExceptionGroup: of the `EngineLost` or `LogError` that ended it.
     """
     stop = asyncio.Event()
     engine = EngineClient(config.engine, engine_settings(config), engine_command)
@@ -38,7 +39,7 @@ async def run(
             async with server.listening() as port:
                 if on_listening is not None:
                     on_listening(port)
-                await stop.wait()
+                await race(until(stop), server.fault())
             supervisor.cancel()
     logger.info("stopped")
 

@@ -15,7 +15,7 @@ import click
 from streaming.access import Scope, entry_text, new_token, parse_tokens
 from streaming.app import run
 from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, with_overrides
-from streaming.errors import EngineLost
+from streaming.errors import EngineLost, LogError
 from streaming.logs import configure
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,21 @@ PRIVATE = 0o600  # the tokens file is its owner's alone
 @click.option("--host", help="Overrides server.host.")
 @click.option("--port", type=int, help="Overrides server.port.")
 @click.option("--model", help="Overrides model.name: embedded, a Hugging Face id, or a folder.")
+@click.option("--log", "log_path", help="Overrides log.path.")
 @click.option("--verbose", is_flag=True, help="Log every message.")
-def serve(path: Path | None, host: str | None, port: int | None, model: str | None, *, verbose: bool) -> None:
+def serve(
+    path: Path | None,
+    host: str | None,
+    port: int | None,
+    model: str | None,
+    log_path: str | None,
+    *,
+    verbose: bool,
+) -> None:
     """Run the server until it is interrupted."""
     path = path or config_path()
     try:
-        config = _override(find_config(path), host, port, model)
+        config = _override(find_config(path), host, port, model, log_path)
     except ConfigError as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)
@@ -53,6 +62,9 @@ def serve(path: Path | None, host: str | None, port: int | None, model: str | No
         click.echo(str(group.exceptions[0]), err=True)
         sys.exit(2)
     except* EngineLost as group:
+        click.echo(f"stopped: {group.exceptions[0]}", err=True)
+        sys.exit(1)
+    except* LogError as group:
         click.echo(f"stopped: {group.exceptions[0]}", err=True)
         sys.exit(1)
     except* OSError as group:
@@ -125,7 +137,10 @@ def config_path() -> Path | None:
     return DEFAULT_PATH if DEFAULT_PATH.exists() else None
 
 
-def _override(config: Config, host: str | None, port: int | None, model: str | None) -> Config:
+def _override(
+    config: Config, host: str | None, port: int | None, model: str | None, log_path: str | None
+) -> Config:
     server = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     name = {} if model is None else {"name": model}
-    return with_overrides(config, {"server": server, "model": name})
+    log = {} if log_path is None else {"path": log_path}
+    return with_overrides(config, {"server": server, "model": name, "log": log})

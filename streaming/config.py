@@ -40,6 +40,7 @@ class ServerConfig(_Section):
     idle_timeout_s: PositiveSeconds = 60.0
     ping_interval_s: PositiveSeconds = 20.0
     stop_timeout_s: PositiveSeconds = 15.0
+    resume_grace_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     tls_cert: str = ""
     tls_key: str = ""
     origins: tuple[str, ...] = ()
@@ -208,7 +209,7 @@ class EventsConfig(_Section):
     enabled: bool = True
     labels: Literal["monitoring", "meeting", "all"] | list[str] = "monitoring"
     thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
-    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.35
     min_ms: Annotated[int, Field(ge=80, le=5000)] = 160
     merge_gap_ms: Annotated[int, Field(ge=0, le=5000)] = 320
     max_open: Annotated[int, Field(ge=1, le=1000)] = 16
@@ -222,10 +223,12 @@ class EmotionConfig(_Section):
 
 
 class LogConfig(_Section):
-    """What is kept of each stream for replay."""
+    """Where messages are kept for replay, resumption and history, and for how long."""
 
-    history: Annotated[int, Field(ge=100, le=10_000_000)] = 10_000
-    closed_streams: Annotated[int, Field(ge=0, le=100_000)] = 100
+    path: Annotated[str, Field(min_length=1)] = "moss-live.sqlite"
+    keep_days: Annotated[float, Field(gt=0, le=36_500)] = 30.0
+    max_mib: Annotated[int, Field(ge=16, le=16 * 1024 * 1024)] = 2048
+    closed_streams: Annotated[int, Field(ge=0, le=100_000)] = 10_000
 
 
 class EngineSettings(_Section):

@@ -39,6 +39,11 @@ async def discard(connection: ServerConnection) -> None:
         return
 
 
+async def until(event: asyncio.Event) -> None:
+    """Wait until an event is set."""
+    await event.wait()
+
+
 async def raise_when(event: asyncio.Event, exc: Exception) -> None:
     """Raise `exc` once the event is set."""
     await event.wait()

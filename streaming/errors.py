@@ -2,6 +2,9 @@
 
 MossLiveError
 ├── BadQuery          a connection's URL asks for what cannot be; HTTP 400
+├── LogError          the log's file cannot be used; the server does not start, or ends
+│   └── LogFull           there is no room on its disk; everything waits until there is
+├── StreamFault       a fault of the server's ended a stream; its connection closes with 1011
 ├── EngineFault       the engine is gone, silent, or said what it must not; it is restarted
 └── ConnectionOver    ends one connection; each kind knows its close code
     ├── BadAudio          4401, the stream ends with "bad_input"
@@ -9,6 +12,7 @@ MossLiveError
     ├── Forbidden         4403, subscribers alone
     ├── TooFast           4429, "bad_input"
     ├── IdleConnection    4408, "idle"
+    ├── Replaced          4409, the stream goes on over another connection
     ├── SlowReader        4410, "disconnected"
     ├── EngineLost        4503, "engine_lost"
     └── ServerStopping    1001, "server_stopping"
@@ -33,6 +37,18 @@ class BadQuery(MossLiveError):
 
 class EngineFault(MossLiveError):
     """The engine process cannot be used any more; says why."""
+
+
+class LogError(MossLiveError):
+    """The log's file cannot be used: says which, and what to do."""
+
+
+class LogFull(LogError):
+    """The log could not be written for now: no room, or another program holds the file."""
+
+
+class StreamFault(MossLiveError):
+    """A fault of the server's ended this stream; it was logged where it happened."""
 
 
 class ConnectionOver(MossLiveError):
@@ -81,6 +97,14 @@ class IdleConnection(ConnectionOver):
     close_code = CloseCode.IDLE
     error_code = None
     reason = "idle"
+
+
+class Replaced(ConnectionOver):
+    """The stream's producer is back on another connection."""
+
+    close_code = CloseCode.REPLACED
+    error_code = None
+    reason = "disconnected"
 
 
 class SlowReader(ConnectionOver):

@@ -214,10 +214,13 @@ class Guard:
         connection.grant = grant
         return None
 
-    def take_place(self, connection: GuardedConnection, scope: Scope) -> Response | None:
+    def take_place(
+        self, connection: GuardedConnection, scope: Scope, *, is_again: bool = False
+    ) -> Response | None:
         """Count a connection whose handshake succeeded, or refuse it where there is no room.
 
-        The place is given back when the connection is lost.
+        The place is given back when the connection is lost. A producer that comes back to its stream
+        (`is_again`) takes none of its token's.
         """
         grant = connection.granted
         if len(self._places) >= self._server.max_connections:
@@ -225,7 +228,7 @@ class Guard:
         address = None if is_loopback(connection.address) else network_of(connection.address)
         if address is not None and not self._of_address.has_room(address, self._limits.address_connections):
             return self.refuse(connection, Refusal.TOO_MANY_OF_ADDRESS)
-        role = None if self._tokens is None else (grant.name, scope)
+        role = None if self._tokens is None or is_again else (grant.name, scope)
         if role is not None:
             if scope is Scope.PUBLISH:
                 limit, refusal = (

@@ -7,11 +7,12 @@ bit-identical however the bytes were cut. Knows nothing of sockets, speech or th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args
 from urllib.parse import parse_qsl
 
 import av
+import msgspec
 import numpy as np
 import soxr
 from numpy.typing import NDArray
@@ -24,6 +25,10 @@ Encoding = Literal["s16le", "f32le", "mulaw", "alaw"]
 BYTES_PER_SAMPLE = {"s16le": 2, "f32le": 4, "mulaw": 1, "alaw": 1}
 BLOCK_MS = 20
 MAX_LANGUAGE_CHARS = 16
+# Blocks whose bytes are kept to make a resampler's state again: half a second, and its filter looks
+# back much less far. At 16 kHz nothing is resampled and none are kept.
+KEPT_BLOCKS = 25
+MAX_HELD = SAMPLE_RATE_HZ // 5  # samples that a resampler has not given out yet
 _QUERY_KEYS = ("format", "rate", "channels", "language")
 
 
@@ -40,6 +45,10 @@ class AudioFormat:
     def frame_bytes(self) -> int:
         """Bytes of one sample of all channels."""
         return BYTES_PER_SAMPLE[self.encoding] * self.channels
+
+    def is_as(self, other: AudioFormat) -> bool:
+        """Whether the same bytes mean the same audio."""
+        return replace(self, language=None) == replace(other, language=None)
 
 
 def parse_query(query: str) -> AudioFormat:
@@ -70,10 +79,21 @@ def parse_query(query: str) -> AudioFormat:
     )
 
 
+class IngestState(msgspec.Struct, frozen=True, array_like=True):
+    """What the audio path of a stream goes on from."""
+
+    n_bytes: int  # received
+    buffer: bytes  # of them, less than a block that was not worked on yet
+    n_blocks: int  # since the resampler began
+    n_out: int  # samples that it gave
+    kept: bytes  # the newest of those blocks
+
+
 class Ingest:
     """The audio path of one stream up to the 16 kHz sample clock.
 
-    Holds less than one block of bytes, and what the resampler has not given out yet (under 0.2 s).
+    Holds less than one block of bytes, what the resampler has not given out yet (under 0.2 s), and the
+    bytes of the last half second where that is resampled.
     """
 
     def __init__(self, audio_format: AudioFormat) -> None:
@@ -84,6 +104,46 @@ class Ingest:
         self._block_bytes = audio_format.rate_hz * BLOCK_MS // 1000 * audio_format.frame_bytes
         self._n_bytes = 0
         self._resampler = _new_resampler(audio_format.rate_hz)
+        self._n_blocks = 0  # given to this resampler
+        self._n_out = 0  # and got from it
+        self._kept = bytearray()
+        self._kept_bytes = 0 if audio_format.rate_hz == SAMPLE_RATE_HZ else KEPT_BLOCKS * self._block_bytes
+        self._n_skip = 0  # samples that the resampler before this one gave already
+        self._early: Pcm = np.zeros(0, np.float32)  # samples that this one gave too early
+
+    def state(self) -> IngestState:
+        """What `restore` goes on from."""
+        return IngestState(self._n_bytes, bytes(self._buffer), self._n_blocks, self._n_out, bytes(self._kept))
+
+    def restore(self, state: IngestState) -> None:
+        """Go on where another was; called before the first `push`.
+
+        Bit for bit at 16 kHz and in the first half second; else the resampler, begun anew on the
+        kept blocks, rounds differently in the last place of a float32.
+        """
+        self._buffer += state.buffer
+        self._count(state.n_bytes)
+        first = state.n_blocks - len(state.kept) // self._block_bytes
+        given = self._resample(state.kept)
+        n_before = round(
+            first * self._block_bytes / self._format.frame_bytes * SAMPLE_RATE_HZ / self._format.rate_hz
+        )
+        n_given = state.n_out - n_before  # of these, by the other
+        self._early, self._n_skip = given[n_given:], max(0, n_given - len(given))
+        self._n_blocks, self._n_out = state.n_blocks, state.n_out
+
+    def most(self, n_bytes: int) -> int:
+        """Samples that a push of so many bytes, or a flush after them, gives at most."""
+        n_samples = (len(self._buffer) + n_bytes) // self._format.frame_bytes
+        held = 0 if self._format.rate_hz == SAMPLE_RATE_HZ else MAX_HELD
+        return n_samples * SAMPLE_RATE_HZ // self._format.rate_hz + 1 + held
+
+    def drop_partial(self) -> None:
+        """Forget the bytes of a sample that is not whole: its sender begins it again."""
+        n_partial = self._n_bytes % self._format.frame_bytes
+        if n_partial:
+            del self._buffer[-n_partial:]
+            self._count(-n_partial)
 
     def push(self, data: bytes) -> Pcm:
         """The 16 kHz audio that these bytes complete, possibly none.
@@ -97,11 +157,7 @@ class Ingest:
         n_whole = len(self._buffer) - len(self._buffer) % size
         whole = bytes(self._buffer[:n_whole])
         del self._buffer[:n_whole]
-        pieces = [
-            self._resampler.resample_chunk(self._mono(whole[at : at + size]))
-            for at in range(0, n_whole, size)
-        ]
-        return _joined(pieces)
+        return self._given(self._resample(whole))
 
     def flush(self) -> Pcm:
         """All the rest of what was received; the stream may go on after it.
@@ -115,9 +171,32 @@ class Ingest:
         n_whole = len(self._buffer) - len(self._buffer) % self._format.frame_bytes
         rest = self._mono(bytes(self._buffer[:n_whole]))
         del self._buffer[:n_whole]
-        tail = self._resampler.resample_chunk(rest, last=True)
+        tail = self._given(self._resampler.resample_chunk(rest, last=True))
         self._resampler = _new_resampler(self._format.rate_hz)
+        self._n_blocks = self._n_out = self._n_skip = 0
+        self._kept.clear()
         return tail
+
+    def _resample(self, whole: bytes) -> Pcm:
+        """What whole blocks of bytes become."""
+        size = self._block_bytes
+        pieces = [
+            self._resampler.resample_chunk(self._mono(whole[at : at + size]))
+            for at in range(0, len(whole), size)
+        ]
+        self._n_blocks += len(pieces)
+        self._kept += whole
+        del self._kept[: max(0, len(self._kept) - self._kept_bytes)]
+        return _joined(pieces)
+
+    def _given(self, pcm: Pcm) -> Pcm:
+        """Samples of the resampler as they are given out: each position once."""
+        if self._n_skip or len(self._early):
+            n_skip = min(self._n_skip, len(pcm))
+            pcm, self._early = np.concatenate([self._early, pcm[n_skip:]]), pcm[:0]
+            self._n_skip -= n_skip
+        self._n_out += len(pcm)
+        return pcm
 
     def _count(self, n_bytes: int) -> None:
         self._n_bytes += n_bytes

@@ -1,13 +1,14 @@
-"""The connection of one live stream: audio and control in, all messages of the stream out.
+"""The connection of a live stream's producer: audio and control in, all messages of the stream out.
 
-However it ends, the stream is finalised first and its reader is told why.
+Where the producer ends the stream, or does what it must not, the stream is finalised first and its
+reader is told why. A connection that is merely lost leaves the stream to wait for the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
@@ -19,25 +20,29 @@ from streaming.errors import (
     ConnectionOver,
     EngineLost,
     IdleConnection,
+    Replaced,
     ServerStopping,
     SlowReader,
 )
 from streaming.hub import Subscription
 from streaming.limits import AudioPace
+from streaming.live import LiveStream
 from streaming.log import Log
 from streaming.protocol import (
     STREAM_MESSAGES,
     Ask,
     Close,
+    CloseCode,
     Envelope,
     Error,
     Flush,
     Message,
     ProtocolError,
+    SessionCreated,
     SessionUpdate,
     decode_client,
+    encode,
 )
-from streaming.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +70,30 @@ class Producer:
     def __init__(
         self,
         connection: ServerConnection,
-        session: Session,
+        live: LiveStream,
         reader: Subscription,
         log: Log,
         limits: ProducerLimits,
         stopping: asyncio.Event,
+        *,
+        token: str | None,
     ) -> None:
+        """Speak for a stream whose seat is free.
+
+        Args:
+            connection: Open.
+            live: The stream.
+            reader: Of the stream's messages, for this connection.
+            log: Of all streams.
+            limits: What the connection goes by.
+            stopping: Set when the server stops.
+            token: Of a new stream, for its `session.created`; None: this connection resumes it.
+        """
         self._connection = connection
-        self._session = session
+        self._live = live
+        self._session = live.session
         self._reader = reader
+        self._token = token
         self._log = log
         self._limits = limits
         self._stopping = stopping
@@ -81,43 +101,71 @@ class Producer:
         self._pace = limits.new_pace()
 
     async def run(self) -> None:
-        """Converse until the stream is over, finalise it, and close."""
-        sender = asyncio.create_task(
-            wire.send_all(self._connection, self._reader), name=f"send {self._session.name}"
-        )
-        taking = asyncio.create_task(self._session.run(), name=f"results {self._session.name}")
-        discarding: asyncio.Task[None] | None = None
+        """Converse until the stream is over or the connection is, and close.
+
+        Raises:
+            StreamFault: the stream failed.
+            ConnectionClosed: the connection was lost before anything was said.
+        """
+        self._live.seat.take(self._reader)
+        tasks: list[asyncio.Task[None]] = []
         try:
-            over, reason = await self._converse(taking)
-            discarding = asyncio.create_task(
-                wire.discard(self._connection), name=f"discard {self._session.name}"
+            if self._token is None:
+                await self._connection.send(encode(self._envelope(self._session.resume())))
+            sender = asyncio.create_task(self._send(), name=f"send {self._session.name}")
+            tasks.append(sender)
+            over, reason = await self._converse(sender)
+            tasks.append(
+                asyncio.create_task(wire.discard(self._connection), name=f"discard {self._session.name}")
             )
-            if isinstance(over, SlowReader):
+            if reason is None:
+                self._live.seat.leave(self._reader)
                 await wire.cancel(sender)
-            await self._finish(reason, taking)
-            if not sender.done():
-                await wire.send_rest(self._connection, self._reader, sender)
+            else:
+                self._live.end(reason)
+                await self._live.ended()
+                if not sender.done():
+                    await wire.send_rest(self._connection, self._reader, sender)
             await wire.close(self._connection, self._reader, over)
         finally:
-            await wire.cancel(sender, taking, *([] if discarding is None else [discarding]))
+            self._live.seat.leave(self._reader)
+            await wire.cancel(*tasks)
+
+    async def _send(self) -> None:
+        """Send the stream's messages; only its producer learns the token."""
+        async for envelope in self._reader:
+            sent = envelope
+            if isinstance(envelope.message, SessionCreated) and self._token is not None:
+                sent = replace(envelope, message=replace(envelope.message, resume_token=self._token))
+            await self._connection.send(encode(sent))
 
     def tell(self, message: Message) -> None:
         """Queue a message for this producer alone."""
-        name = self._session.name
-        self._reader.put(Envelope(name, self._log.last_seq(name), message))
+        self._reader.put(self._envelope(message))
 
-    async def _converse(self, taking: asyncio.Task[None]) -> tuple[ConnectionOver | None, str]:
-        """What ended it, if not the client, and the reason for `session.closed`."""
+    def _envelope(self, message: Message) -> Envelope:
+        name = self._session.name
+        return Envelope(name, self._log.last_seq(name), message)
+
+    async def _converse(self, sender: asyncio.Task[None]) -> tuple[ConnectionOver | None, str | None]:
+        """What ended it, if not the client, and the reason for `session.closed`; None: the stream goes on."""
         try:
             await wire.race(
                 self._receive(),
-                wire.ended(taking),
+                _overtaken(sender),
+                self._live.ended(),
+                wire.raise_when(
+                    self._live.seat.is_wanted, Replaced("the stream goes on over a newer connection")
+                ),
                 wire.raise_when(self._session.is_lost, EngineLost("the engine could not be brought back")),
                 wire.raise_when(self._stopping, ServerStopping("the server is stopping")),
                 wire.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),
             )
-        except ConnectionClosed:
-            return None, "disconnected"
+        except ConnectionClosed as exc:
+            return None, None if _is_lost(exc) else "disconnected"
+        except (SlowReader, Replaced) as over:
+            logger.warning("stream %s: connection ends: %s", self._session.name, over)
+            return over, None
         except ConnectionOver as over:
             name = self._session.name
             logger.log(
@@ -130,17 +178,6 @@ class Producer:
                 self._reader.put(envelope)
             return over, over.reason
         return None, "closed"
-
-    async def _finish(self, reason: str, taking: asyncio.Task[None]) -> None:
-        """Finalise; a server that stops waits for the engine no longer than its stop timeout."""
-        try:
-            await wire.race(self._session.finish(reason), wire.ended(taking), self._stop_deadline())
-        finally:
-            self._session.abandon(reason)
-
-    async def _stop_deadline(self) -> None:
-        await self._stopping.wait()
-        await asyncio.sleep(self._limits.server.stop_timeout_s)
 
     async def _receive(self) -> None:
         """Take frames until the client asks to close.
@@ -212,3 +249,18 @@ class Producer:
         self.tell(Error(exc.code, str(exc), fatal=False))
         if self._n_bad >= self._limits.server.max_bad_messages:
             raise BadMessages(f"{self._n_bad} messages that could not be read")
+
+
+async def _overtaken(sender: asyncio.Task[None]) -> None:
+    """Raise `SlowReader` when the log left a reader behind. Else wait: what was received is still taken."""
+    await asyncio.wait({sender})
+    if not sender.cancelled() and isinstance(sender.exception(), SlowReader):
+        sender.result()
+    await asyncio.Event().wait()
+
+
+def _is_lost(exc: ConnectionClosed) -> bool:
+    """Whether a connection ended against the will of both sides; its producer may come back."""
+    if exc.sent is not None and not exc.rcvd_then_sent:
+        return False  # closed by us, for something the client sent
+    return exc.rcvd is None or exc.rcvd.code != CloseCode.NORMAL

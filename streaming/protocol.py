@@ -19,16 +19,24 @@ DEFAULT_PORT = 8765
 SAMPLE_RATE_HZ = 16_000  # the sample clock every time on the wire is counted on
 
 STREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+STREAM_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}")  # a name, or with `*` many of them
 AUDIO_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
 MAX_CHANNELS = 8  # of a stream's audio, mixed to one
 MAX_ID_CHARS = 64  # of a client's `flush` and `ask`
 MAX_QUESTION_CHARS = 2_000  # of an `ask`
 MAX_TEXT_CHARS = 65_536  # of a client's text frame; a subscriber's frame of more bytes closes with 1009
-MAX_SUBSCRIBED_STREAMS = 64  # names in one `subscribe`
+MAX_SUBSCRIBED_STREAMS = 64  # names and patterns in one `subscribe`
+MAX_SEQ = 2**53  # what JavaScript can count to
 
 STREAM_PATH = "/v1/stream/"
 SUBSCRIBE_PATH = "/v1/subscribe"
+HISTORY_PATH = "/v1/streams"  # and below it, by GET: what the log keeps
+
+# Of a stream's URL: goes on with a stream whose connection was lost, and what was missed of its log.
+# `resume` is the token of its `session.created`, `after` the last `seq` seen. The server answers with
+# `session.resumed` first; the client sends its audio from that sample on.
+RESUME_PARAMETER, AFTER_PARAMETER = "resume", "after"
 HEALTH_PATH = "/healthz"
 READY_PATH = "/readyz"
 METRICS_PATH = "/metrics"
@@ -51,6 +59,7 @@ class CloseCode(enum.IntEnum):
     FORBIDDEN = 4403  # the token does not allow what was asked for
     NOT_FOUND = 4404  # no such stream
     IDLE = 4408  # nothing arrived for too long
+    REPLACED = 4409  # the stream goes on over a newer connection of its producer
     TOO_SLOW = 4410  # the reader could not keep up: reconnect and resume after the last `seq`
     TOO_FAST = 4429  # audio came too far ahead of real time
     ENGINE_LOST = 4503  # the engine could not be brought back
@@ -65,12 +74,13 @@ class HttpStatus(enum.IntEnum):
     FORBIDDEN = 403  # the token does not allow it, or the page's origin is not let in
     NOT_FOUND = 404  # no such path
     METHOD_NOT_ALLOWED = 405  # another method than GET
-    CONFLICT = 409  # a stream of this name is live
+    CONFLICT = 409  # a stream of this name is live, and the request has no token of it
+    GONE = 410  # the stream to resume was finalised, or the log does not keep it any more
     URI_TOO_LONG = 414  # the first line of the request has more than 8 KiB
     UPGRADE_REQUIRED = 426  # a WebSocket path without an upgrade
     TOO_MANY = 429  # connections, streams or subscriptions are at their limit, or attempts came too fast
     HEADERS_TOO_LARGE = 431  # a header has more than 8 KiB, or there are more than 128
-    UNAVAILABLE = 503  # the engine is not ready, or every slot is taken
+    UNAVAILABLE = 503  # the engine is not ready, every slot is taken, or the log's disk is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +103,10 @@ class Refusal(enum.Enum):
     UNKNOWN_TOKEN = Answer(HttpStatus.UNAUTHORIZED, "the token is not known here, or has expired")
     BAD_SCOPE = Answer(HttpStatus.FORBIDDEN, "the token does not allow this")
     BAD_ORIGIN = Answer(HttpStatus.FORBIDDEN, "pages of this origin are not let in")
+    UNKNOWN_STREAM = Answer(HttpStatus.NOT_FOUND, "the log keeps nothing of this")
     NAME_TAKEN = Answer(HttpStatus.CONFLICT, "a stream of this name is live")
+    NOT_ITS_TOKEN = Answer(HttpStatus.CONFLICT, "the stream is live, and is resumed with another token")
+    IS_OVER = Answer(HttpStatus.GONE, "the stream is over, and was not this token's")
     NO_UPGRADE = Answer(HttpStatus.UPGRADE_REQUIRED, "this path takes WebSocket connections")
     TOO_MANY_ATTEMPTS = Answer(HttpStatus.TOO_MANY, "too many requests from this address")
     TOO_MANY_CONNECTIONS = Answer(HttpStatus.TOO_MANY, "every connection is taken")
@@ -102,11 +115,13 @@ class Refusal(enum.Enum):
     TOO_MANY_READERS_OF_TOKEN = Answer(HttpStatus.TOO_MANY, "this token has all the subscribers it may have")
     ENGINE_NOT_READY = Answer(HttpStatus.UNAVAILABLE, "the engine is not ready")
     NO_SLOT = Answer(HttpStatus.UNAVAILABLE, "every slot is taken")
+    LOG_FULL = Answer(HttpStatus.UNAVAILABLE, "the log's disk is full")
     TOO_BIG = Answer(CloseCode.TOO_BIG, "a message is larger than the server takes")
     BAD_MESSAGE = Answer(CloseCode.BAD_MESSAGE, "too many messages that could not be read")
     BAD_AUDIO = Answer(CloseCode.BAD_AUDIO, "audio that cannot be what the stream declared")
     FORBIDDEN = Answer(CloseCode.FORBIDDEN, "the token does not allow these streams")
     IDLE = Answer(CloseCode.IDLE, "nothing arrived for too long")
+    REPLACED = Answer(CloseCode.REPLACED, "the stream goes on over a newer connection")
     TOO_SLOW = Answer(CloseCode.TOO_SLOW, "the reader could not keep up")
     TOO_FAST = Answer(CloseCode.TOO_FAST, "audio came too far ahead of real time")
     NO_HANDSHAKE = Answer(None, "no whole request came in time, or it was no HTTP")
@@ -163,6 +178,16 @@ class SessionCreated:
     languages: tuple[str, ...]
     epoch_ms: int  # Unix time of the stream's first sample
     sample_rate_hz: int = SAMPLE_RATE_HZ
+    resume_token: str | None = None  # to the stream's producer alone: goes on after a lost connection
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResumed:
+    """The producer's connection is back: send the audio from sample `n_samples` on."""
+
+    type: ClassVar[str] = "session.resumed"
+    n_samples: int  # that the server has: per channel, at the client's own rate
+    end_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +195,8 @@ class SessionClosed:
     """A stream ended; nothing follows."""
 
     type: ClassVar[str] = "session.closed"
-    # "closed", "disconnected", "idle", "server_stopping", "bad_input", "engine_lost", "internal"
+    # "closed", "disconnected", "idle", "server_stopping", "bad_input", "engine_lost", "internal",
+    # "server_lost": after the server was killed, it could not be gone on with
     reason: str
     duration_ms: int
     n_words: int
@@ -179,7 +205,7 @@ class SessionClosed:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Everything up to here has arrived and is safe. Counted at the rate the client sends."""
+    """Everything up to here has arrived and is on disk. Counted at the rate the client sends."""
 
     type: ClassVar[str] = "ack"
     n_samples: int  # per channel, at the client's own rate
@@ -308,7 +334,8 @@ class Degraded:
     """The server is behind on this stream, and what it gave up."""
 
     type: ClassVar[str] = "degraded"
-    reason: str  # "overload": decode points were skipped; "engine_restart": a gap in time
+    # "overload": decode points were skipped; "engine_restart", "server_restart": a gap in time
+    reason: str
     message: str
     start_ms: int
     end_ms: int
@@ -335,6 +362,7 @@ class Error:
 
 Message = (
     SessionCreated
+    | SessionResumed
     | SessionClosed
     | Ack
     | SpeechStarted
@@ -357,6 +385,7 @@ MESSAGE_TYPES: Mapping[str, type[Message]] = {
     cls.type: cls
     for cls in (
         SessionCreated,
+        SessionResumed,
         SessionClosed,
         Ack,
         SpeechStarted,
@@ -377,7 +406,9 @@ MESSAGE_TYPES: Mapping[str, type[Message]] = {
 }
 
 # Not in the log: an interim is replaced by the next, the others concern one connection only.
-UNLOGGED: frozenset[str] = frozenset({TranscriptInterim.type, Ack.type, Lag.type, Error.type})
+UNLOGGED: frozenset[str] = frozenset(
+    {TranscriptInterim.type, SessionResumed.type, Ack.type, Lag.type, Error.type}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,13 +421,16 @@ class Envelope:
     stream: str
     seq: int
     message: Message
+    _frame: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # once encoded
 
 
 def encode(envelope: Envelope) -> str:
-    """The text frame of one server message."""
-    body = {"type": envelope.message.type, "stream": envelope.stream, "seq": envelope.seq}
-    body |= dataclasses.asdict(envelope.message)
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    """The text frame of one server message; made once, for however many readers."""
+    if not envelope._frame:
+        body = {"type": envelope.message.type, "stream": envelope.stream, "seq": envelope.seq}
+        body |= dataclasses.asdict(envelope.message)
+        envelope._frame.append(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
+    return envelope._frame[0]
 
 
 def decode(text: str | bytes) -> Envelope:
@@ -423,11 +457,14 @@ def decode(text: str | bytes) -> Envelope:
         for name in ("tasks", "languages"):
             if name in values:
                 values[name] = tuple(values[name])
-        return Envelope(str(body["stream"]), int(body["seq"]), cls(**values))
+        envelope = Envelope(str(body["stream"]), int(body["seq"]), cls(**values))
     except KeyError as exc:
         raise ProtocolError("bad_message", f"{cls.type} without {exc.args[0]!r}") from exc
     except (TypeError, ValueError) as exc:
         raise ProtocolError("bad_message", f"{cls.type} that cannot be read: {exc}") from exc
+    if isinstance(text, str):
+        envelope._frame.append(text)
+    return envelope
 
 
 # --- what a client sends -----------------------------------------------------------------
@@ -470,13 +507,22 @@ class Close:
 class Subscribe:
     """What a subscriber wants to hear. An empty `types` means all of them.
 
-    `after` asks for the logged messages after this `seq` first; None begins with the next one.
+    `streams` are names, or patterns in which `*` stands for any characters: those pick up every
+    stream that begins later, and their subscription does not end by itself. `after` asks for
+    logged messages first, oldest first:
+
+    - a number: of each stream, those after this `seq`; 0 for all that is kept;
+    - an object with one name and `seq`: the last logged message that was received, of whichever
+      stream. It gives what the log took after that message, of all the streams. So a
+      subscription of many streams resumes without a gap. All that is kept comes where the log
+      does not have that message any more;
+    - None: begins with the next message.
     """
 
     type: ClassVar[str] = "subscribe"
     streams: tuple[str, ...]
     types: tuple[str, ...] = field(default=())
-    after: int | None = None
+    after: int | Mapping[str, int] | None = None
 
 
 ClientMessage = SessionUpdate | Flush | Ask | Close | Subscribe
@@ -548,6 +594,16 @@ class _Fields:
             raise self._wrong(name, f"a list of at most {max_items} texts")
         return tuple(value)
 
+    def position(self, name: str) -> int | Mapping[str, int] | None:
+        value = self._body.get(name)
+        if not isinstance(value, dict):
+            return self.optional_integer(name, 0, MAX_SEQ)
+        for stream, seq in value.items():
+            is_seq = isinstance(seq, int) and not isinstance(seq, bool) and 0 <= seq <= MAX_SEQ
+            if len(value) == 1 and STREAM_NAME.fullmatch(stream) and is_seq:
+                return {stream: seq}
+        raise self._wrong(name, f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}")
+
     def _wrong(self, name: str, expected: str) -> ProtocolError:
         got = _shown(self._body[name]) if name in self._body else "missing"
         return ProtocolError("bad_message", f"{self._kind}.{name} is {got}; expected {expected}")
@@ -578,13 +634,15 @@ def _read_subscribe(fields: _Fields) -> Subscribe:
     if not streams:
         raise ProtocolError("bad_message", "subscribe.streams is empty; expected a stream's name")
     for name in streams:
-        if not STREAM_NAME.fullmatch(name):
-            raise ProtocolError("bad_message", f"{_shown(name)} is no stream name: {STREAM_NAME.pattern}")
+        if not STREAM_PATTERN.fullmatch(name):
+            raise ProtocolError(
+                "bad_message", f"{_shown(name)} is no stream name or pattern: {STREAM_PATTERN.pattern}"
+            )
     types = fields.texts("types", len(MESSAGE_TYPES), 64)
     for name in types:
         if name not in MESSAGE_TYPES:
             raise ProtocolError("bad_message", f"unknown message type {_shown(name)}")
-    return Subscribe(streams, types, fields.optional_integer("after", 0, 2**53))
+    return Subscribe(streams, types, fields.position("after"))
 
 
 _READERS: Mapping[type[ClientMessage], Callable[[_Fields], ClientMessage]] = {
@@ -615,6 +673,28 @@ def _shown(value: object) -> str:
     """A client's value for an error text: cut, so that it cannot flood logs or replies."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_pattern(name: str) -> bool:
+    """Whether it stands for more than one stream."""
+    return "*" in name
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name is what the pattern says; `*` stands for any characters. In linear time."""
+    first, *rest = pattern.split("*")
+    if not rest:
+        return name == pattern
+    *middle, last = rest
+    if len(name) < len(first) + len(last) or not (name.startswith(first) and name.endswith(last)):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for part in middle:  # the leftmost place of each part leaves the most room for the next
+        found = name.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
 
 
 def ms_of(n_samples: int) -> int:

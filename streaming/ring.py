@@ -13,9 +13,9 @@ from streaming.engine.plan import Pcm
 class Ring:
     """A circular buffer of audio; positions are samples since the stream's first one."""
 
-    def __init__(self, capacity: int) -> None:
-        self.start = 0  # position of the oldest sample kept
-        self.end = 0  # position after the newest
+    def __init__(self, capacity: int, start: int = 0) -> None:
+        self.start = start  # position of the oldest sample kept
+        self.end = start  # position after the newest
         self._samples: Pcm = np.empty(capacity, np.float32)
 
     @property

@@ -6,7 +6,6 @@ HTTP answers and admission are here; what a connection says is in `producer` and
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,16 +19,19 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from streaming import connection as wire
 from streaming import protocol
 from streaming.access import Scope, without_token
 from streaming.adaptors import deepgram, openai
 from streaming.adaptors.base import FED, Adaptor, Conversation
 from streaming.config import Config, VadConfig
 from streaming.engine_client import EngineClient
-from streaming.errors import BadQuery
+from streaming.errors import BadQuery, LogError, StreamFault
 from streaming.guard import Guard, GuardedConnection, split_target, tls_context
-from streaming.hub import Hub
+from streaming.history import History, UnknownStream, is_history
+from streaming.hub import Hub, Subscription
 from streaming.ingest import AudioFormat, parse_query
+from streaming.live import Resumption, parse_resumption
 from streaming.log import Log
 from streaming.logs import socket_logger, where_raised
 from streaming.metrics import CONTENT_TYPE, Observed
@@ -42,14 +44,13 @@ from streaming.protocol import (
     CloseCode,
     Envelope,
     HttpStatus,
-    Message,
     Refusal,
     SessionClosed,
     Subscribe,
+    encode,
 )
-from streaming.session import Outlets, Session
+from streaming.streams import Streams
 from streaming.subscriber import Subscriber
-from streaming.timeline import new_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,13 @@ ADAPTORS: Mapping[str, Callable[[Request, VadConfig], Adaptor]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Admission:
-    """A stream that was let in: its name and slot are taken."""
+    """A producer that was let in."""
 
     name: str
     audio_format: AudioFormat
     language: str | None
     adaptor: Adaptor | None = None  # None: the native protocol
+    resumption: Resumption | None = None  # None: a new stream, whose name and slot are taken
 
 
 class _Connection(GuardedConnection):
@@ -100,14 +102,15 @@ class Server:
         self._config = config
         self._engine = engine
         self._clock_ms = clock_ms or _unix_ms
-        self._log = Log(config.log)
+        self._log = Log(config.log, self._deliver, self._clock_ms)
         self._hub = Hub(self._log, config.server.subscriber_queue)
         self._metrics = engine.metrics
         self._guard = Guard(config, self._metrics, now_s=time.monotonic)
         self._tls = tls_context(config.server.tls_cert, config.server.tls_key)
         self._connections: set[_Connection] = set()  # WebSockets, from their admission to their loss
         self._live: set[str] = set()  # names of streams, from their admission to `session.closed`
-        self._numbers = itertools.count(1)
+        self._history = History(self._log)
+        self._streams = Streams(config, engine, self._log, clock_ms=self._clock_ms, release=self._release)
         self._stopping = asyncio.Event()
         self._finalised = asyncio.Event()
 
@@ -118,7 +121,26 @@ class Server:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
-        """Serve; gives the port. On exit every stream is finalised and every connection closed."""
+        """Serve; gives the port. On exit every stream is finalised and every connection closed.
+
+        Raises:
+            LogError: the log's file cannot be used.
+        """
+        async with self._log.running():
+            self._live.update(self._streams.restore())
+            async with self._serving() as port:
+                yield port
+
+    async def fault(self) -> None:
+        """Raise what makes serving impossible, when it happens.
+
+        Raises:
+            LogError: the log's file is broken.
+        """
+        await self._log.fault()
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[int]:
         config = self._config.server
         timeout_s = self._config.limits.handshake_timeout_s
         sockets = await serve(
@@ -151,6 +173,7 @@ class Server:
         """Let nobody in, finalise all streams, then let the subscribers have it and close."""
         logger.info("stopping: %d streams live", len(self._live))
         self._stopping.set()
+        self._streams.stop()
         self._check_finalised()
         sockets.close(close_connections=False)
         self._guard.drop_half_open()
@@ -163,27 +186,42 @@ class Server:
             for connection in list(self._connections):
                 connection.transport.abort()
             await sockets.wait_closed()
+        await self._streams.ended()
 
     # --- who is let in -------------------------------------------------------------------
 
-    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         assert isinstance(connection, _Connection), connection
         refusal = self._guard.check(connection, request)
         if refusal is not None:
             return refusal
-        match split_target(request)[0]:
+        path, query = split_target(request)
+        if is_history(path):
+            return await self._answer_history(connection, path, without_token(query))
+        match path:
             case protocol.HEALTH_PATH:
                 return connection.respond(HttpStatus.OK, "ok\n")
+            case protocol.READY_PATH if self._log.is_full:
+                return connection.respond(HttpStatus.UNAVAILABLE, "log: its disk is full\n")
             case protocol.READY_PATH if self._engine.is_ready:
                 return connection.respond(HttpStatus.OK, "ready\n")
             case protocol.READY_PATH:
                 return connection.respond(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}\n")
             case protocol.METRICS_PATH:
-                response = connection.respond(HttpStatus.OK, self._metrics.render(self._observed()).decode())
-                del response.headers["Content-Type"]
-                response.headers["Content-Type"] = CONTENT_TYPE
-                return response
+                return _page(connection, CONTENT_TYPE, self._metrics.render(self._observed()))
         return None
+
+    async def _answer_history(self, connection: _Connection, path: str, query: str) -> Response:
+        try:
+            found = await self._history.answer(path, query)
+        except BadQuery as exc:
+            return self._guard.refuse(connection, Refusal.BAD_QUERY, str(exc))
+        except UnknownStream as exc:
+            return self._guard.refuse(connection, Refusal.UNKNOWN_STREAM, str(exc))
+        except LogError as exc:
+            logger.error("history: %s", exc)  # noqa: TRY400  the text says it all
+            return connection.respond(HttpStatus.UNAVAILABLE, "log: cannot be read\n")
+        return _page(connection, found.content_type, found.body)
 
     def _observed(self) -> Observed:
         """The state that the metrics show."""
@@ -213,17 +251,24 @@ class Server:
                 admission = self._admission(path, query, request)
             except BadQuery as exc:
                 return self._guard.refuse(connection, Refusal.BAD_QUERY, str(exc))
-            refusal = self._check_stream(connection, admission.name)
+            refusal = self._check_stream(connection, admission)
             if refusal is not None:
                 return refusal
         if not is_stream:  # it sends no audio, and what half a message holds is memory
             connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.server.max_message_bytes)
-        refusal = self._guard.take_place(connection, Scope.PUBLISH if is_stream else Scope.SUBSCRIBE)
+        is_again = admission is not None and admission.resumption is not None
+        refusal = self._guard.take_place(
+            connection,
+            Scope.PUBLISH if is_stream else Scope.SUBSCRIBE,
+            # Its stream has a place already, if the connection that was lost is not known to be yet.
+            is_again=is_again,
+        )
         if refusal is not None:
             return refusal
         connection.is_subscriber = not is_stream
         if admission is not None:
-            self._live.add(admission.name)
+            if not is_again:
+                self._live.add(admission.name)
             connection.admission = admission
             # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
             connection.ping_timeout = None
@@ -246,19 +291,39 @@ class Server:
             return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
         name = path.removeprefix(STREAM_PATH)
         _check_name(name)
+        resumption, query = parse_resumption(query)
         audio_format = parse_query(query)
-        return _Admission(name, audio_format, self._language(audio_format))
+        return _Admission(name, audio_format, self._language(audio_format), resumption=resumption)
 
-    def _check_stream(self, connection: _Connection, name: str) -> Response | None:
-        """Refuse a stream for which there is no engine, name or slot."""
-        refuse = self._guard.refuse
+    def _check_stream(self, connection: _Connection, admission: _Admission) -> Response | None:
+        """Refuse a stream for which there is no engine, name or slot, or that cannot be resumed."""
+        name, refuse = admission.name, self._guard.refuse
+        if admission.resumption is not None:
+            return self._check_again(connection, admission, admission.resumption)
         ready = self._engine.ready
         if ready is None or not self._engine.is_ready:
             return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
+        if self._log.is_full:
+            return refuse(connection, Refusal.LOG_FULL)
         if name in self._live:
             return refuse(connection, Refusal.NAME_TAKEN)
         if len(self._live) >= ready.n_slots:
             return refuse(connection, Refusal.NO_SLOT)
+        return None
+
+    def _check_again(
+        self, connection: _Connection, admission: _Admission, resumption: Resumption
+    ) -> Response | None:
+        """Refuse a producer that may not go on with a stream; it needs no slot."""
+        name, refuse = admission.name, self._guard.refuse
+        live = self._streams.find(name)
+        if not resumption.is_for(self._log.resume_digest(name)):
+            return refuse(connection, Refusal.NOT_ITS_TOKEN if name in self._live else Refusal.IS_OVER)
+        if live is None and name in self._live:  # a dead server's, and the engine is not there yet
+            return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
+        if live is not None and not live.session.audio_format.is_as(admission.audio_format):
+            declared = f"{admission.audio_format}; expected {live.session.audio_format}, as before"
+            return refuse(connection, Refusal.BAD_QUERY, declared)
         return None
 
     def _language(self, audio_format: AudioFormat) -> str | None:
@@ -274,8 +339,9 @@ class Server:
 
     def _on_lost(self, connection: _Connection) -> None:
         self._connections.discard(connection)
-        if connection.admission is not None:  # its handler never ran
-            self._release(connection.admission.name)
+        admission = connection.admission
+        if admission is not None and admission.resumption is None:  # its handler never ran
+            self._release(admission.name)
 
     def _release(self, name: str) -> None:
         self._live.remove(name)
@@ -297,10 +363,14 @@ class Server:
                     connection, self._hub, self._log, self._config.server, self._finalised, connection.granted
                 )
                 await subscriber.run()
-            else:
+            elif admission.resumption is None:
                 await self._produce(connection, admission)
+            else:
+                await self._resume(connection, admission.name, admission.resumption)
         except ConnectionClosed:
             logger.debug("a connection was lost while it was being closed")
+        except StreamFault:
+            await connection.close(CloseCode.INTERNAL, "a fault of the server's")
         except Exception as exc:
             # Without the text of the fault, which may hold what a client sent.
             who = "a subscriber" if admission is None else f"stream {admission.name}"
@@ -309,54 +379,97 @@ class Server:
             await connection.close(CloseCode.INTERNAL, "a fault of the server's")
 
     async def _produce(self, connection: _Connection, admission: _Admission) -> None:
-        """A stream's whole life; its name and slot are free again once `session.closed` is out."""
-        name, adaptor = admission.name, admission.adaptor
-        self._log.open(name)
+        """The first connection of a new stream."""
+        name = admission.name
+        with self._hub.subscription() as reader:
+            self._hub.subscribe(reader, Subscribe((name,)))
+            if admission.adaptor is not None:
+                await self._adapt(connection, admission, admission.adaptor, reader)
+                return
+            live, token = self._streams.begin(name, admission.audio_format, admission.language)
+            limits, stopping = self._limits(), self._stopping
+            await Producer(connection, live, reader, self._log, limits, stopping, token=token).run()
+
+    async def _adapt(
+        self, connection: _Connection, admission: _Admission, adaptor: Adaptor, reader: Subscription
+    ) -> None:
+        """A stream of another protocol: its whole life is one connection."""
+        name = admission.name
+        session = self._streams.begin_unsaved(
+            name,
+            admission.audio_format,
+            admission.language,
+            vad=adaptor.endpointing(self._config.vad),
+            tell=lambda message: reader.put(Envelope(name, self._log.last_seq(name), message)),
+        )
+        try:
+            session.open(self._clock_ms())
+            limits = self._limits()
+            await Conversation(connection, session, reader, self._log, limits, self._stopping, adaptor).run()
+        finally:
+            session.abandon("internal")  # changes nothing unless something above failed
+
+    async def _resume(self, connection: _Connection, name: str, resumption: Resumption) -> None:
+        """A further connection of a stream; it hears what it missed first."""
+        live = self._streams.find(name)
+        if live is not None:
+            await wire.race(live.seat.vacated(), wire.until(live.is_over))
+        with self._hub.subscription() as reader:
+            self._hub.subscribe(reader, Subscribe((name,), after=resumption.after))
+            if live is None or live.is_over.is_set():
+                await self._recite(connection, reader, name, resumption.after)
+                return
+            logger.info("stream %s: its producer is back", name)
+            limits, stopping = self._limits(), self._stopping
+            await Producer(connection, live, reader, self._log, limits, stopping, token=None).run()
+
+    async def _recite(
+        self, connection: _Connection, reader: Subscription, name: str, after: int | None
+    ) -> None:
+        """Tell a producer that comes back how its stream ended."""
+        last = self._log.last_seq(name)
+        if after is not None and after < last:
+            async for envelope in reader:
+                await connection.send(encode(envelope))
+                if envelope.seq == last:
+                    break
+        await connection.close(CloseCode.NORMAL)
+
+    def _limits(self) -> ProducerLimits:
         ready = self._engine.ready
-        assert ready is not None
-        limits = ProducerLimits(
+        assert ready is not None, "streams are begun and restored when it is"
+        return ProducerLimits(
             self._config.server,
             self._config.limits,
             self._config.ingest.ack_interval_s,
             ready.languages,
             ready.tasks,
         )
-        with self._hub.subscription() as reader:
-            self._hub.subscribe(reader, Subscribe((name,)))
-            session = Session(
-                name,
-                next(self._numbers),
-                admission.audio_format,
-                admission.language,
-                ingest=self._config.ingest,
-                vad=self._config.vad if adaptor is None else adaptor.endpointing(self._config.vad),
-                timeline=new_timeline(self._config, ready.tasks, ready.sounds),
-                engine=self._engine,
-                outlets=Outlets(
-                    publish=lambda message: self._publish(name, message),
-                    tell=lambda message: reader.put(Envelope(name, self._log.last_seq(name), message)),
-                    metrics=self._metrics,
-                ),
-            )
-            try:
-                session.open(self._clock_ms())
-                talk = (connection, session, reader, self._log, limits, self._stopping)
-                await (Producer(*talk) if adaptor is None else Conversation(*talk, adaptor)).run()
-            finally:
-                session.abandon("internal")  # changes nothing unless something above failed
 
-    def _publish(self, name: str, message: Message) -> None:
-        envelope = self._log.append(name, message)
-        self._metrics.published(message)
-        if isinstance(message, SessionClosed):
-            self._log.close(name)
-            self._release(name)
+    def _deliver(self, envelope: Envelope) -> None:
+        """A message is safe: let its readers have it. With the last one, name and slot are free."""
+        if isinstance(envelope.message, SessionClosed):
+            self._release(envelope.stream)
         self._hub.publish(envelope)
 
 
 def _check_name(name: str) -> None:
     if not STREAM_NAME.fullmatch(name):
         raise BadQuery(f"{name[:80]!r} is no stream name; expected {STREAM_NAME.pattern}")
+
+
+def _page(connection: ServerConnection, content_type: str, body: bytes) -> Response:
+    response = connection.respond(HttpStatus.OK, "")
+    for name, value in (
+        ("Content-Type", content_type),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
+    ):
+        if name in response.headers:
+            del response.headers[name]
+        response.headers[name] = value
+    response.body = body
+    return response
 
 
 def _unix_ms() -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -36,10 +36,13 @@ from streaming.protocol import (
     Message,
     SessionClosed,
     SessionCreated,
+    SessionResumed,
     TranscriptDelta,
     ms_of,
 )
 from streaming.ring import Ring
+from streaming.state import VERSION, PendingMark, SessionState, encode_state
+from streaming.store import Saved
 from streaming.timeline import Timeline
 from streaming.vad import Vad
 
@@ -57,22 +60,20 @@ MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
 FromEngine = messages.Result | messages.Progress | messages.Skipped  # of one stream
 
 
+async def _at_once() -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Outlets:
     """Where a stream's messages go."""
 
     publish: Callable[[Message], None]  # to its log and every reader
     tell: Callable[[Message], None]  # to its producer alone
+    room: Callable[[], Awaitable[None]] = _at_once  # returns when the log takes more
+    # Whether the log saves the stream's state, so that it can go on after a restart of the server.
+    is_saved: bool = False
     metrics: Metrics = field(default_factory=Metrics)
-
-
-@dataclass(slots=True)
-class _PendingMark:
-    """A mark that the engine has not answered; it is sent again to the next engine."""
-
-    mark: Mark
-    client_id: str | None = None  # of the client's flush or question; None: not a client's
-    is_announced: bool = False
 
 
 class Session:
@@ -114,13 +115,15 @@ class Session:
         self._sent = 0  # position: the engine has the audio before it
         self._consumed = 0  # position: the engine has decided everything before it
         self._window_start = 0
-        self._pending: deque[_PendingMark] = deque()  # in order; a mark per 0.1 s of the ring at most
+        self._pending: deque[PendingMark] = deque()  # in order; a mark per 0.1 s of the ring at most
         self._n_marks_sent = 0  # how many of them this engine has
         self._speech_edge: int | None = None  # at `_consumed`: where the running speech began
         self._last_stop = 0  # at `_consumed`: where the speech before ended
         self._inbox: deque[FromEngine] = deque()  # one result at most, and a progress per 0.5 s sent
         self._has_mail = asyncio.Event()
         self._changed = asyncio.Event()
+        self._unsaved: deque[Pcm] = deque()  # audio that came since the last `save`
+        self._saved = 0  # position: the log has the audio before it
 
     def open(self, epoch_ms: int) -> None:
         """Announce the stream and take its slot, at once or when the engine is back."""
@@ -134,10 +137,90 @@ class Session:
             self.on_engine_lost()
         logger.info("stream %s: opened as %d, %s", self.name, self._number, self._format)
 
+    # --- across the server's death -------------------------------------------------------
+
+    def save(self, stream: int) -> Saved:
+        """What the stream goes on from now, and its audio since the last call."""
+        start, self._saved = self._saved, self._ring.end
+        pcm = b"".join(piece.tobytes() for piece in self._unsaved)
+        self._unsaved.clear()
+        self._changed.set()
+        state = self._state()
+        keep_from = min(self._ring.start, Vad.needed_from(state.vad))
+        return Saved(stream, encode_state(state), start, self._saved, pcm, keep_from)
+
+    def restore(self, state: SessionState, start: int, audio: Pcm) -> None:
+        """Go on where the session of a dead server was; called instead of `open`, before anything else.
+
+        Args:
+            state: Of that session, whose format and timeline this one was made with.
+            start: Sample at which `audio` begins: not after what `state` needs.
+            audio: Up to the state's end.
+        """
+        assert start + len(audio) == state.ring_end, (start, len(audio), state.ring_end)
+        self._language = state.language
+        self._language_from, self._settled_language = state.language_from, state.settled_language
+        self._ring = Ring(max(self._ring.capacity, state.ring_end - state.ring_start), state.ring_start)
+        self._ring.push(audio[state.ring_start - start :])
+        self._consumed, self._window_start = state.consumed, state.window_start
+        self._pending.extend(state.pending)
+        self._speech_edge, self._last_stop = state.speech_edge, state.last_stop
+        self._ingest.restore(state.ingest)
+        self._n_acked = self._ingest.n_samples
+        heard_from = Vad.needed_from(state.vad)
+        self._vad.restore(state.vad, audio[heard_from - start :])
+        self._saved = self._ring.end
+        self._opened_at -= self._ring.end / SAMPLE_RATE_HZ
+        self._engine.attach(self._number, self)
+        text = "the server was restarted; captions go on from here"
+        self._outlets.publish(Degraded("server_restart", text, ms_of(self._consumed), ms_of(self._ring.end)))
+        if self._engine.is_ready:
+            self._open_on_engine()
+        elif self._engine.state is EngineState.LOST:
+            self.on_engine_lost()
+        logger.info(
+            "stream %s: goes on at %.1f s as %d", self.name, self._ring.end / SAMPLE_RATE_HZ, self._number
+        )
+
+    def resume(self) -> SessionResumed:
+        """The producer is back: from where on it sends its audio."""
+        self._ingest.drop_partial()
+        n_samples = self._ingest.n_samples
+        return SessionResumed(n_samples, n_samples * 1000 // self._format.rate_hz)
+
+    @property
+    def audio_format(self) -> AudioFormat:
+        """What the producer declared."""
+        return self._format
+
+    def _state(self) -> SessionState:
+        return SessionState(
+            version=VERSION,
+            encoding=self._format.encoding,
+            rate_hz=self._format.rate_hz,
+            channels=self._format.channels,
+            asked_language=self._format.language,
+            language=self._language,
+            language_from=self._language_from,
+            settled_language=self._settled_language,
+            ring_start=self._ring.start,
+            ring_end=self._ring.end,
+            consumed=self._consumed,
+            window_start=self._window_start,
+            pending=tuple(self._pending),
+            speech_edge=self._speech_edge,
+            last_stop=self._last_stop,
+            ingest=self._ingest.state(),
+            vad=self._vad.state(),
+            timeline=self._timeline.state(),
+        )
+
     # --- from the producer ---------------------------------------------------------------
 
     async def feed(self, data: bytes) -> None:
         """Take audio bytes, however cut; waits while the ring is full.
+
+        Cancelled while it waits, it has taken a part of them: `resume` says how much.
 
         Raises:
             BadAudio: they cannot be audio of the declared format.
@@ -145,7 +228,9 @@ class Session:
         for at in range(0, len(data), self._slice_bytes):
             if at:
                 await asyncio.sleep(0)  # a frame of minutes must not hold up the other streams
-            await self._push(self._ingest.push(data[at : at + self._slice_bytes]))
+            piece = data[at : at + self._slice_bytes]
+            await self._room(len(piece))
+            self._push(self._ingest.push(piece))
             if self._ingest.n_samples - self._n_acked >= self._ack_step:
                 self.acknowledge()
 
@@ -171,7 +256,8 @@ class Session:
             BadAudio: as `feed`.
         """
         await self._until(lambda: self._n_flushes() < MAX_FLUSHES)
-        await self._push(self._ingest.flush())
+        await self._room(0)
+        self._push(self._ingest.flush())
         self.acknowledge()
         self._mark_flush(flush_id)
 
@@ -183,7 +269,7 @@ class Session:
             return
         at = self._ring.end
         since = max(0, at - ask.last_ms * SAMPLE_RATE_HZ // 1000)
-        self._pending.append(_PendingMark(Mark("ask", at, since, ask.question), ask.id))
+        self._pending.append(PendingMark(Mark("ask", at, since, ask.question), ask.id))
         self._pump()
 
     def set_language(self, language: str | None) -> None:
@@ -202,7 +288,8 @@ class Session:
         Cancelled while it waits, it leaves the stream to `abandon`.
         """
         if not self.is_lost.is_set():
-            await self._push(self._last_audio())
+            await self._room(0)
+            self._push(self._last_audio())
             self.acknowledge()
             self._mark_flush(None)
             await self._until(lambda: not self._pending)
@@ -213,8 +300,10 @@ class Session:
         if self._is_over:
             return
         self._is_over = True
+        self._changed.set()
         if self._is_open and self._engine.is_ready:
             self._engine.send(messages.CloseStream(self._number))
+        self._is_open = False
         self._engine.detach(self._number)
         self._publish(self._timeline.finish(self._ring.end))
         closed = SessionClosed(
@@ -246,6 +335,9 @@ class Session:
         """
         while True:
             while self._inbox:
+                await self._outlets.room()
+                if not self._inbox:  # the engine died meanwhile
+                    break
                 try:
                     self._take(self._inbox.popleft())
                 except EngineFault as fault:
@@ -317,13 +409,26 @@ class Session:
         self._n_marks_sent = 0
         self._pump()
 
-    async def _push(self, pcm: Pcm) -> None:
-        await self._until(lambda: self._ring.n_free >= len(pcm))
-        if self.is_lost.is_set():
+    async def _room(self, n_bytes: int) -> None:
+        """Wait until so many bytes can be taken: by the ring, and by the log where it keeps the audio."""
+        await self._until(
+            lambda: (
+                self._ring.n_free >= self._ingest.most(n_bytes)
+                and self._ring.end - self._saved < self._ring.capacity
+            )
+        )
+
+    def _push(self, pcm: Pcm) -> None:
+        """Take audio there is room for. Nothing is awaited between its arrival and here: it is never lost."""
+        if self.is_lost.is_set() or self._is_over:
             return  # nobody will hear it, and the connection is being closed for that
         self._ring.push(pcm)
+        if self._outlets.is_saved:
+            self._unsaved.append(pcm)
+        else:
+            self._saved = self._ring.end
         self._outlets.metrics.heard(len(pcm))
-        self._pending.extend(_PendingMark(mark) for mark in self._vad.push(pcm))
+        self._pending.extend(PendingMark(mark) for mark in self._vad.push(pcm))
         self._announce()
         self._pump()
 
@@ -336,7 +441,7 @@ class Session:
 
     def _mark_flush(self, flush_id: str | None) -> None:
         at = self._ring.end
-        self._pending.append(_PendingMark(Mark("flush", at, at), flush_id))
+        self._pending.append(PendingMark(Mark("flush", at, at), flush_id))
         self._pump()
 
     def _n_flushes(self) -> int:
@@ -371,7 +476,7 @@ class Session:
         self._window_start = max(self._window_start, result.window_start)
         if self._language_from is None:
             self._settled_language = result.settled_language
-        answered: _PendingMark | None = None
+        answered: PendingMark | None = None
         if result.kind not in ("tick", "sound"):
             answered = self._answered(result)
             if answered.mark.kind == "stopped":
@@ -397,7 +502,7 @@ class Session:
             self._outlets.publish(AnswerDelta(client_id, answer.text))
         self._outlets.publish(AnswerFinal(client_id, answer.text, ms_of(answer.start), ms_of(answer.end)))
 
-    def _answered(self, result: messages.Result) -> _PendingMark:
+    def _answered(self, result: messages.Result) -> PendingMark:
         """Take off the mark that this result answers."""
         mark = self._pending[0].mark if self._n_marks_sent else None
         if mark is None or mark.kind != result.kind or mark.at != result.point:
@@ -443,7 +548,7 @@ class Session:
         return self._ring.end <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
-        """Wait for something that the engine's messages bring about, or for the engine's loss."""
-        while not is_true() and not self.is_lost.is_set():
+        """Wait for something that the engine's messages bring about, or for the stream's end or loss."""
+        while not is_true() and not self.is_lost.is_set() and not self._is_over:
             self._changed.clear()
             await self._changed.wait()

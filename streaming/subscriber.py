@@ -33,6 +33,7 @@ from streaming.protocol import (
     Subscribe,
     decode_client,
     encode,
+    is_pattern,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 class Subscriber:
     """One subscriber's conversation.
 
-    It ends when the client closes, and when all streams it reads were live or replayed and are over.
+    It ends when the client closes, and when all streams it reads were live or replayed and are over;
+    with a pattern among them there may always be another.
     A name that the server does not know is answered with a non-fatal `unknown_stream` and stays
     subscribed: its messages come when such a stream begins.
     """
@@ -127,7 +129,7 @@ class Subscriber:
             self._check(message)
             self._over.clear()
             self._hub.subscribe(reader, message)
-            unknown = [name for name in reader.streams if not self._log.has(name)]
+            unknown = [name for name in reader.streams if not (is_pattern(name) or self._log.has(name))]
             if unknown:
                 text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
                 reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))

@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+import msgspec
 
 from streaming.config import EngineSettings, TranscriptConfig
-from streaming.emotion import EmotionTracker
+from streaming.emotion import EmotionState, EmotionTracker
 from streaming.engine.messages import (
     MAX_CONTEXT_CHARS,
     Emotion,
@@ -54,8 +56,27 @@ class Applied:
     n_committed: int  # of the result's words, from the first on
 
 
+class TimelineState(msgspec.Struct, frozen=True):
+    """All that a timeline remembers; one that is given it goes on as the other would."""
+
+    guesses: tuple[tuple[str, ...], ...] = ()
+    interim: str = ""
+    segment: tuple[Heard, ...] = ()
+    kept: tuple[Heard, ...] = ()
+    context: str = ""
+    language: str | None = None
+    speech_edge: int = 0
+    n_words: int = 0
+    n_segments: int = 0
+    sounds: Any = None  # of the trackers, as plain data
+    voice: Any = None
+
+
 class SoundTracker(Protocol):
     """From scores or names of sounds to events that begin and end."""
+
+    def state(self) -> Any:
+        """What a tracker needs to go on from here: plain data, or a msgspec struct of it."""
 
     def push(self, sounds: Sounds) -> list[Message]:
         """Take rows of scores; rows already taken change nothing."""
@@ -70,6 +91,9 @@ class SoundTracker(Protocol):
 class VoiceTracker(Protocol):
     """From what each window sounds like to how the speaker feels."""
 
+    def state(self) -> Any:
+        """As of a `SoundTracker`."""
+
     def speech_started(self, edge: int) -> None:
         """Somebody speaks since sample `edge`."""
 
@@ -80,20 +104,29 @@ class VoiceTracker(Protocol):
         """A segment was closed: what it sounded like."""
 
 
-def new_timeline(settings: EngineSettings, tasks: Sequence[str], sounds: Sequence[Sound]) -> Timeline:
+def new_timeline(
+    settings: EngineSettings,
+    tasks: Sequence[str],
+    sounds: Sequence[Sound],
+    state: TimelineState | None = None,
+) -> Timeline:
     """A timeline with the trackers of what is wanted and what the model does.
 
     Args:
         settings: What is wanted.
         tasks: What the model does.
         sounds: Columns of its scores; empty where it names sounds itself or hears none.
+        state: Of the timeline that this one goes on from; None: of a new stream.
     """
+    state = state or TimelineState()
+    voice = None if state.voice is None else msgspec.convert(state.voice, EmotionState)
     has_events = settings.events.enabled and "events" in tasks
     has_emotion = settings.emotion.enabled and "emotion" in tasks
     return Timeline(
         settings.transcript,
-        EventTracker(settings.events, sounds) if has_events else None,
-        EmotionTracker(settings.emotion) if has_emotion else None,
+        EventTracker(settings.events, sounds, state.sounds) if has_events else None,
+        EmotionTracker(settings.emotion, voice) if has_emotion else None,
+        state,
     )
 
 
@@ -101,25 +134,46 @@ class Timeline:
     """One stream's text, sounds and emotion, from its first sample to its last."""
 
     def __init__(
-        self, config: TranscriptConfig, sounds: SoundTracker | None = None, voice: VoiceTracker | None = None
+        self,
+        config: TranscriptConfig,
+        sounds: SoundTracker | None = None,
+        voice: VoiceTracker | None = None,
+        state: TimelineState = TimelineState(),  # noqa: B008  frozen
     ) -> None:
+        """A timeline of a new stream, or one that goes on from a `state()`; so do its trackers."""
         self._config = config
         self._sounds = sounds  # None: no events are wanted
         self._voice = voice  # None: no emotion is wanted
         self._edge = int(config.edge_s * SAMPLE_RATE_HZ)
         self._patience = max(self._edge, int(config.patience_s * SAMPLE_RATE_HZ))
         self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
-        self._guesses: deque[list[str]] = deque(
-            maxlen=config.agreement - 1
-        )  # of the last updates, uncommitted
-        self._interim = ""  # as last sent
-        self._segment: list[Heard] = []  # committed words of the open segment
-        self._kept: deque[Heard] = deque()  # committed words of the last KEPT samples
-        self._context = ""  # the end of the committed text before them
-        self._language: str | None = None
-        self._speech_edge = 0
-        self.n_words = 0  # committed
-        self.n_segments = 0  # closed
+        self._guesses: deque[list[str]] = deque(  # of the last updates, uncommitted
+            map(list, state.guesses), maxlen=config.agreement - 1
+        )
+        self._interim = state.interim  # as last sent
+        self._segment = list(state.segment)  # committed words of the open segment
+        self._kept = deque(state.kept)  # committed words of the last KEPT samples
+        self._context = state.context  # the end of the committed text before them
+        self._language = state.language
+        self._speech_edge = state.speech_edge
+        self.n_words = state.n_words  # committed
+        self.n_segments = state.n_segments  # closed
+
+    def state(self) -> TimelineState:
+        """What a timeline needs to go on from here."""
+        return TimelineState(
+            guesses=tuple(map(tuple, self._guesses)),
+            interim=self._interim,
+            segment=tuple(self._segment),
+            kept=tuple(self._kept),
+            context=self._context,
+            language=self._language,
+            speech_edge=self._speech_edge,
+            n_words=self.n_words,
+            n_segments=self.n_segments,
+            sounds=None if self._sounds is None else self._sounds.state(),
+            voice=None if self._voice is None else self._voice.state(),
+        )
 
     def speech_started(self, edge: int) -> list[Message]:
         """Somebody speaks since sample `edge`."""

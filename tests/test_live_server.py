@@ -184,7 +184,7 @@ def cut(audio: bytes, start_ms: int, end_ms: int) -> bytes:
 def serving(folder: Path) -> Iterator[LiveServer]:
     """A server that is ready; on the way out it is stopped, by force if need be."""
     config = folder / "config.toml"
-    config.write_text("[engine]\nshed_after_s = 0.0\n")
+    config.write_text(f'[engine]\nshed_after_s = 0.0\n[log]\npath = "{folder / "log.sqlite"}"\n')
     port = free_port()
     command = [sys.executable, "-m", "clients.cli", "serve"]
     command += ["--config", str(config), "--host", HOST, "--port", str(port)]

@@ -55,6 +55,7 @@ class FakeServer:
             if isinstance(frame, bytes):
                 self.n_audio_bytes += len(frame)
                 self.chunk_times_s.append(asyncio.get_running_loop().time())
+                await self.send(connection, 1, Ack(self.n_audio_bytes // 2, self.n_audio_bytes // 32))
                 continue
             request = json.loads(frame)
             self.requests.append(request)

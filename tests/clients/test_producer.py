@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from http import HTTPStatus
 
 import pytest
 from websockets.asyncio.server import ServerConnection
 
-from clients.connection import ConnectFailed
+from clients.backlog import Backlog
+from clients.connection import Backoff, ConnectFailed
 from clients.producer import Progress, StreamFailed, stream_audio, stream_url
 from clients.sources import bytes_of_ms
-from streaming.protocol import Envelope, Error, SessionClosed, TranscriptDelta
+from streaming.protocol import (
+    Ack,
+    Envelope,
+    Error,
+    SessionClosed,
+    SessionResumed,
+    SpeechStarted,
+    TranscriptDelta,
+)
 from tests.clients.fake_server import CLOSED, CREATED, FakeServer, running
 
 
@@ -107,3 +117,96 @@ async def test_no_server_says_how_to_start_one() -> None:
         url = stream_url(fake.url, "test")
     with pytest.raises(ConnectFailed, match="moss-live serve"):
         await stream_audio(url, silence(1), lambda _: None, paced=False)
+
+
+CREATED_WITH_TOKEN = replace(CREATED, resume_token="secret")
+QUICK = Backoff(first_s=0.01, longest_s=0.02, max_attempts=3)
+
+
+async def test_a_lost_connection_is_gone_on_with_from_where_the_server_is() -> None:
+    """What the server does not have is sent again, the rest is not; nobody else sees the token."""
+    heard: list[bytes] = []
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        if len(fake.paths) == 1:
+            await fake.send(connection, 1, CREATED_WITH_TOKEN)
+            while sum(map(len, heard)) < 5 * bytes_of_ms(20):
+                heard.append(bytes(await connection.recv(decode=False)))
+            await fake.send(connection, 1, Ack(3 * 320, 60))
+            await fake.send(connection, 2, SpeechStarted(0))
+            await asyncio.sleep(0)
+            connection.transport.abort()
+        else:
+            await fake.send(connection, 2, SessionResumed(4 * 320, 80))
+            await fake.hear(connection)
+            await fake.send(connection, 3, CLOSED)
+
+    async with running(handler) as fake:
+        messages: list[Envelope] = []
+        url = stream_url(fake.url, "test")
+        closed = await stream_audio(url, counted(100), messages.append, paced=False, backoff=QUICK)
+    assert closed == CLOSED
+    assert fake.paths[1].endswith("&resume=secret&after=2")
+    assert fake.n_audio_bytes == bytes_of_ms(20) * 96
+    assert b"".join(heard).startswith(bytes(640) + b"\1")
+    assert messages[0].message == CREATED
+
+
+async def counted(n_chunks: int) -> AsyncIterator[bytes]:
+    """Chunks that differ."""
+    for i in range(n_chunks):
+        yield bytes([i]) * bytes_of_ms(20)
+
+
+async def test_a_server_that_gave_the_stream_up_is_not_asked_again() -> None:
+    """The refusal's text is what the user reads."""
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        await fake.send(connection, 1, CREATED_WITH_TOKEN)
+        fake.refusal = (HTTPStatus.GONE, "the stream is over\n")
+        connection.transport.abort()
+
+    async with running(handler) as fake:
+        with pytest.raises(StreamFailed, match=r"cannot be gone on with: .*410: the stream is over"):
+            await stream_audio(
+                stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True, backoff=QUICK
+            )
+    assert len(fake.paths) == 2
+
+
+async def test_a_server_that_stays_away_is_given_up() -> None:
+    """After the attempts there are."""
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        if len(fake.paths) == 1:
+            await fake.send(connection, 1, CREATED_WITH_TOKEN)
+            fake.refusal = (HTTPStatus.SERVICE_UNAVAILABLE, "the engine is not ready\n")
+        connection.transport.abort()
+
+    async with running(handler) as fake:
+        with pytest.raises(StreamFailed, match="503: the engine is not ready"):
+            await stream_audio(
+                stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True, backoff=QUICK
+            )
+    assert len(fake.paths) == 3
+
+
+async def test_a_backlog_is_bounded_and_forgets_what_is_safe() -> None:
+    """`put` waits for room, `read` for bytes; the end ends both."""
+    backlog = Backlog(10)
+    await backlog.put(b"12345")
+    await backlog.put(b"67890")
+    putting = asyncio.ensure_future(backlog.put(b"abc"))
+    await asyncio.sleep(0)  # it looks once
+    assert not putting.done()
+    assert await backlog.read(3, 4) == b"4567"
+    backlog.forget(4)
+    await putting
+    assert await backlog.read(9, 100) == b"0abc"
+    reading = asyncio.ensure_future(backlog.read(13, 1))
+    await asyncio.sleep(0)  # it looks once
+    assert not reading.done()
+    backlog.finish()
+    assert await reading == b""
+    await backlog.put(b"dropped")
+    assert await backlog.read(4, 100) == b"567890abc"

@@ -7,7 +7,8 @@ from http import HTTPStatus
 import pytest
 from websockets.asyncio.server import ServerConnection
 
-from clients.subscriber import Backoff, SubscriptionFailed, subscribe
+from clients.connection import Backoff
+from clients.subscriber import SubscriptionFailed, subscribe
 from streaming.protocol import Error, SessionClosed, SpeechStarted, TranscriptInterim
 from tests.clients.fake_server import CLOSED, CREATED, FakeServer, running
 

@@ -85,7 +85,8 @@ class FakeEngine:
     def _hear(self, message: messages.ToEngine) -> None:
         match message:
             case messages.Open():
-                committed_end = max((word.end for word in message.committed), default=0)
+                # Where no committed word lies in the window, it begins at the first that is not.
+                committed_end = max((word.end for word in message.committed), default=message.window_start)
                 self._streams[message.stream] = Stream(
                     start=message.start,
                     consumed=message.consumed,
@@ -111,8 +112,9 @@ class FakeEngine:
                     stream.next_word = max(stream.next_word, message.point)
                     stream.is_speech = stream.is_speech and message.kind != "stopped"
                 stream.resume_at = message.point
-                # Here too: with audio waiting, the next result is unanswered before there is progress.
-                self._progress(message.stream, stream)
+                if not stream.is_speech:
+                    # With audio waiting, the next result is unanswered before anything else is told.
+                    self._progress(message.stream, stream)
                 self._go_on(message.stream, stream)
             case messages.Configure():
                 pass

@@ -6,8 +6,9 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -16,7 +17,7 @@ from streaming.config import Config, parse_config
 from streaming.engine.plan import Pcm
 from streaming.engine_client import EngineClient, EngineState, engine_settings
 from streaming.errors import EngineLost
-from streaming.protocol import Envelope, Message, TranscriptDelta, decode
+from streaming.protocol import UNLOGGED, Envelope, Message, SessionCreated, TranscriptDelta, decode
 from streaming.server import Server
 
 TIMEOUT_S = 20.0  # for anything that a test waits for; only a broken one takes so long
@@ -51,6 +52,17 @@ def utterances(*lengths_s: float) -> Pcm:
 def s16(pcm: Pcm) -> bytes:
     """The bytes of 16-bit samples."""
     return bytes(np.rint(pcm * 32767).astype("<i2").tobytes())
+
+
+def logged(envelopes: list[Envelope]) -> list[Envelope]:
+    """The logged ones, as every reader gets them: the token is its producer's alone."""
+    found = [envelope for envelope in envelopes if envelope.message.type not in UNLOGGED]
+    return [
+        replace(envelope, message=replace(envelope.message, resume_token=None))
+        if isinstance(envelope.message, SessionCreated)
+        else envelope
+        for envelope in found
+    ]
 
 
 def said(envelopes: list[Envelope]) -> list[str]:
@@ -95,10 +107,24 @@ class Running:
 
 @asynccontextmanager
 async def running_server(
-    text: str = "", fault: str = "", *, wait: bool = True, command: Sequence[str] | None = None
+    text: str = "",
+    fault: str = "",
+    *,
+    wait: bool = True,
+    command: Sequence[str] | None = None,
+    folder: Path | None = None,
 ) -> AsyncIterator[Running]:
-    """A server on port 0 with the fake engine or another; `text` is added to its configuration."""
-    config = with_port_0(text)
+    """A server on port 0 with the fake engine or another; `text` is added to its configuration.
+
+    Its log is in `folder`, or nowhere any more when it has stopped.
+    """
+    if folder is None:
+        with TemporaryDirectory(prefix="moss-live-") as temporary:
+            path = Path(temporary)
+            async with running_server(text, fault, wait=wait, command=command, folder=path) as served:
+                yield served
+        return
+    config = with_port_0(text, folder)
     command = (*FAKE_ENGINE, f"--fault={fault}") if command is None else command
     engine = EngineClient(config.engine, engine_settings(config), command)
     server = Server(config, engine)
@@ -125,11 +151,14 @@ async def running_server(
             await running
 
 
-def with_port_0(text: str) -> Config:
-    """A configuration that listens on any free port."""
-    if "[server]" in text:
-        return parse_config(text.replace("[server]", "[server]\nport = 0"))
-    return parse_config(f"[server]\nport = 0\n{text}")
+def with_port_0(text: str, folder: Path) -> Config:
+    """A configuration that listens on any free port, with its log in a folder."""
+    for section, setting in (("[server]", "port = 0"), ("[log]", f'path = "{folder / "log.sqlite"}"')):
+        if section in text:
+            text = text.replace(section, f"{section}\n{setting}")
+        else:
+            text = f"{section}\n{setting}\n{text}"
+    return parse_config(text)
 
 
 async def receive(connection: ClientConnection) -> Envelope:

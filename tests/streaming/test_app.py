@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,12 +28,12 @@ from tests.streaming.support import (
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_finalises_streams_and_ends_everything(number: signal.Signals) -> None:
+async def test_a_signal_finalises_streams_and_ends_everything(number: signal.Signals, tmp_path: Path) -> None:
     """What was said is final, the connection closes with 1001, and no process is left."""
     children = set(psutil.Process().children())
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
-        run(with_port_0(""), engine_command=FAKE_ENGINE, on_listening=port.set_result)
+        run(with_port_0("", tmp_path), engine_command=FAKE_ENGINE, on_listening=port.set_result)
     )
     async with asyncio.timeout(TIMEOUT_S):
         connection = await connect_when_ready(await port)
@@ -55,8 +56,8 @@ async def connect_when_ready(port: int) -> ClientConnection:
             return await connect(f"ws://127.0.0.1:{port}/v1/stream/a")
 
 
-async def test_an_engine_that_does_not_start_ends_the_server() -> None:
+async def test_an_engine_that_does_not_start_ends_the_server(tmp_path: Path) -> None:
     """With its reason."""
     with pytest.raises(ExceptionGroup) as caught:
-        await run(with_port_0(""), engine_command=(*FAKE_ENGINE, "--fault=fails_at_start"))
+        await run(with_port_0("", tmp_path), engine_command=(*FAKE_ENGINE, "--fault=fails_at_start"))
     assert caught.group_contains(EngineLost, match="no weights")

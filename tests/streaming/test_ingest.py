@@ -6,6 +6,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from streaming.engine.plan import Pcm
 from streaming.errors import BadAudio, BadQuery
-from streaming.ingest import BYTES_PER_SAMPLE, AudioFormat, Encoding, Ingest, parse_query
-from streaming.protocol import AUDIO_FORMATS
+from streaming.ingest import BYTES_PER_SAMPLE, AudioFormat, Encoding, Ingest, IngestState, parse_query
+from streaming.protocol import AUDIO_FORMATS, SAMPLE_RATE_HZ
 
 encodings = st.sampled_from(get_args(Encoding))
 rates = st.sampled_from([8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
@@ -58,6 +59,56 @@ def test_how_bytes_are_cut_changes_no_bit(
         return np.concatenate(out).tobytes()
 
     assert heard(cuts) == heard([])
+
+
+@settings(max_examples=60)
+@given(
+    encoding=encodings,
+    rate_hz=rates,
+    channels=st.integers(1, 3),
+    n_samples=st.integers(0, 60_000),
+    at=st.integers(0, 200_000),
+    flush_at=st.integers(0, 200_000),
+)
+def test_the_state_goes_on_where_another_was(
+    encoding: Encoding, rate_hz: int, channels: int, n_samples: int, at: int, flush_at: int
+) -> None:
+    """At any byte: to the bit at 16 kHz, to a float32's last places else; every position comes once.
+
+    At 11,025 Hz blocks do not fall on samples of 16 kHz: places are off by up to half a sample.
+    """
+    audio_format = AudioFormat(encoding, rate_hz, channels)
+    rng = np.random.default_rng(n_samples)
+    data = encoded(rng.uniform(-1, 1, n_samples * channels).astype(np.float32), encoding)
+    at = min(at, len(data))
+    one, pieces = Ingest(audio_format), []
+    if flush_at < at:
+        pieces += [one.push(data[:flush_at]), one.flush(), one.push(data[flush_at:at])]
+    else:
+        pieces.append(one.push(data[:at]))
+    other = Ingest(audio_format)
+    other.restore(msgspec.msgpack.decode(msgspec.msgpack.encode(one.state()), type=IngestState))
+    n_most = one.most(len(data) - at)
+    rest = [np.concatenate([it.push(data[at:]), it.flush()]) for it in (one, other)]
+    assert abs(len(rest[0]) - len(rest[1])) <= (rate_hz == 11_025)
+    assert len(rest[0]) <= n_most
+    assert one.n_samples == other.n_samples == n_samples
+    if rate_hz == SAMPLE_RATE_HZ:
+        assert rest[0].tobytes() == rest[1].tobytes()
+    elif rate_hz != 11_025:
+        np.testing.assert_allclose(rest[1], rest[0], atol=2e-6)
+
+
+def test_a_sample_that_is_not_whole_is_begun_again() -> None:
+    """Its sender sends it from its first byte."""
+    ingest = Ingest(AudioFormat("s16le", 16_000, 2))
+    whole = ingest.push(bytes(range(1, 8)))
+    ingest.drop_partial()
+    assert ingest.n_samples == 1
+    whole = np.concatenate([whole, ingest.push(bytes(range(5, 9))), ingest.flush()])
+    undisturbed = Ingest(AudioFormat("s16le", 16_000, 2))
+    undisturbed.push(bytes(range(1, 9)))
+    np.testing.assert_array_equal(whole, undisturbed.flush())
 
 
 @pytest.mark.parametrize("encoding", AUDIO_FORMATS)

@@ -11,7 +11,6 @@ from websockets.exceptions import InvalidStatus
 from streaming.engine.messages import Result
 from streaming.protocol import (
     MAX_SUBSCRIBED_STREAMS,
-    UNLOGGED,
     Ack,
     Ask,
     Close,
@@ -33,6 +32,7 @@ from streaming.protocol import (
 from streaming.timeline import Applied, Timeline
 from tests.streaming.support import (
     TIMEOUT_S,
+    logged,
     receive,
     receive_until,
     running_server,
@@ -72,8 +72,8 @@ async def test_a_stream_is_captioned_from_session_created_to_session_closed() ->
     assert isinstance(closed, SessionClosed)
     assert (closed.reason, closed.duration_ms) == ("closed", len(AUDIO) // 32)
     assert closed.n_words == len(said(found)) > 8
-    logged = [envelope.seq for envelope in found if envelope.message.type not in UNLOGGED]
-    assert logged == list(range(1, len(logged) + 1))
+    seqs = [envelope.seq for envelope in logged(found)]
+    assert seqs == list(range(1, len(seqs) + 1))
 
 
 @pytest.mark.parametrize("cut", [31, 640, 32_000, len(AUDIO)])
@@ -84,8 +84,7 @@ async def test_how_bytes_are_cut_changes_no_committed_word(cut: int) -> None:
             reference = await stream_whole(connection, AUDIO, 3200)
         async with running.stream("a") as connection:
             found = await stream_whole(connection, AUDIO, cut)
-    logged = [[e.message for e in got if e.message.type not in UNLOGGED][1:] for got in (reference, found)]
-    assert logged[0] == logged[1]
+    assert [e.message for e in logged(found)][1:] == [e.message for e in logged(reference)][1:]
 
 
 async def test_flush_is_answered_after_everything_before_it_is_committed() -> None:
@@ -290,11 +289,11 @@ async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:
             await live.send(encode_client(Subscribe(("talk",), after=0)))
             whole = await stream_whole(producer, AUDIO, 3200)
             seen = await receive_until(live, SessionClosed)
-        logged = [e for e in whole if e.message.type not in UNLOGGED]
-        assert [e for e in seen if e.message.type not in UNLOGGED] == logged
+        told = logged(whole)
+        assert logged(seen) == told
         async with running.subscribe() as late:
             await late.send(encode_client(Subscribe(("talk",), after=4)))
-            assert await receive_until(late, SessionClosed) == logged[4:]
+            assert await receive_until(late, SessionClosed) == told[4:]
             assert await close_code(late) == CloseCode.NORMAL
 
 
@@ -342,9 +341,7 @@ async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None
         async with running.subscribe() as fast, running.stream("a") as producer:
             await fast.send(encode_client(Subscribe(("a",), after=0)))
             whole = await stream_whole(producer, AUDIO, 3200)
-            assert [
-                e for e in await receive_until(fast, SessionClosed) if e.message.type not in UNLOGGED
-            ] == [e for e in whole if e.message.type not in UNLOGGED]
+            assert logged(await receive_until(fast, SessionClosed)) == logged(whole)
         slow.transport.resume_reading()
         lag = (await receive_until(slow, Lag))[-1].message
         assert lag == Lag(100)

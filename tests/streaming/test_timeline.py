@@ -38,7 +38,7 @@ from streaming.protocol import (
     ms_of,
 )
 from streaming.text import comparable, join_words
-from streaming.timeline import KEPT, Timeline
+from streaming.timeline import KEPT, Timeline, TimelineState
 
 SECOND = 16_000
 TICK = 5120
@@ -344,11 +344,45 @@ def test_memory_does_not_grow_with_the_stream() -> None:
     assert before.endswith("word1999 is")
 
 
+# --- what a restarted server goes on from ------------------------------------------------------
+
+CONFIGURED = {"_config", "_edge", "_patience", "_max_segment", "_sounds", "_voice"}
+
+
+def test_a_state_holds_everything_a_timeline_remembers() -> None:
+    """Whoever adds an attribute adds it to the state, or it is lost with the server."""
+    remembered = {name.removeprefix("_") for name in vars(Timeline(CONFIG)) if name not in CONFIGURED}
+    assert remembered == {field.name for field in msgspec.structs.fields(TimelineState)} - {"sounds", "voice"}
+
+
+@settings(max_examples=40)
+@given(
+    texts=st.lists(st.lists(st.sampled_from(["a", "b.", "c"]), max_size=6).map(" ".join), max_size=12),
+    cut=st.integers(0, 12),
+)
+def test_a_timeline_goes_on_from_its_state(texts: list[str], cut: int) -> None:
+    """Through bytes and back, at any result: the same messages as without."""
+    one = Timeline(CONFIG)
+    for i, text in enumerate(texts):
+        if i == cut:
+            state = msgspec.msgpack.decode(msgspec.msgpack.encode(one.state()), type=TimelineState)
+            other = Timeline(CONFIG, state=state)
+            assert other.state() == one.state()
+        point = (i + 1) * TICK
+        kind: PointKind = "stopped" if i % 5 == 4 else "tick"
+        found = one.apply(result(point, heard(text), kind))
+        if i >= cut:
+            assert other.apply(result(point, heard(text), kind)) == found
+
+
 # --- sounds and emotion ------------------------------------------------------------------------
 
 
 class Told:
     """A tracker that says on the timeline what it was told."""
+
+    def state(self) -> None:
+        """Nothing is remembered."""
 
     def push(self, found: Sounds | Emotion) -> list[Message]:
         """Rows of scores as an event, an emotion as an update."""

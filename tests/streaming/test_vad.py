@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from streaming.config import VadConfig
 from streaming.engine.messages import Mark
 from streaming.engine.plan import Pcm
-from streaming.vad import FRAME, Vad
+from streaming.vad import FRAME, PERIOD, WARM_UP, Vad
 from tests.streaming.support import silence, tone_speech, utterances
 
 CONFIG = VadConfig()
@@ -64,3 +64,33 @@ def test_what_is_too_quiet_is_no_speech() -> None:
 def test_digital_zeros_are_silence() -> None:
     """However long."""
     assert marks_of(silence(60.0), []) == []
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 3 * PERIOD * FRAME), st.integers(0, 3))
+def test_the_state_is_made_again_from_the_audio_before_it(at: int, seed: int) -> None:
+    """At any sample: what follows is decided as if nothing had happened, by both detectors."""
+    noisy = long_noise(seed)
+    vad = Vad(CONFIG)
+    vad.push(noisy[:at])
+    state = vad.state()
+    again = Vad(CONFIG)
+    again.restore(state, noisy[Vad.needed_from(state) : at])
+    assert at - Vad.needed_from(state) <= (PERIOD + WARM_UP + 1) * FRAME
+    assert again.push(noisy[at:]) == vad.push(noisy[at:])
+    assert again.state() == vad.state()
+
+
+def long_noise(seed: int) -> Pcm:
+    """A minute and more of bursts in noise that changes its level: the detectors have to follow it."""
+    rng = np.random.default_rng(seed)
+    pieces = [
+        tone_speech(float(rng.uniform(0.2, 1.5)), i) * np.float32(rng.uniform(0.02, 1.0))
+        if i % 2
+        else silence(float(rng.uniform(0.3, 2.0)))
+        for i in range(100)
+    ]
+    joined = np.concatenate(pieces)[: 4 * PERIOD * FRAME]
+    level = 0.002 + 0.01 * np.sin(np.arange(len(joined)) / 100_000) ** 2
+    pcm: Pcm = (joined + level * rng.standard_normal(len(joined))).astype(np.float32)
+    return pcm

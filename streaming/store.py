@@ -1,0 +1,411 @@
+"""The log's file: one SQLite database, written by one thread and read by another.
+
+Knows rows, not streams' lives: what goes into one transaction is the caller's (`log`). Blocks; never
+called on the event loop. A commit is on the disk when `write` returns (WAL, synchronous=FULL), so
+that neither a killed process nor a power cut takes it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from streaming.errors import LogError, LogFull
+
+APPLICATION_ID = 0x6D6F7373  # "moss"
+VERSION = 1  # of the schema; a file of another one is refused
+BUSY_TIMEOUT_S = 5.0  # for a lock of a foreign reader, such as a backup
+SCAN = 20_000  # rows one read of many streams looks at
+TRIM_ROWS = 2_000  # rows one step of retention deletes, so that commits in between wait little
+CHECK_BYTES = 256 * 1024 * 1024  # a larger file is not read whole at each start
+
+_SCHEMA = """
+CREATE TABLE streams(
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    session INTEGER NOT NULL,  -- how many times a stream of this name began
+    last_seq INTEGER NOT NULL,
+    is_live INTEGER NOT NULL,
+    opened_ms INTEGER NOT NULL,  -- Unix time, as every *_ms here
+    closed_ms INTEGER,
+    resume_digest BLOB NOT NULL  -- SHA-256 of the token its producer resumes with; empty: it cannot
+);
+CREATE INDEX closed ON streams(closed_ms) WHERE NOT is_live;
+CREATE TABLE messages(
+    id INTEGER PRIMARY KEY,  -- the order of the whole log
+    stream INTEGER NOT NULL,
+    session INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    at_ms INTEGER NOT NULL,
+    frame TEXT NOT NULL  -- as it is sent
+);
+CREATE UNIQUE INDEX of_stream ON messages(stream, seq);
+-- Of live streams: what a restarted server goes on from, and the audio that takes.
+CREATE TABLE states(stream INTEGER PRIMARY KEY, body BLOB NOT NULL);
+CREATE TABLE audio(stream INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, pcm BLOB NOT NULL);
+CREATE INDEX audio_of_stream ON audio(stream, stop);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stream begins, or begins again."""
+
+    stream: int
+    name: str
+    session: int
+    last_seq: int
+    at_ms: int
+    resume_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A message."""
+
+    id: int
+    stream: int
+    session: int
+    seq: int
+    type: str
+    at_ms: int
+    frame: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A stream is over; its state and audio go."""
+
+    stream: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a live stream goes on from after a restart: replaces what was saved before."""
+
+    stream: int
+    state: bytes
+    start: int  # sample at which `pcm` begins: where the last one ended
+    stop: int
+    pcm: bytes  # float32 little-endian
+    keep_from: int  # audio before this sample is not needed any more
+
+
+Op = Opened | Logged | Closed | Saved
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRow:
+    """What the file knows of a stream."""
+
+    id: int
+    name: str
+    session: int
+    last_seq: int
+    is_live: bool
+    opened_ms: int
+    closed_ms: int | None
+    resume_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which messages are read: of these streams, after a place in the log and up to another."""
+
+    after_id: int
+    upto_id: int
+    streams: tuple[int, ...]
+    types: tuple[str, ...]  # empty: all
+    after_seq: int  # of each stream
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some messages in order, and the place in the log up to which there are no others."""
+
+    frames: tuple[str, ...]
+    upto_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """What a step of retention deleted."""
+
+    n_messages: int
+    last_id: int  # the newest message deleted; 0: none
+    names: tuple[str, ...]  # streams of which nothing is left
+    is_done: bool
+
+
+class Store:
+    """The file, locked against other servers. `write` and `trim` belong to a thread, the rest to another."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create it.
+
+        Raises:
+            LogError: it is in use, corrupt, no log, or a log of another version; says what to do.
+        """
+        self._path = path
+        self._lock = _locked(path)
+        try:
+            self._writer = _connect(path)
+            self._check()
+            self._reader = _connect(path)
+            self._reader.execute("PRAGMA query_only = ON")
+        except sqlite3.Error as exc:
+            self._lock.close()
+            raise LogError(f"log {path}: cannot be used: {exc}; move it away or set [log] path") from exc
+        except LogError:
+            self._lock.close()
+            raise
+
+    def close(self) -> None:
+        """Give the file back; nothing is called afterwards."""
+        with contextlib.suppress(sqlite3.Error):  # all that was promised is committed
+            self._reader.close()
+            self._writer.close()
+        self._lock.close()
+
+    # --- the writing thread --------------------------------------------------------------
+
+    def write(self, ops: Sequence[Op]) -> None:
+        """Commit these together: all of them are on the disk on return, or none.
+
+        Raises:
+            LogFull: not now; the same may be tried again.
+            LogError: the file is broken.
+        """
+        with self._transaction():
+            for op in ops:
+                self._apply(op)
+
+    def trim(self, before_ms: int, max_bytes: int, max_closed: int) -> Trimmed:
+        """One step of retention, in the order of age, size, number.
+
+        Args:
+            before_ms: Unix time; streams that ended before it and messages of live ones are too old.
+            max_bytes: Of the file, free pages left out.
+            max_closed: Streams that have ended and may stay.
+
+        Raises:
+            LogFull, LogError: as `write`.
+        """
+        with self._transaction():
+            trimmed = self._trim(before_ms, max_bytes, max_closed)
+        if trimmed.last_id:
+            # As a script: `execute` takes one step of it, and each step frees one page.
+            self._writer.executescript(f"PRAGMA incremental_vacuum({TRIM_ROWS})")
+        return trimmed
+
+    def _apply(self, op: Op) -> None:
+        run = self._writer.execute
+        match op:
+            case Logged():
+                run(
+                    "INSERT INTO messages VALUES(?, ?, ?, ?, ?, ?, ?)",
+                    (op.id, op.stream, op.session, op.seq, op.type, op.at_ms, op.frame),
+                )
+                run("UPDATE streams SET last_seq = ? WHERE id = ?", (op.seq, op.stream))
+            case Saved():
+                run("INSERT OR REPLACE INTO states VALUES(?, ?)", (op.stream, op.state))
+                if op.pcm:
+                    run("INSERT INTO audio VALUES(?, ?, ?, ?)", (op.stream, op.start, op.stop, op.pcm))
+                run("DELETE FROM audio WHERE stream = ? AND stop <= ?", (op.stream, op.keep_from))
+            case Opened():
+                # Retention may have taken the row between the stream's end and this.
+                run(
+                    "INSERT OR REPLACE INTO streams VALUES(?, ?, ?, ?, 1, ?, NULL, ?)",
+                    (op.stream, op.name, op.session, op.last_seq, op.at_ms, op.resume_digest),
+                )
+            case Closed():
+                run("UPDATE streams SET is_live = 0, closed_ms = ? WHERE id = ?", (op.at_ms, op.stream))
+                run("DELETE FROM states WHERE stream = ?", (op.stream,))
+                run("DELETE FROM audio WHERE stream = ?", (op.stream,))
+
+    def _trim(self, before_ms: int, max_bytes: int, max_closed: int) -> Trimmed:
+        one = self._one
+        n_closed = one("SELECT count(*) FROM streams WHERE NOT is_live")
+        oldest = self._writer.execute(
+            "SELECT id, name, closed_ms FROM streams WHERE NOT is_live ORDER BY closed_ms LIMIT 1"
+        ).fetchone()
+        used = (one("PRAGMA page_count") - one("PRAGMA freelist_count")) * one("PRAGMA page_size")
+        is_large = used > max_bytes
+        if oldest is not None and (oldest[2] < before_ms or n_closed > max_closed or is_large):
+            gone = self._delete(
+                "SELECT id, at_ms FROM messages WHERE stream = ? ORDER BY seq LIMIT ?", oldest[0], None
+            )
+            if len(gone) == TRIM_ROWS:  # there may be more
+                return Trimmed(len(gone), gone[-1], (), is_done=False)
+            self._writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
+            return Trimmed(len(gone), gone[-1] if gone else 0, (oldest[1],), is_done=False)
+        # The oldest of all: of live streams where the log is too large, or simply too old.
+        gone = self._delete(
+            "SELECT id, at_ms FROM messages WHERE id > ? ORDER BY id LIMIT ?",
+            0,
+            None if is_large else before_ms,
+        )
+        return Trimmed(len(gone), gone[-1] if gone else 0, (), is_done=not gone)
+
+    def _delete(self, sql: str, value: int, before_ms: int | None) -> list[int]:
+        """Delete what a query finds, as far as it is older than a time; what went, oldest first."""
+        found = self._writer.execute(sql, (value, TRIM_ROWS)).fetchall()
+        gone = [int(row[0]) for row in found if before_ms is None or row[1] < before_ms]
+        self._writer.executemany("DELETE FROM messages WHERE id = ?", [(number,) for number in gone])
+        return gone
+
+    def _one(self, sql: str) -> int:
+        return int(self._writer.execute(sql).fetchone()[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            yield
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as exc:
+            with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled back by itself
+                self._writer.execute("ROLLBACK")
+            if exc.sqlite_errorcode in _PASSING:
+                raise LogFull(f"log {self._path}: cannot be written now: {exc}") from exc
+            raise LogError(f"log {self._path}: {exc}") from exc
+
+    # --- the reading thread --------------------------------------------------------------
+
+    def streams(self) -> list[StreamRow]:
+        """Every stream, in the order in which they first began."""
+        rows = self._read(
+            "SELECT id, name, session, last_seq, is_live, opened_ms, closed_ms, resume_digest"
+            " FROM streams ORDER BY id"
+        )
+        return [StreamRow(*row) for row in rows]
+
+    def n_messages(self) -> int:
+        """How many messages are kept."""
+        return int(self._read("SELECT count(*) FROM messages")[0][0])
+
+    def last_id(self) -> int:
+        """The place of the newest message in the log; 0 where there is none."""
+        return int(self._read("SELECT coalesce(max(id), 0) FROM messages")[0][0])
+
+    def saved(self, stream: int) -> bytes | None:
+        """The state of a live stream."""
+        rows = self._read("SELECT body FROM states WHERE stream = ?", stream)
+        return bytes(rows[0][0]) if rows else None
+
+    def audio(self, stream: int) -> list[tuple[int, bytes]]:
+        """The saved audio of a live stream: where each piece begins, and its samples."""
+        return self._read("SELECT start, pcm FROM audio WHERE stream = ? ORDER BY start", stream)
+
+    def place(self, stream: int, seq: int) -> int | None:
+        """The place of a message in the log; None where it is not kept."""
+        rows = self._read("SELECT id FROM messages WHERE stream = ? AND seq = ?", stream, seq)
+        return int(rows[0][0]) if rows else None
+
+    def messages(self, query: Query, limit: int) -> Page:
+        """The oldest messages of a query, at most `limit`; of many streams, from a part of the log."""
+        where = "id > ? AND id <= ? AND seq > ?"
+        values: list[int | str] = [query.after_id, query.upto_id, query.after_seq]
+        if len(query.streams) == 1:
+            where, order, upto = f"stream = ? AND {where}", "seq", query.upto_id
+            values.insert(0, query.streams[0])
+        else:
+            upto = min(query.upto_id, query.after_id + SCAN)
+            where, order = f"{where} AND +stream IN (SELECT value FROM json_each(?))", "id"
+            values[1] = upto
+            values.append(json.dumps(query.streams))
+        if query.types:
+            where += " AND type IN (SELECT value FROM json_each(?))"
+            values.append(json.dumps(query.types))
+        rows = self._read(
+            f"SELECT frame, id FROM messages WHERE {where} ORDER BY {order} LIMIT {limit}", *values
+        )
+        if len(rows) == limit:
+            upto = int(rows[-1][1])
+        return Page(tuple(row[0] for row in rows), upto)
+
+    def of_session(self, stream: int, session: int, types: Sequence[str], limit: int) -> list[str]:
+        """The newest `limit` messages of some types in one session of a stream, oldest first."""
+        rows = self._read(
+            "SELECT frame FROM messages WHERE stream = ? AND session = ?"
+            " AND type IN (SELECT value FROM json_each(?)) ORDER BY seq DESC LIMIT ?",
+            stream,
+            session,
+            json.dumps(list(types)),
+            limit,
+        )
+        return [row[0] for row in reversed(rows)]
+
+    def _read(self, sql: str, *values: object) -> list[Any]:
+        try:
+            return self._reader.execute(sql, values).fetchall()
+        except sqlite3.Error as exc:
+            raise LogError(f"log {self._path}: cannot be read: {exc}") from exc
+
+    # --- opening -------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Create the tables in a new file; refuse one that is not ours or not whole.
+
+        Raises:
+            LogError: what is wrong, and what to do.
+        """
+        application, version = self._one("PRAGMA application_id"), self._one("PRAGMA user_version")
+        if not self._one("SELECT count(*) FROM sqlite_master"):
+            self._writer.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table
+            marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
+            self._writer.executescript(f"BEGIN; {_SCHEMA} {marks} COMMIT")
+        elif application != APPLICATION_ID:
+            raise LogError(f"log {self._path}: is another program's database; set [log] path to another file")
+        elif version != VERSION:
+            raise LogError(
+                f"log {self._path}: has schema version {version}; expected {VERSION}; "
+                "move it away or set [log] path to another file"
+            )
+        elif self._path.stat().st_size <= CHECK_BYTES:
+            found = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise LogError(f"log {self._path}: is corrupt: {found}; move it away or set [log] path")
+        self._writer.execute("PRAGMA journal_mode = WAL").fetchall()
+        self._writer.execute("PRAGMA synchronous = FULL")
+
+
+# What passes: no room, or a foreign reader's lock. The rest means that the file or the disk is broken.
+_PASSING = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR_SHMSIZE}
+)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The lock that keeps other servers away, for as long as it is open.
+
+    Raises:
+        LogError: another server has it, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what was said is its owner's business
+        lock = path.with_name(path.name + ".lock").open("ab")
+    except OSError as exc:
+        raise LogError(f"log {path}: cannot be opened: {exc}") from exc
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        lock.close()
+        why = "is another server's; give this one a [log] path of its own"
+        raise LogError(f"log {path}: {why if exc.errno == errno.EWOULDBLOCK else exc}") from exc
+    return lock
