@@ -52,6 +52,7 @@ def test_a_token_that_gets_as_far_as_the_log_is_blacked_out() -> None:
     for formatter in (TextFormatter(TEXT_FORMAT), JsonFormatter()):
         for text in (
             "GET /v1/subscribe?rate=1&token=SECRET&x=1 HTTP/1.1",
+            "GET /v1/stream/a?resume=SECRET&x=1 HTTP/1.1",
             "Authorization: Bearer SECRET",
             "authorization: Token SECRET",
             "it is SECRET",
