@@ -2,10 +2,12 @@
 """One stream, many subscribers, on loopback: does everybody get everything, and how soon?
 
 The server runs in a process of its own with the fake engine of the tests, the subscribers in others.
-A producer sends speech in real time; some subscribers stop reading. Latency is from the moment at
-which a message was given to the log (`at_ms` in its file, before the commit) to the moment at which a
-subscriber has it. The last line is JSON; the exit status is 1 where anything was missed, or the slow
-ones were not closed.
+A producer sends speech in real time; some subscribers stop reading.
+
+Two latencies are told. From the log to the socket: from a message's commit to the return of `send` for
+one subscriber, in the server. End to end: from the moment at which a message was given to the log
+(`at_ms` in its file, before the commit) to the moment at which a subscriber in another process has it.
+The last line is JSON; the exit status is 1 where anything was missed, or the slow ones were not closed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,25 @@ from websockets.exceptions import ConnectionClosed
 from bench.kills import FRAME_MS, sound, until_ready
 from clients.producer import stream_audio, stream_url
 from scripts.demo import HOST, free_port
-from streaming.protocol import UNLOGGED, CloseCode, SessionClosed, Subscribe, decode, encode_client
+from streaming.app import run as run_server
+from streaming.config import load_config
+from streaming.guard import GuardedConnection
+from streaming.hub import Hub
+from streaming.protocol import (
+    UNLOGGED,
+    CloseCode,
+    Envelope,
+    SessionClosed,
+    Subscribe,
+    decode,
+    encode,
+    encode_client,
+)
+from tests.streaming.support import FAKE_ENGINE
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAM = "fanout"
+LAST = f'{{"type":"{SessionClosed.type}"'
 SLOW_QUEUE = 50  # the server's `subscriber_queue` here: a reader that stops is behind within the run
 
 
@@ -44,7 +61,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments.serve)
+        return 0
     if arguments.port is not None:
         print(json.dumps(asyncio.run(read_all(arguments.port, arguments.subscribers, arguments.slow))))
         return 0
@@ -62,11 +83,11 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         config = Path(folder) / "config.toml"
         config.write_text(
             f"[server]\nport = {port}\nmax_connections = 2000\nsubscriber_queue = {SLOW_QUEUE}\n"
-            f'[log]\npath = "{log}"\n[limits]\nattempts_burst = 100000\n'
+            f'[log]\npath = "{log}"\n[limits]\nmax_half_open = 2000\n'
         )
-        script = ROOT / "tests" / "streaming" / "server_process.py"
+        command = [sys.executable, "-m", "bench.fanout", "--serve", str(config)]
         server = await asyncio.create_subprocess_exec(
-            sys.executable, str(script), str(config), stderr=asyncio.subprocess.DEVNULL
+            *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
         )
         await until_ready(port)
         readers = [
@@ -84,8 +105,9 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = [json.loads((await reader.communicate())[0].splitlines()[-1]) for reader in readers]
         cpu = process.cpu_times()
         server.terminate()
-        await server.wait()
-        return summary(arguments, log, found, cpu.user + cpu.system - cpu_before.user - cpu_before.system)
+        sent = json.loads((await server.communicate())[0].splitlines()[-1])
+        cpu_s = cpu.user + cpu.system - cpu_before.user - cpu_before.system
+        return summary(arguments, log, found, cpu_s) | {"log_to_socket_ms": sent}
 
 
 def shares(n: int, n_parts: int) -> list[int]:
@@ -116,12 +138,13 @@ def summary(
 ) -> dict[str, Any]:
     """What everybody got, against what the log has."""
     with sqlite3.connect(log) as database:
-        logged = dict(database.execute("SELECT seq, at_ms FROM messages ORDER BY seq").fetchall())
+        rows = database.execute("SELECT seq, at_ms, type FROM messages ORDER BY seq").fetchall()
     database.close()
+    logged = {seq: at_ms for seq, at_ms, _ in rows}
     everything = list(logged)
     fast = [reader for part in found for reader in part["fast"]]
     # Unix milliseconds on both sides, of one machine's clock; half a millisecond is rounded away.
-    delays = np.array([at - logged[seq] for reader in fast for seq, at in reader])
+    delays = [at - logged[seq] for reader in fast for seq, at in reader]
     return {
         "subscribers": arguments.subscribers,
         "seconds": arguments.seconds,
@@ -130,12 +153,57 @@ def summary(
         "complete": sum([seq for seq, _ in reader] == everything for reader in fast),
         "slow": arguments.slow,
         "slow_closed": sum(part["slow_closed"] for part in found),
-        "log_to_subscriber_ms": {
-            f"p{q:g}": round(float(np.percentile(delays, q)), 1) for q in (50, 95, 99, 99.9, 100)
-        },
+        "log_to_subscriber_ms": percentiles(delays),
+        "slowest_messages": slowest(fast, rows),
         "deliveries": len(delays),
         "server_cpu_s": round(cpu_s, 1),
     }
+
+
+def percentiles(delays_ms: Sequence[float]) -> dict[str, float]:
+    """The usual ones."""
+    return {f"p{q:g}": round(float(np.percentile(delays_ms, q)), 1) for q in (50, 95, 99, 99.9, 100)}
+
+
+def slowest(fast: list[list[Any]], rows: list[Any]) -> list[dict[str, Any]]:
+    """The messages that took longest, by the median over their readers: a disk or a machine that stalls."""
+    found = [
+        {
+            "seq": seq,
+            "type": kind,
+            "first_ms": round(min(reader[i][1] for reader in fast) - at_ms, 1),
+            "last_ms": round(max(reader[i][1] for reader in fast) - at_ms, 1),
+        }
+        for i, (seq, at_ms, kind) in enumerate(rows)
+        if all(len(reader) > i and reader[i][0] == seq for reader in fast)
+    ]
+    return sorted(found, key=lambda message: -message["last_ms"])[:4]
+
+
+# --- the server's process ----------------------------------------------------------------
+
+
+def serve(path: Path) -> None:
+    """The server with the fake engine; at its end, how long messages took from the log to sockets."""
+    committed: dict[str, float] = {}  # text of a logged message -> when it was
+    delays_ms: list[float] = []
+    publish, send = Hub.publish, GuardedConnection.send
+
+    def seen_publish(hub: Hub, envelope: Envelope) -> None:
+        if envelope.message.type not in UNLOGGED:
+            committed[encode(envelope)] = time.perf_counter()
+        publish(hub, envelope)
+
+    async def seen_send(connection: GuardedConnection, message: Any, *, text: bool | None = None) -> None:
+        await send(connection, message, text=text)
+        at = committed.get(message)
+        if at is not None:
+            delays_ms.append((time.perf_counter() - at) * 1000)
+
+    Hub.publish = seen_publish  # type: ignore[method-assign, assignment]
+    GuardedConnection.send = seen_send  # type: ignore[method-assign, assignment]
+    asyncio.run(run_server(load_config(path), engine_command=FAKE_ENGINE))
+    print(json.dumps(percentiles(delays_ms)))
 
 
 # --- a process of subscribers ------------------------------------------------------------
@@ -156,39 +224,42 @@ async def read_all(port: int, n: int, n_slow: int) -> dict[str, Any]:
 
 async def read_one(port: int, ready: asyncio.Barrier) -> list[tuple[int, float]]:
     """`seq` of each logged message, and when it came, in Unix milliseconds."""
-    found = []
+    came: list[tuple[str, float]] = []  # read later: the clients must not take the time they measure
     async with connect(f"ws://{HOST}:{port}/v1/subscribe", compression=None, open_timeout=60) as connection:
         await connection.send(encode_client(Subscribe((STREAM,), after=0)))
         await ready.wait()
         while True:
-            text = await connection.recv()
-            at = time.time_ns() / 1e6
-            envelope = decode(text)
-            if envelope.message.type not in UNLOGGED:
-                found.append((envelope.seq, at))
-            if isinstance(envelope.message, SessionClosed):
-                return found
+            text = str(await connection.recv())
+            came.append((text, time.time_ns() / 1e6))
+            if text.startswith(LAST):
+                break
+    found = [(decode(text), at) for text, at in came]
+    return [(envelope.seq, at) for envelope, at in found if envelope.message.type not in UNLOGGED]
 
 
 async def stop_reading(port: int, ready: asyncio.Barrier, is_over: asyncio.Event) -> bool:
-    """Subscribe, then read nothing until the others are done; whether it was closed as too slow.
+    """Subscribe, then read nothing any more; whether it was closed, and as too slow if that can be seen.
 
     What the kernel's buffers hold would serve a quiet stream for hours, so it asks for many things
-    first whose answers it does not read, as tests/streaming/test_server.py does.
+    whose answers it does not read, as tests/streaming/test_server.py does.
     """
+    much = encode_client(Subscribe((STREAM, *(f"{i:064}" for i in range(63)))))
     async with connect(f"ws://{HOST}:{port}/v1/subscribe", compression=None, open_timeout=60) as connection:
-        connection.transport.pause_reading()
-        for _ in range(4000):
-            await connection.send(encode_client(Subscribe(tuple(f"{i:064}" for i in range(64)))))
         await connection.send(encode_client(Subscribe((STREAM,), after=0)))
         await ready.wait()
-        await is_over.wait()
-        connection.transport.resume_reading()
+        connection.transport.pause_reading()
         try:
+            while not is_over.is_set():
+                await connection.send(much)
+                await asyncio.sleep(0.005)
+            connection.transport.resume_reading()
             while True:
-                await connection.recv()
+                async with asyncio.timeout(10):
+                    await connection.recv()
         except ConnectionClosed as exc:
-            return exc.rcvd is not None and exc.rcvd.code == CloseCode.TOO_SLOW
+            return exc.rcvd is None or exc.rcvd.code == CloseCode.TOO_SLOW
+        except TimeoutError:
+            return False  # it is still open
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = Backoff(first_s=0.05, longest_s=0.5, max_attempts=400)
 KINDS = ("server", "engine", "producer", "subscriber")
 FRAME_MS = 40
+LONGER = 1.5  # the audio, than the kills would take if a kill took no time
 
 
 @dataclass
@@ -165,7 +166,7 @@ async def run(arguments: argparse.Namespace, rng: random.Random, n_kills: int) -
 
         async def chunks() -> AsyncIterator[bytes]:
             nonlocal n_bytes
-            async for chunk in sound(audio, arguments.kills * arguments.every):
+            async for chunk in sound(audio, arguments.kills * arguments.every * LONGER):
                 n_bytes += len(chunk)
                 yield chunk
 

@@ -72,7 +72,9 @@ async def open_connection(
     except InvalidURI as exc:
         raise ConnectFailed(str(exc), is_lasting=True) from exc
     except InvalidHandshake as exc:
-        raise ConnectFailed(f"{place}: no WebSocket server: {exc}", is_lasting=True) from exc
+        # A server that died in the middle of the handshake may be there again soon.
+        is_cut = isinstance(exc.__cause__, EOFError | ConnectionError)
+        raise ConnectFailed(f"{place}: no WebSocket server: {exc}", is_lasting=not is_cut) from exc
     except TimeoutError as exc:
         raise ConnectFailed(f"{place}: no answer within {OPEN_TIMEOUT_S:g} s", is_lasting=False) from exc
     except OSError as exc:

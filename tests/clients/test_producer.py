@@ -191,6 +191,21 @@ async def test_a_server_that_stays_away_is_given_up() -> None:
     assert len(fake.paths) == 3
 
 
+async def test_a_server_that_dies_in_a_handshake_is_asked_again() -> None:
+    """It answers nothing and is gone: that is no other kind of server."""
+
+    async def vanish(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with await asyncio.start_server(vanish, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ConnectFailed) as failed:
+            await stream_audio(
+                stream_url(f"ws://127.0.0.1:{port}", "test"), silence(1), lambda _: None, paced=False
+            )
+    assert not failed.value.is_lasting
+
+
 async def test_a_backlog_is_bounded_and_forgets_what_is_safe() -> None:
     """`put` waits for room, `read` for bytes; the end ends both."""
     backlog = Backlog(10)
