@@ -273,10 +273,14 @@ def test_flushed_follows_the_last_final(paced: Run) -> None:
 
 
 def test_other_people_are_captioned(server: LiveServer, report: Callable[[str], None]) -> None:
-    """Two utterances of a reader, one after another in one stream."""
+    """Two utterances of a reader, one after another in one stream.
+
+    Of a reader whom the padded encoder understands too: one of 2609-156975's two ("hold on, hold fast,
+    hold out") it gets wrong, and the short one with it, whatever the live part does.
+    """
     if not DATA.is_dir():
         pytest.skip(f"no recordings in {DATA}")
-    clips = load_manifest(DATA / "speech_en" / "manifest.jsonl", DATA, "librispeech_test_other/2609-156975")
+    clips = load_manifest(DATA / "speech_en" / "manifest.jsonl", DATA, "librispeech_test_other/1688-142285")
     joined = join(clips[:2])
     run = asyncio.run(streamed(server, "librispeech", s16(joined.audio)))
     error_rate = wer(joined.text, run.text)
