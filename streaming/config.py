@@ -209,7 +209,7 @@ class EventsConfig(_Section):
     enabled: bool = True
     labels: Literal["monitoring", "meeting", "all"] | list[str] = "monitoring"
     thresholds: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
-    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.35
     min_ms: Annotated[int, Field(ge=80, le=5000)] = 160
     merge_gap_ms: Annotated[int, Field(ge=0, le=5000)] = 320
     max_open: Annotated[int, Field(ge=1, le=1000)] = 16

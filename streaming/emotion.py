@@ -25,6 +25,7 @@ SAMPLES_PER_MS = SAMPLE_RATE_HZ // 1000
 NEUTRAL = "neutral"
 UNSURE = 0.35  # a likeliest label below this probability is not said: `neutral` is
 MARGIN = 0.1  # by so much another label must be ahead of the one last said
+SHARE_POWER = 4  # a window counts in a segment by this power of how much of it is inside
 HALF_LIFE = 4 * SAMPLE_RATE_HZ  # a window that ended so long before the newest one counts half
 MAX_WINDOWS = 64  # of one speech; the oldest go. More than any segment lasts at the shortest interval.
 MAX_EDGES = 16  # beginnings of speech that no answer has reached yet; the oldest go
@@ -98,7 +99,8 @@ class EmotionTracker:
         inside = [window for window in self._windows if window.start < end and window.end > start]
         if not inside:
             return []
-        weights = [float(min(window.end, end) - max(window.start, start)) ** 2 for window in inside]
+        shown = [(min(window.end, end) - max(window.start, start)) / SAMPLE_RATE_HZ for window in inside]
+        weights = [seconds**SHARE_POWER for seconds in shown]
         return [_update(inside, weights, _likeliest(_average(inside, weights)), start_ms, end_ms)]
 
 

@@ -116,7 +116,6 @@ class Guard:
         for origin in config.server.origins:
             if origin != "*" and site_of(origin) is None:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
-
         self._say_who_is_let_in()
 
     def _say_who_is_let_in(self) -> None:
@@ -154,7 +153,8 @@ class Guard:
             del self._half_open[connection]
             self.metrics.refused(Refusal.NO_HANDSHAKE)
         sent = connection.protocol.close_sent
-        if sent is not None and sent.code in _CLOSES:
+        is_ours = not connection.protocol.close_rcvd_then_sent  # else it echoes the client's own code
+        if is_ours and sent is not None and sent.code in _CLOSES:
             self.metrics.refused(_CLOSES[sent.code])
         place = self._places.pop(connection, None)
         if place is None:

@@ -23,7 +23,7 @@ STREAM_PREFIX = "stream %s: "
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # A safety net: nothing of ours logs one. The parameter of a URL, a header, and what `moss-live token` makes.
 _SECRETS = re.compile(
-    r"(?P<before>[?&]token=|authorization:?\s*(?:bearer|token)\s+|\b(?:bearer|token)\s+(?=moss_))[^\s&'\"]+"
+    r"(?P<before>[?&](?:token|resume)=|authorization:?\s*(?:bearer|token)\s+|\b(?:bearer|token)\s+(?=moss_))[^\s&'\"]+"
     r"|\bmoss_[A-Za-z0-9_-]{20,}",
     re.IGNORECASE,
 )

@@ -15,8 +15,9 @@ from streaming import protocol
 from streaming.access import parse_tokens
 from streaming.config import Config
 from streaming.metrics import Metrics, Observed
-from streaming.protocol import Envelope, Flush, Lag, encode, encode_client
+from streaming.protocol import Close, Envelope, Flush, Lag, SessionClosed, encode, encode_client
 from tests.protocol_schema import SchemaCheck
+from tests.streaming.support import receive_until, running_server, s16, utterances
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HOW = "run scripts/make_protocol_schema.py"
@@ -64,10 +65,28 @@ def test_a_message_that_is_not_of_the_schema_is_noticed(schema_check: SchemaChec
     assert [fault.split(":")[0] for fault in schema_check.take()] == ["lag", "lag", "flush", "flush"]
 
 
+async def test_the_check_sees_what_a_server_says_and_hears(schema_check: SchemaCheck) -> None:
+    """Each message twice: where it is written, and where it is read."""
+    before = schema_check.n_seen
+    async with running_server() as running, running.stream("a") as connection:
+        await connection.send(s16(utterances(1.0)))
+        await connection.send(encode_client(Close()))
+        found = await receive_until(connection, SessionClosed)
+    assert schema_check.n_seen - before >= 2 * (len(found) + 1)
+
+
 @pytest.mark.parametrize("kind", protocol.MESSAGE_TYPES)
 def test_every_type_of_message_is_on_the_page(kind: str) -> None:
     """With a section of its own."""
     assert f"### `{kind}`\n" in read("protocol.md")
+
+
+def test_every_path_and_pattern_is_on_the_page() -> None:
+    """All that a client may ask for, and the names that its stream gets there."""
+    page = read("protocol.md")
+    for name, value in vars(protocol).items():
+        if name.endswith(("_PATH", "_STREAMS")) and isinstance(value, str):
+            assert f"`{value}" in page, name
 
 
 # --- the operator's page -----------------------------------------------------------------

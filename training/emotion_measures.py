@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming.emotion import UNSURE
+from streaming.emotion import SHARE_POWER, UNSURE
+from streaming.protocol import SAMPLE_RATE_HZ
 from training.emotion_features import Features
 
 N_BINS = 10  # of the calibration error
@@ -67,7 +68,7 @@ class Report:
 def measure(scored: Scored) -> Report:
     """Clips as the server would name them at their end: all windows of the clean presentation.
 
-    Averaged as `EmotionTracker.final` does, by the square of how much of the clip they show.
+    Averaged as `EmotionTracker.final` does, by `SHARE_POWER` of how much of the clip they show.
     """
     about, labels = scored.about, scored.labels
     clean = about.presentation == about.presentation.min()
@@ -156,7 +157,7 @@ def _by_clip(
     """Truth, averaged probabilities, fold and speaker of each clip."""
     about = scored.about
     clips, first, which = np.unique(about.clip[chosen], return_index=True, return_inverse=True)
-    weight = np.square(about.length[chosen].astype(np.float64))
+    weight = (about.length[chosen] / SAMPLE_RATE_HZ) ** SHARE_POWER
     sums = np.zeros((len(clips), len(scored.labels)))
     np.add.at(sums, which, scored.probabilities[chosen] * weight[:, None])
     totals = np.zeros(len(clips))

@@ -59,6 +59,7 @@ N_EPOCHS = 10
 SEED = 20261125
 
 THRESHOLD = 0.5
+THRESHOLDS = {"Speech": 0.6, "Chainsaw": 0.6}  # as many found, and fewer told in music
 GUARD_BELOW_BEST = 1.0  # logits a guard may lie below the threshold that serves YAMNet alone best
 GUARD_QUANTILE = 0.9999  # of the rows of speech, and of music, without the sound: a guard lies above them
 BASE_OFFSET = 0.0  # logit from which a sound that is not trained is there, at least
@@ -176,10 +177,13 @@ def make_head(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Y
         temporary.rename(trained)
         took_s = time.perf_counter() - started
         print(f"{path.name}: {len(examples.embeddings)} scenes, {took_s:.0f} s", flush=True)
+    thresholds = torch.full((N_CLASSES,), THRESHOLD)
+    for name, threshold in THRESHOLDS.items():
+        thresholds[yamnet.names.index(name)] = threshold
     calibration = {
         "guards": _guards(examples, quiet, yamnet),
         "offsets": _offsets(quiet, yamnet),
-        "thresholds": torch.full((N_CLASSES,), THRESHOLD),
+        "thresholds": thresholds,
     }
     finish(trained, path, tuple(LABELS.values()), calibration)
 

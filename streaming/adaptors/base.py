@@ -31,11 +31,11 @@ from streaming.errors import (
     SlowReader,
 )
 from streaming.hub import Subscription
-from streaming.ingest import AudioFormat
+from streaming.ingest import AudioFormat, Ingest
 from streaming.log import Log
 from streaming.producer import ProducerLimits
 from streaming.protocol import SAMPLE_RATE_HZ, Envelope
-from streaming.session import Session
+from streaming.session import SLICE_S, Session
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,22 @@ class Conversation:
         finally:
             self._adaptor.stop()
             await wire.cancel(sender, taking, *([] if discarding is None else [discarding]))
+
+    async def decode(self, ingest: Ingest, audio_format: AudioFormat, data: bytes) -> None:
+        """Take bytes of the client's, however many, through the ingest for their format.
+
+        Raises:
+            BadAudio, TooFast: as `feed`.
+        """
+        audio_s = len(data) / audio_format.frame_bytes / audio_format.rate_hz
+        wait_s = self._pace.take(audio_s, asyncio.get_running_loop().time())
+        size = int(audio_format.rate_hz * SLICE_S) * audio_format.frame_bytes
+        for at in range(0, len(data), size):
+            if at:
+                await asyncio.sleep(0)  # a frame of minutes must not hold up the other streams
+            await self.session.feed(ingest.push(data[at : at + size]).tobytes())
+        if wait_s:
+            await asyncio.sleep(wait_s)
 
     async def feed(self, pcm: Pcm) -> None:
         """Take 16 kHz mono audio of the client's; waits while the ring is full or it comes too fast.

@@ -253,8 +253,8 @@ class Deepgram:
         self._n_bytes += len(data)
         if self._container is not None:
             await self._container.push(data)
-        elif self._ingest is not None:
-            await talk.feed(self._ingest.push(data))
+        elif self._ingest is not None and self._options.audio_format is not None:
+            await talk.decode(self._ingest, self._options.audio_format, data)
 
     async def _finalize(self, talk: Conversation) -> None:
         if self._container is not None:

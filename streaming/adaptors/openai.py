@@ -136,7 +136,7 @@ class OpenAi:
 
     async def end_audio(self, talk: Conversation) -> None:
         """The resampler's rest."""
-        await self._feed(talk, b"", is_last=True)
+        await self._feed_rest(talk)
 
     def stop(self) -> None:
         """Nothing is held."""
@@ -180,14 +180,14 @@ class OpenAi:
         """An `error` event that names the client's own event, where it named it."""
         return [self._error("invalid_request_error", exc.code, str(exc), exc.param, _event_id_of(frame))]
 
-    async def _feed(self, talk: Conversation, data: bytes, *, is_last: bool = False) -> None:
-        pcm = self._ingest.flush() if is_last else self._ingest.push(data)
-        self._fed_ms += len(data) / FORMATS[self._settings.encoding].frame_bytes * self._ms_per_sample
-        await talk.feed(pcm)
+    async def _feed(self, talk: Conversation, data: bytes) -> None:
+        audio_format = FORMATS[self._settings.encoding]
+        self._fed_ms += len(data) / audio_format.frame_bytes * 1000 / audio_format.rate_hz
+        await talk.decode(self._ingest, audio_format, data)
 
-    @property
-    def _ms_per_sample(self) -> float:
-        return 1000 / FORMATS[self._settings.encoding].rate_hz
+    async def _feed_rest(self, talk: Conversation) -> None:
+        """What the resampler still holds."""
+        await talk.feed(self._ingest.flush())
 
     async def _commit(self, talk: Conversation) -> None:
         waiting_ms = self._fed_ms - self._committed_ms
@@ -201,7 +201,7 @@ class OpenAi:
 
     async def _mark(self, talk: Conversation, kind: str) -> None:
         """Everything appended so far belongs to what ends here; `Flushed` comes at its place in the log."""
-        await self._feed(talk, b"", is_last=True)
+        await self._feed_rest(talk)
         self._committed_ms = self._fed_ms
         self._n_marks += 1
         await talk.session.flush(f"{kind}-{self._n_marks}")
@@ -218,7 +218,7 @@ class OpenAi:
                 "session.audio.input.transcription.language",
             )
         if after.encoding != before.encoding:
-            await self._feed(talk, b"", is_last=True)
+            await self._feed_rest(talk)
             self._ingest = Ingest(FORMATS[after.encoding])
         self._settings = after
         if after.language != before.language:

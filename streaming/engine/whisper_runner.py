@@ -34,11 +34,17 @@ from streaming.engine.plan import (
     Task,
 )
 from streaming.engine.sounds import SoundScorer
+from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words
 
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
 GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
 PADDING_LEVEL = -0.8  # normalised log-mel of silence
+# A detected language that is no surer is detected, and its words are heard, with the window padded in
+# full: the short encoder decides near-ties otherwise (docs/short_context.md). Before so much audio was
+# heard no language settles, and the next update hears more.
+UNSURE_LANGUAGE = 0.7
+UNSURE_SAMPLES = 3 * SAMPLE_RATE_HZ
 MAX_CONTEXT_TOKENS = 100
 MAX_BATCH = 16  # windows encoded at once; more would only take more memory
 
@@ -179,7 +185,8 @@ class WhisperRunner:
         for first in range(0, len(order), MAX_BATCH):
             batch = order[first : first + MAX_BATCH]
             taps: list[Tensor] = []
-            decoded = self._decode([due[i] for i in batch], taps)
+            decoded = self._decode([due[i] for i in batch], taps, self._padding)
+            decoded = self._surer([due[i] for i in batch], decoded)
             for i, answer in zip(batch, decoded, strict=True):
                 answers[i] = self._hypothesis(due[i], answer)
             felt = [row for row, i in enumerate(batch) if due[i].emotion is not None]
@@ -227,17 +234,18 @@ class WhisperRunner:
         return _Due(step, fork, emotion, slot.window(fork.window_start), n_samples, request)
 
     @torch.inference_mode()
-    def _decode(self, due: Sequence[_Due], taps: list[Tensor]) -> list[Decoded]:
+    def _decode(self, due: Sequence[_Due], taps: list[Tensor], padding: Padding | None) -> list[Decoded]:
         """One encode and one decode loop over windows [T, M] of different lengths.
 
         The encoder's taps are appended to `taps`, [B, T, D] each, if an emotion fork wants them.
+        Without `padding` every window is encoded in full.
         """
         wanted = taps if any(item.emotion for item in due) else None
         config = self._model.config
         requests = [item.request for item in due]
         n_heard = [min(r.n_positions + self._guard_positions, config.n_audio_positions) for r in requests]
         n_frames = config.n_frames
-        if self._padding is not None:
+        if padding is not None:
             # One position more: the convolutions of the longest window too must see silence behind it,
             # as those of the others do, or what a stream says would depend on its neighbours.
             n_frames = min(n_frames, (max(n_heard) + 1) * FRAMES_PER_POSITION)
@@ -248,13 +256,30 @@ class WhisperRunner:
             mel[row] = normalise(mel[row], part.max() if part.shape[0] else SILENCE)
         mel = mel.transpose(1, 2).to(device=self._device, dtype=self._dtype)
         n_tokens = self._decoder.n_tokens(requests)
-        if self._padding is None:
+        if padding is None:
             cache = self._model.decoder.new_cache(self._model.encoder(mel, wanted), n_tokens)
         else:
             heard = torch.tensor(n_heard, device=self._device)
-            encoded = self._model.encoder.forward_heard(mel, heard, self._padding, wanted)
-            cache = self._model.decoder.new_cache_heard(encoded, heard, self._padding, n_tokens)
+            encoded = self._model.encoder.forward_heard(mel, heard, padding, wanted)
+            cache = self._model.decoder.new_cache_heard(encoded, heard, padding, n_tokens)
         return self._decoder.decode(cache, requests)
+
+    def _surer(self, due: Sequence[_Due], decoded: Sequence[Decoded]) -> list[Decoded]:
+        """The answers, of which those in a language that is not sure are heard again, padded in full."""
+        answers = list(decoded)
+        if self._padding is None:
+            return answers
+        unsure = [
+            row
+            for row, item in enumerate(due)
+            if item.request.language is None
+            and item.n_samples >= UNSURE_SAMPLES
+            and answers[row].language_score < UNSURE_LANGUAGE
+        ]
+        if unsure:
+            for row, answer in zip(unsure, self._decode([due[row] for row in unsure], [], None), strict=True):
+                answers[row] = answer
+        return answers
 
     @torch.inference_mode()
     def _feel(self, due: Sequence[_Due], rows: Sequence[int], taps: Sequence[Tensor]) -> list[HeardEmotion]:

@@ -112,8 +112,9 @@ class FakeEngine:
                     stream.next_word = max(stream.next_word, message.point)
                     stream.is_speech = stream.is_speech and message.kind != "stopped"
                 stream.resume_at = message.point
-                # Here too: with audio waiting, the next result is unanswered before there is progress.
-                self._progress(message.stream, stream)
+                if not stream.is_speech:
+                    # With audio waiting, the next result is unanswered before anything else is told.
+                    self._progress(message.stream, stream)
                 self._go_on(message.stream, stream)
             case messages.Configure():
                 pass
@@ -167,7 +168,10 @@ class FakeEngine:
         if needed > stream.start and not stream.is_unanswered:
             del stream.audio[: (needed - stream.start) * BYTES]
             stream.start = needed
-        self._say(messages.Progress(number, stream.consumed, stream.start, stream.start))
+        # The last committed word stays in the window: speech may begin before the stop that was decided last,
+        # and the next engine learns from that word alone how far its audio is spoken for.
+        window_start = max(0, stream.start - WORD)
+        self._say(messages.Progress(number, stream.consumed, stream.start, window_start))
 
     def _say(self, message: messages.FromEngine) -> None:
         self._pipe.sendall(messages.frame(message))

@@ -284,6 +284,14 @@ async def test_a_frame_of_100_mb_is_refused_by_its_first_bytes() -> None:
         assert await counted(running, Refusal.TOO_BIG) == 2
 
 
+async def test_a_code_that_the_client_closed_with_is_no_refusal() -> None:
+    """The server echoes it, and counts nothing."""
+    async with running_server() as running:
+        async with running.subscribe() as connection:
+            await connection.close(CloseCode.TOO_SLOW, "mine")
+        assert await counted(running, Refusal.TOO_SLOW) == 0
+
+
 async def test_text_is_short_and_a_subscriber_sends_nothing_else() -> None:
     """A producer's long text is one bad message; a subscriber's does not even come in."""
     text = '{"type": "flush", "id": "' + "a" * MAX_TEXT_CHARS + '"}'

@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from streaming.engine.messages import Result
 from streaming.logs import TEXT_FORMAT, JsonFormatter, TextFormatter, where_raised
-from streaming.protocol import Ask, Close, Flush, Subscribe, encode_client
+from streaming.protocol import DEEPGRAM_PATH, OPENAI_PATH, Ask, Close, Flush, Subscribe, encode_client
 from streaming.timeline import Applied, Timeline
 from tests.streaming.support import TIMEOUT_S, Running, running_server, s16, utterances
 from tests.streaming.test_guard import Tokens, settings, tokens
@@ -52,6 +52,7 @@ def test_a_token_that_gets_as_far_as_the_log_is_blacked_out() -> None:
     for formatter in (TextFormatter(TEXT_FORMAT), JsonFormatter()):
         for text in (
             "GET /v1/subscribe?rate=1&token=SECRET&x=1 HTTP/1.1",
+            "GET /v1/stream/a?resume=SECRET&x=1 HTTP/1.1",
             "Authorization: Bearer SECRET",
             "authorization: Token SECRET",
             "it is SECRET",
@@ -116,6 +117,24 @@ async def misbehave(running: Running, tokens: Tokens) -> None:
                 async with asyncio.timeout(TIMEOUT_S):
                     async for _ in connection:
                         pass
+    for path in (
+        f"{OPENAI_PATH}?intent=transcription",
+        f"{DEEPGRAM_PATH}?encoding=linear16&sample_rate=8000",
+    ):
+        with suppress(InvalidStatus):
+            async with connect(f"{base}{path}&tag={MARK}&{MARK}=1", additional_headers=headers):
+                pass
+        async with connect(base + path, additional_headers=headers) as connection:
+            with suppress(ConnectionClosed):
+                for message in (
+                    {"type": MARK},
+                    {"type": "session.update", "session": {"type": "transcription", MARK: MARK}},
+                    {"type": "input_audio_buffer.append", "audio": MARK},
+                    {"type": "CloseStream", MARK: 1},
+                ):
+                    await connection.send(json.dumps(message))
+                await connection.send(MARK)
+                await connection.send(MARK.encode())
     for text in (f"{MARK}\r\n\r\n", f"GET /{MARK} HTTP/1.1\r\n{MARK}\r\n\r\n", f"GET / {MARK}\r\n\r\n"):
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(text.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded
 from model.whisper.tokens import Vocabulary
 from streaming.config import EventsConfig
+from streaming.engine import whisper_runner
 from streaming.engine.loader import warm_up
 from streaming.engine.plan import SOUND_FRAME, Fork, Hypothesis, Pcm, SlotStep, StepPlan
 from streaming.engine.scheduler import MARGIN
@@ -246,6 +248,32 @@ def test_padding_in_full_is_another_way_to_the_same_interface() -> None:
     """A full window needs no padding, so both ways say the same there."""
     pcm = chirps(4 * SECOND)
     assert_same(ask(new_runner(pads_fully=True), 0, pcm), fresh(pcm))
+
+
+@pytest.mark.parametrize(
+    ("least_score", "seconds", "language", "n_padded"),
+    [(1.1, 3.5, None, 1), (1.1, 2.9, None, 0), (1.1, 3.5, "en", 0), (0.0, 3.5, None, 0)],
+    ids=["unsure", "too short to settle", "told", "sure"],
+)
+def test_an_unsure_language_is_decided_by_the_padded_encoder(
+    monkeypatch: pytest.MonkeyPatch, least_score: float, seconds: float, language: str | None, n_padded: int
+) -> None:
+    """And what is said then is what the padded encoder hears; nothing else is encoded twice."""
+    monkeypatch.setattr(whisper_runner, "UNSURE_LANGUAGE", least_score)
+    pcm = chirps(int(seconds * SECOND))
+    fork = dataclasses.replace(FORK, language=language)
+    expected = ask(new_runner(pads_fully=bool(n_padded)), 0, pcm, fork)
+    n_calls = 0
+    encode = CHECKPOINT.model.encoder.forward
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        return encode(*args)
+
+    monkeypatch.setattr(CHECKPOINT.model.encoder, "forward", counted)
+    assert_same(fresh(pcm, fork), expected)
+    assert n_calls == n_padded
 
 
 def test_warming_up_leaves_nothing_behind() -> None:
