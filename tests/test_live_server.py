@@ -180,18 +180,23 @@ def cut(audio: bytes, start_ms: int, end_ms: int) -> bytes:
     return audio[bytes_of_ms(start_ms) : bytes_of_ms(end_ms)]
 
 
+def launch(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """A server with its log in a folder, starting."""
+    config = folder / "config.toml"
+    config.write_text(f'[engine]\nshed_after_s = 0.0\n[log]\npath = "{folder / "log.sqlite"}"\n')
+    command = [sys.executable, "-m", "clients.cli", "serve"]
+    command += ["--config", str(config), "--host", HOST, "--port", str(port)]
+    with (folder / "server.log").open("ab") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[LiveServer]:
     """A server that is ready; on the way out it is stopped, by force if need be."""
-    config = folder / "config.toml"
-    config.write_text(f'[engine]\nshed_after_s = 0.0\n[log]\npath = "{folder / "log.sqlite"}"\n')
     port = free_port()
-    command = [sys.executable, "-m", "clients.cli", "serve"]
-    command += ["--config", str(config), "--host", HOST, "--port", str(port)]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    process = launch(folder, port)
     try:
         wait_until_ready(process, port)
         yield LiveServer(process, port)
@@ -383,6 +388,43 @@ def test_captions_go_on_soon_after_a_restart(killed: Killed, report: Callable[[s
     seconds = caption_at - killed.ready_at
     report(f"killed: the next caption came {seconds:.2f} s after the engine was ready again")
     assert seconds <= MAX_CAPTION_AFTER_RESTART_S
+
+
+# --- the server's death ------------------------------------------------------------------
+
+
+def test_a_killed_server_loses_and_repeats_no_word(
+    call: tuple[bytes, str], paced: Run, tmp_path: Path
+) -> None:
+    """SIGKILL in mid-sentence, another server on the same log: the producer goes on by itself."""
+    run = asyncio.run(stream_and_kill_server(tmp_path, call[0]))
+    assert run.words == paced.words != []
+    assert run.logged_seqs == list(range(1, len(run.logged_seqs) + 1))
+    gaps = [message.reason for message in run.messages if isinstance(message, Degraded)]
+    assert gaps == ["server_restart"]
+
+
+async def stream_and_kill_server(folder: Path, audio: bytes) -> Run:
+    """Stream `audio`, kill the server at `KILL_AT_MS`, and start another at once."""
+    run, port = Run(), free_port()
+    processes = [launch(folder, port)]
+
+    async def chunks() -> AsyncIterator[bytes]:
+        async for chunk in frames(audio[: bytes_of_ms(KILL_AT_MS)]):
+            yield chunk
+        processes[-1].kill()
+        processes[-1].wait()
+        processes.append(launch(folder, port))
+        async for chunk in frames(audio[bytes_of_ms(KILL_AT_MS) :]):
+            yield chunk
+
+    try:
+        await asyncio.to_thread(wait_until_ready, processes[0], port)
+        async with asyncio.timeout(TIMEOUT_S):
+            await stream_audio(stream_url(f"ws://{HOST}:{port}", "lived"), chunks(), run.add, paced=True)
+    finally:
+        stop(processes[-1])
+    return run
 
 
 # --- streams that come and go ------------------------------------------------------------

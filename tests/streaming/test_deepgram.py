@@ -161,8 +161,17 @@ async def test_interims_and_events_come_to_who_asks() -> None:
     """SpeechStarted, interim results that are not final, UtteranceEnd a second after the last word."""
     query = f"{LINEAR}&interim_results=true&vad_events=true&utterance_end_ms=1000&punctuate=true"
     pcm = np.concatenate([TALK, support.silence(1)])
+    frames = cut(s16(pcm))
     async with running_server() as running, listen(running, query) as connection:
-        events = await transcribe(connection, cut(s16(pcm)))
+        for frame in frames[
+            :14
+        ]:  # into the first utterance: of all at once, later interims replace earlier ones
+            await connection.send(frame)
+        events: list[Event] = []
+        async with asyncio.timeout(support.TIMEOUT_S):
+            while not any(e["type"] == "Results" and not e["is_final"] for e in events):
+                events.append(json.loads(await connection.recv()))
+        events += await transcribe(connection, frames[14:])
     kinds = [e["type"] for e in events]
     assert kinds.count("SpeechStarted") == 2
     interims = [e for e in events if e["type"] == "Results" and not e["is_final"]]
