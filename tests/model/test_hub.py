@@ -56,6 +56,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
+@pytest.mark.slow  # a process of its own, which imports the hub's package
 @pytest.mark.parametrize("environment", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
 def test_what_is_cached_needs_no_network(tmp_path: Path, environment: dict[str, str]) -> None:
     """HF_HUB_OFFLINE, and a hub that cannot be reached: the cached snapshot serves."""
@@ -66,6 +67,7 @@ def test_what_is_cached_needs_no_network(tmp_path: Path, environment: dict[str, 
     assert int(found.stdout.splitlines()[1]) > 0
 
 
+@pytest.mark.slow  # a process of its own, which imports the hub's package
 @pytest.mark.parametrize("environment", [OFFLINE, UNREACHABLE], ids=["offline", "unreachable"])
 def test_what_is_not_cached_is_said(tmp_path: Path, environment: dict[str, str]) -> None:
     """By the id; a broken download by the file it lacks."""

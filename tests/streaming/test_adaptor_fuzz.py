@@ -11,6 +11,7 @@ import json
 import os
 from itertools import count
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
@@ -86,6 +87,7 @@ deepgram_frames = st.one_of(
 )
 
 
+@pytest.mark.slow
 def test_garbage_in_an_openai_session_stays_there() -> None:
     """Whatever comes back is one of the API's events, for both its dialects."""
     number = count()
@@ -112,6 +114,7 @@ def test_garbage_in_an_openai_session_stays_there() -> None:
     fuzz(case, N_CASES, strategy=st.lists(openai_frames, min_size=1, max_size=6))
 
 
+@pytest.mark.slow
 def test_garbage_in_a_deepgram_stream_stays_there() -> None:
     """In every encoding, and in containers; whatever comes back is one of its messages."""
     number = count()

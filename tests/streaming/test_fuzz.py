@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -161,6 +162,7 @@ async def check_bystander(running: Running, connection: ClientConnection) -> Non
         assert said(await receive_until(again, SessionClosed)) == heard != []
 
 
+@pytest.mark.slow
 def test_garbage_on_a_stream_stays_there() -> None:
     """Before, between and after audio, in any format."""
     queries = ["", "format=f32le&rate=48000&channels=2", "format=mulaw&rate=8000", "format=alaw&channels=8"]
@@ -175,6 +177,7 @@ def test_garbage_on_a_stream_stays_there() -> None:
     fuzz(case)
 
 
+@pytest.mark.slow
 def test_garbage_on_a_subscription_stays_there() -> None:
     """Before and after a real subscription."""
     count = iter(range(10**6))
@@ -188,6 +191,7 @@ def test_garbage_on_a_subscription_stays_there() -> None:
     fuzz(case)
 
 
+@pytest.mark.slow
 def test_garbage_instead_of_a_handshake_stays_there() -> None:
     """Bytes that are no HTTP at all, and connections that end in the middle of it."""
 
@@ -249,6 +253,7 @@ requests = st.builds(
 STATUSES = {int(status) for status in HttpStatus} | {101, 505}
 
 
+@pytest.mark.slow
 def test_garbage_in_a_request_stays_there(tmp_path: Path) -> None:
     """Any path, query and headers get a known status or no answer, with tokens and without."""
     tokens = tmp_path / "tokens.toml"

@@ -173,6 +173,7 @@ async def test_flushes_survive_the_engine() -> None:
     assert flushed == ["one", "two"]
 
 
+@pytest.mark.slow
 async def test_a_full_ring_stops_reading_and_loses_nothing() -> None:
     """With the engine standing still, the producer is held up; afterwards everything is heard."""
     minutes = AUDIO * 40  # 400 s of audio against 90 s of ring
