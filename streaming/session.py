@@ -54,6 +54,9 @@ SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
 SLICE_S = 0.5  # a longer binary frame is worked on in slices, so that other streams get their turn
 REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
+# More undecided audio means a decode point. The longest step of a grid is 2.88 s (MOSS-Audio's events at
+# tick_ms = 960), the least that a stream may be ahead 3 s.
+MAX_STEP = 3 * MAX_SEND - SEND_GRID
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
 MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
 
@@ -323,10 +326,10 @@ class Session:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the engine has more than two seconds of undecided audio, or owes a result."""
+        """Whether the engine has more undecided audio than lies between two points, or owes a result."""
         sent = islice(self._pending, self._n_marks_sent)
         owes_result = any(pending.mark.kind != "started" for pending in sent)
-        return self._is_open and (owes_result or self._sent - self._consumed > 2 * MAX_SEND)
+        return self._is_open and (owes_result or self._sent - self._consumed >= MAX_STEP)
 
     async def run(self) -> None:
         """Take what the engine says, for as long as the stream lives.

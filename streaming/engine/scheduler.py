@@ -67,6 +67,7 @@ class Listening:
     sound_ticks: int = 0  # between points while nobody speaks; 0: what is no speech is not heard
     events_ticks: int = 0  # between `events` forks
     emotion_ticks: int = 0  # between `emotion` forks while somebody speaks
+    reach: int = SOUND_REACH  # samples before the last answer that a restart hears again for sounds
 
     @classmethod
     def to(
@@ -82,10 +83,13 @@ class Listening:
         # A question may be about anything that sounded, so what answers questions hears everything.
         hears_all = wants_events or "answer" in capabilities.tasks
         events_ticks = ticks(capabilities.events_every_s)
+        # What names sounds or answers questions does so from its memory, which a restart must fill.
+        window_s = min(capabilities.max_window_s, LONGEST_WINDOW_S)
         return cls(
             sound_ticks=events_ticks if hears_all else 0,
             events_ticks=events_ticks if wants_events and not capabilities.sounds else 0,
             emotion_ticks=ticks(emotion.interval_s) if wants_emotion else 0,
+            reach=SOUND_REACH if capabilities.sounds or not hears_all else int(window_s * SAMPLE_RATE_HZ),
         )
 
 
@@ -118,6 +122,7 @@ class _Stream:
     start: int  # audio before this never came
     received: int
     consumed: int  # everything before this is decided
+    answered: int  # ... and the timeline has what was found before this
     given: int  # the runner has the audio before this
     window_start: int
     committed: deque[Heard]  # words inside the window
@@ -204,6 +209,7 @@ class Scheduler:
             start=message.start,
             received=message.start,
             consumed=message.consumed,
+            answered=message.consumed,
             given=message.start,
             window_start=message.window_start,
             committed=deque(message.committed),
@@ -252,6 +258,7 @@ class Scheduler:
         stream.committed.extend(stream.hypothesis[: message.n_words])
         stream.hypothesis = ()
         stream.awaiting = None
+        stream.answered = point.at
         if point.kind == "stopped":
             stream.is_speech = False
 
@@ -462,8 +469,8 @@ class Scheduler:
         """A restart, or the next window, needs the audio from here on."""
         needed = (stream.consumed - START_DELAY) // GRID * GRID - MARGIN
         if self._listening.sound_ticks:
-            reach = self._longest_window if self._listening.events_ticks else SOUND_REACH
-            needed = min(needed, (stream.consumed - reach) // GRID * GRID)
+            # From the last answer on: what was found since is lost with the engine, however far it went.
+            needed = min(needed, (stream.answered - self._listening.reach) // GRID * GRID)
         if stream.is_speech or stream.consumed - stream.last_stop <= self._join_gap + START_DELAY:
             needed = min(needed, stream.window_start - MARGIN)
         return max(stream.start, needed)
@@ -514,7 +521,7 @@ def _result(
         words=stream.hypothesis,
         stable_end=point.at if hypothesis is None else hypothesis.stable_end,
         language=stream.language if hypothesis is None else hypothesis.language,
-        no_speech=1.0 if hypothesis is None else hypothesis.no_speech,
+        no_speech=0.0 if hypothesis is None else hypothesis.no_speech,
         n_loops_cut=0 if hypothesis is None else hypothesis.n_loops_cut,
         compute_s=compute_s,
         window_start=stream.window_start,

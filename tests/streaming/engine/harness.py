@@ -70,7 +70,10 @@ UNIT = 1 / 4096  # sample value of word number 1
 SOUND_PAST = 2 * SAMPLE_RATE_HZ  # samples that a row of sound scores looks back on ...
 SOUND_DELAY = SAMPLE_RATE_HZ * 3 // 5  # ... and how long it is waited for
 SCORED = Listening(sound_ticks=1, emotion_ticks=4)  # as a model that scores sounds row by row
-NAMED = Listening(sound_ticks=4, events_ticks=4, emotion_ticks=6)  # as one that names them when asked
+# As one that names them when asked.
+NAMED = Listening(
+    sound_ticks=4, events_ticks=4, emotion_ticks=6, reach=int(LONGEST_WINDOW_S * SAMPLE_RATE_HZ)
+)
 CONFIG = TranscriptConfig(
     window_s=5.0,
     join_gap_s=1.0,

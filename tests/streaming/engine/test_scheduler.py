@@ -473,6 +473,25 @@ def test_a_slow_engine_leaves_no_row_out() -> None:
     assert rows_of(stream) == rows_of(alone(MINUTE, SCORED))
 
 
+def test_an_engine_that_dies_in_a_long_step_loses_no_row() -> None:
+    """Its progress had been told, and points been left out: the rows since the last answer come again."""
+    world = World(1, shed_after_s=1.0, listening=SCORED)
+    stream = world.open(1, MINUTE)
+    n_steps = 0
+    while not stream.is_done:
+        send(world, stream, int(world.now_s * SECOND))
+        worked = world.tick()
+        n_steps += worked
+        world.now_s += 1.5 if worked else 0.02
+        if worked and n_steps % 3 == 0:
+            world.take(len(world.outbox) - 1)  # all but the result of the step
+            world.crash()
+        else:
+            world.take()
+    assert max(skipped.n_points for skipped in stream.skipped) > 1
+    assert rows_of(stream) == rows_of(alone(MINUTE, SCORED))
+
+
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
@@ -497,7 +516,7 @@ def test_a_slow_engine_leaves_no_row_out() -> None:
                 0.08,
                 events_every_s=2.56,
             ),
-            Listening(sound_ticks=4, events_ticks=4, emotion_ticks=3),
+            Listening(sound_ticks=4, events_ticks=4, emotion_ticks=3, reach=29 * SECOND),
         ),
     ],
     ids=lambda value: value.model if isinstance(value, Capabilities) else "",
@@ -509,7 +528,10 @@ def test_a_model_is_asked_what_it_can_and_what_is_wanted(
     wanted = Listening.to(capabilities, EventsConfig(), EmotionConfig(), 10_240)
     assert wanted == expected
     off = Listening.to(capabilities, EventsConfig(enabled=False), EmotionConfig(enabled=False), 10_240)
-    assert off == Listening(sound_ticks=expected.sound_ticks if "answer" in capabilities.tasks else 0)
+    if "answer" in capabilities.tasks:
+        assert off == Listening(sound_ticks=expected.sound_ticks, reach=expected.reach)
+    else:
+        assert off == WORDS_ALONE
 
 
 # --- load ----------------------------------------------------------------------------------
