@@ -55,6 +55,7 @@ class ProducerLimits:
     limits: LimitsConfig
     ack_interval_s: float
     languages: tuple[str, ...]  # codes the model can be set to
+    language: str | None  # the server's setting, where a client asks for none; None: detect
     tasks: tuple[str, ...]  # what the model does
 
     def new_pace(self) -> AudioPace:

@@ -443,6 +443,7 @@ class Server:
             self._config.limits,
             self._config.ingest.ack_interval_s,
             ready.languages,
+            None if self._config.model.language == "auto" else self._config.model.language,
             ready.tasks,
         )
 

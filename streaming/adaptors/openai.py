@@ -222,7 +222,7 @@ class OpenAi:
             self._ingest = Ingest(FORMATS[after.encoding])
         self._settings = after
         if after.language != before.language:
-            talk.session.set_language(after.language)
+            talk.session.set_language(after.language or talk.limits.language)
         if after.turn != before.turn:
             talk.session.set_endpointing(after.vad(self._vad))
 

@@ -34,6 +34,7 @@ from streaming.protocol import (
     Word,
     encode_client,
 )
+from streaming.session import Session
 from tests.streaming import support
 from tests.streaming.openai_support import Event, append, check, pcm24, receive, receive_until, send_audio
 from tests.streaming.support import Running, running_server, said, utterances
@@ -191,6 +192,17 @@ async def test_the_flat_session_is_understood_from_everybody() -> None:
         event = (await receive_until(connection, "session.updated"))[-1]
     given = event["session"]["audio"]["input"]
     assert (given["format"], given["turn_detection"]) == ({"type": "audio/pcmu"}, None)
+
+
+async def test_a_language_that_is_taken_back_is_the_servers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not detected, where the server is set to one."""
+    asked: list[str | None] = []
+    monkeypatch.setattr(Session, "set_language", lambda _self, language: asked.append(language))
+    async with running_server('[model]\nlanguage = "en"') as running, realtime(running) as connection:
+        for language in ("de", None):
+            await connection.send(update(transcription={"model": "whisper-1", "language": language}))
+        await receive_until(connection, "session.updated", 2)
+    assert asked == ["de", "en"]
 
 
 async def test_a_browser_is_answered_its_subprotocol() -> None:
