@@ -324,7 +324,8 @@ def is_origin_allowed(
     """Whether a request may come from a page.
 
     Args:
-        origins: The `Origin` headers: none where no browser asks.
+        origins: The `Origin` headers: none where no browser asks, and none either where a page's plain
+            GET goes to the host it came from; what that host may be, `is_host_allowed` says.
         host: The `Host` header.
         allowed: Origins such as "https://captions.example.org"; "*" is every one.
         is_loopback_only: No token protects the server. Then a page is only its own when it came from
@@ -344,6 +345,23 @@ def is_origin_allowed(
     if origin != site_of(f"{origin[0]}://{host}"):
         return False
     return not is_loopback_only or is_loopback(origin[1])
+
+
+def is_host_allowed(hosts: Sequence[str], allowed: Sequence[str]) -> bool:
+    """Whether a request may be made to a host, on a server that no token protects.
+
+    A page of a name that was made to point here (DNS rebinding) reads what it likes, with no `Origin`:
+    to its browser this server is where it came from. Its own name is in `Host` all the same.
+
+    Args:
+        hosts: The `Host` headers; without one it is no browser that asks.
+        allowed: As for `is_origin_allowed`; their hosts are let in beside this machine's own names.
+    """
+    if "*" in allowed:
+        return True
+    named = {site[1] for site in map(site_of, allowed) if site is not None}
+    sites = [site_of(f"http://{host}") for host in hosts]
+    return all(site is not None and (is_loopback(site[1]) or site[1] in named) for site in sites)
 
 
 def site_of(origin: str) -> tuple[str, str, int] | None:

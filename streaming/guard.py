@@ -22,6 +22,7 @@ from streaming.access import (
     Need,
     Scope,
     Tokens,
+    is_host_allowed,
     is_origin_allowed,
     need_of,
     presented,
@@ -179,9 +180,13 @@ class Guard:
         is_local = is_loopback(connection.address)
         if not is_local and not self._attempts.take(network_of(connection.address), self._now_s()):
             return self.refuse(connection, Refusal.TOO_MANY_ATTEMPTS)
+        hosts = request.headers.get_all("Host")
+        if self._is_loopback_only and not is_host_allowed(hosts, self._server.origins):
+            expected = "Host must be localhost, a loopback address or the host of one of server.origins"
+            return self.refuse(connection, Refusal.BAD_ORIGIN, f"without tokens, {expected}")
         if not is_origin_allowed(
             request.headers.get_all("Origin"),
-            next(iter(request.headers.get_all("Host")), ""),
+            next(iter(hosts), ""),
             self._server.origins,
             is_loopback_only=self._is_loopback_only,
         ):

@@ -85,6 +85,8 @@ class ContainerDecoder:
     async def push(self, data: bytes) -> None:
         """Take bytes, however cut; waits while too many are not decoded.
 
+        What follows the end of a container is no audio, and is dropped.
+
         Raises:
             BadAudio: what came before cannot be decoded.
         """
@@ -92,6 +94,8 @@ class ContainerDecoder:
             await self._until(lambda: len(self._bytes) < MAX_WAITING_BYTES or self._is_over)
             if self._error is not None:
                 raise self._error
+            if self._is_over:
+                return  # nobody reads any more: what is kept would only grow
             with self._shared:
                 self._bytes += data[at : at + PIECE_BYTES]
                 self._n_pushed += len(data[at : at + PIECE_BYTES])
@@ -239,6 +243,7 @@ class ContainerDecoder:
     def _on_over(self, error: BadAudio | None) -> None:
         self._error = error
         self._is_over = True
+        self._bytes.clear()  # the thread reads no more
         self._changed.set()
 
 

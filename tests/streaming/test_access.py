@@ -20,6 +20,7 @@ from streaming.access import (
     Tokens,
     entry_text,
     hash_of,
+    is_host_allowed,
     is_origin_allowed,
     need_of,
     new_token,
@@ -236,10 +237,42 @@ def test_which_pages_may_connect(
     assert is_origin_allowed(origins, host, allowed, is_loopback_only=loopback_only) is expected
 
 
+@pytest.mark.parametrize(
+    ("hosts", "allowed", "expected"),
+    [
+        ([], (), True),
+        (["localhost:8765"], (), True),
+        (["LOCALHOST"], (), True),
+        (["127.0.0.1:8765"], (), True),
+        (["127.8.8.8"], (), True),
+        (["[::1]:8765"], (), True),
+        (["rebound.evil:8765"], (), False),
+        (["localhost.evil:8765"], (), False),
+        (["127.0.0.1.evil"], (), False),
+        (["10.0.0.1:8765"], (), False),
+        (["captions.org"], ("https://captions.org",), True),
+        (["captions.org:8765"], ("https://captions.org",), True),
+        (["evil.org"], ("https://captions.org",), False),
+        (["evil.org"], ("*",), True),
+        (["localhost", "evil.org"], (), False),
+        ([""], (), False),
+        (["[::1"], (), False),
+        (["localhost:99999"], (), False),
+        (["localhost/.evil"], (), False),
+    ],
+)
+def test_which_hosts_a_server_without_tokens_answers_as(
+    hosts: list[str], allowed: tuple[str, ...], expected: bool
+) -> None:
+    """This machine's own and those of the named pages: a rebound name is in `Host`, whoever asks."""
+    assert is_host_allowed(hosts, allowed) is expected
+
+
 @given(st.text(max_size=40), st.text(max_size=20))
 def test_no_origin_is_a_fault(origin: str, host: str) -> None:
     """Garbage is an answer of no, whatever it is."""
     is_origin_allowed([origin], host, ("https://b.org",), is_loopback_only=False)
+    is_host_allowed([host], ("https://b.org",))
 
 
 def test_what_a_path_needs() -> None:

@@ -161,6 +161,22 @@ async def test_bytes_that_are_no_container_are_an_error(data: bytes, expected: s
         await decoded(iter([data]))
 
 
+async def test_what_follows_the_end_of_a_container_is_not_kept() -> None:
+    """FFmpeg stops at an empty box of MP4; a client that goes on sending costs no memory."""
+    decoder = ContainerDecoder()
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await decoder.push(contained("mp4") + bytes(16))
+            while await decoder.pull() is not None:
+                pass
+            for _ in range(3):
+                await decoder.push(bytes(MAX_WAITING_BYTES))
+            assert await decoder.pull() is None
+        assert not decoder._bytes
+    finally:
+        decoder.stop()
+
+
 async def test_a_container_without_audio_is_an_error() -> None:
     """A video alone."""
     file = io.BytesIO()

@@ -72,11 +72,14 @@ def settings(tokens: Tokens | None = None, server: str = "", limits: str = "") -
     return f"[server]\n{server}\n{access}[limits]\n{limits}\n"
 
 
-async def ask(running: Running, path: str, *headers: str, method: str = "GET") -> tuple[int, str]:
+async def ask(
+    running: Running, path: str, *headers: str, method: str = "GET", host: str = ""
+) -> tuple[int, str]:
     """Status and body of a plain HTTP request."""
+    host = host or f"127.0.0.1:{running.port}"
     async with asyncio.timeout(TIMEOUT_S):
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-        lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{running.port}", *headers, "", ""]
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", *headers, "", ""]
         writer.write("\r\n".join(lines).encode())
         answer = (await reader.read()).decode()
         writer.close()
@@ -188,6 +191,26 @@ async def test_a_name_that_was_made_to_point_here_is_not_the_servers_own() -> No
         )
         assert b" 403 " in await reader.readline()
         writer.close()
+        # Its plain GETs name no origin.
+        for path in ("/v1/streams", "/metrics"):
+            got = await ask(running, path, host=rebound)
+            assert is_answer(got, Refusal.BAD_ORIGIN), (path, got)
+            assert (await ask(running, path, host=f"localhost:{running.port}"))[0] == 200
+        for path in ("/healthz", "/readyz"):
+            assert (await ask(running, path, host=rebound))[0] == 200
+        assert await counted(running, Refusal.BAD_ORIGIN) == 3
+    async with running_server('[server]\norigins = ["https://captions.example"]\n') as running:
+        assert (await ask(running, "/v1/streams", host="captions.example"))[0] == 200
+        assert is_answer(await ask(running, "/v1/streams", host="other.example"), Refusal.BAD_ORIGIN)
+
+
+async def test_with_tokens_or_for_everybody_any_host_is_answered(tokens: Tokens) -> None:
+    """A rebound page has no token; and a server for everybody has nothing to hide from it."""
+    async with running_server(settings(tokens)) as running:
+        assert (await ask(running, "/v1/streams", bearer(tokens.admin), host="any.example"))[0] == 200
+        assert is_answer(await ask(running, "/v1/streams", host="any.example"), Refusal.NO_TOKEN)
+    async with running_server("[access]\nallow_anonymous = true\n") as running:
+        assert (await ask(running, "/v1/streams", host="any.example"))[0] == 200
 
 
 async def test_methods_and_paths() -> None:
