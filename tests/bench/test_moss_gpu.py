@@ -18,6 +18,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [["--random", "tiny"], [str(TINY)]])
 def test_a_row_per_number_of_streams(
     what: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -377,6 +377,7 @@ def check_markers(cache: RollingCache, slot_idx: int) -> None:
         assert offset == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("markers", ["absolute", "restart"])
 def test_a_day_in_shifts(markers: MarkerMode) -> None:
     """Twenty-four streams, each taken up again at another hour of the day, end that hour's last minutes.

@@ -105,6 +105,7 @@ class Watched:
         return result
 
 
+@pytest.mark.slow
 def test_all_tasks_are_asked_on_their_grids() -> None:
     """Words at every tick, events and emotion on slower ones, by the scheduler of the embedded model."""
     config: Config = parse_config(settings(TINY))

@@ -295,6 +295,7 @@ async def server_process(folder: Path) -> AsyncIterator[ServerProcess]:
         await it.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [16_000, 8_000])
 async def test_a_killed_server_loses_and_repeats_nothing(rate: int, tmp_path: Path) -> None:
     """SIGKILL twice in mid-speech: the next server goes on with the stream where its log ends.
@@ -323,6 +324,7 @@ async def test_a_killed_server_loses_and_repeats_nothing(rate: int, tmp_path: Pa
     assert gaps == ["server_restart"] * 2
 
 
+@pytest.mark.slow
 async def test_what_waited_when_the_server_was_killed_is_answered(tmp_path: Path) -> None:
     """A flush that had no answer is answered by the next server, and subscribers miss nothing."""
     talk = Talk()
@@ -347,6 +349,7 @@ async def test_what_waited_when_the_server_was_killed_is_answered(tmp_path: Path
     assert has_no_hole(talk.found)
 
 
+@pytest.mark.slow
 async def test_a_stream_nobody_comes_back_to_is_finalised_by_the_next_server(tmp_path: Path) -> None:
     """With all its words, after the grace time."""
     reference = await undisturbed(Talk())

@@ -330,6 +330,7 @@ async def test_a_subscription_is_replaced_by_the_next() -> None:
         assert {e.stream for e in await receive_until(subscriber, Flushed)} == {"b"}
 
 
+@pytest.mark.slow
 async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None:
     """Its queue overflows behind the kernel's buffers; another subscriber gets every message."""
     async with running_server("[server]\nsubscriber_queue = 100") as running:

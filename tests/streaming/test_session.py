@@ -82,6 +82,7 @@ async def test_an_engine_killed_in_mid_speech_loses_and_repeats_nothing() -> Non
     assert logged == list(range(1, len(logged) + 1))
 
 
+@pytest.mark.slow
 def test_an_engine_killed_anywhere_loses_and_repeats_nothing() -> None:
     """However many messages were sent before each death, the committed words are the same."""
     reference = asyncio.run(words_undisturbed())

@@ -110,6 +110,7 @@ def said(result: messages.Result) -> list[tuple[str, int, int]]:
     return [(word.text, word.start, word.end) for word in result.words]
 
 
+@pytest.mark.slow
 async def test_it_hears_streams_and_ends_when_its_pipe_closes(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +143,7 @@ async def broken_model_message(folder: Path) -> str:
     return str(lost.value)
 
 
+@pytest.mark.slow
 async def test_a_broken_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
     """The file, in the message that ends the server."""
     broken = tmp_path / "broken"
