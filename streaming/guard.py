@@ -46,7 +46,7 @@ class _Place:
     """What a connection counts as, from its admission to its loss."""
 
     address: str | None  # None: not counted
-    role: tuple[str, Scope] | None  # the token's name and what it does; None: no token is asked for
+    role: tuple[str, Scope] | None  # a subscriber's token, by name, and what it does; None: not counted
 
 
 class GuardedConnection(ServerConnection):
@@ -114,6 +114,7 @@ class Guard:
         self._of_token = Places()
         self._half_open: dict[GuardedConnection, None] = {}  # oldest first
         self._places: dict[GuardedConnection, _Place] = {}
+        self._of_stream: dict[str, tuple[str, Scope]] = {}  # whose place a live stream has, by its name
         for origin in config.server.origins:
             if origin != "*" and site_of(origin) is None:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
@@ -220,12 +221,24 @@ class Guard:
         return None
 
     def take_place(
-        self, connection: GuardedConnection, scope: Scope, *, is_again: bool = False
+        self,
+        connection: GuardedConnection,
+        scope: Scope,
+        stream: str | None = None,
+        *,
+        is_again: bool = False,
     ) -> Response | None:
         """Count a connection whose handshake succeeded, or refuse it where there is no room.
 
-        The place is given back when the connection is lost. A producer that comes back to its stream
-        (`is_again`) takes none of its token's.
+        The place is given back when the connection is lost; but a token's place for a stream is the
+        stream's, however many connections it takes, until `stream_over`.
+
+        Args:
+            connection: Was let in.
+            scope: What it is for.
+            stream: The live stream that it publishes; None for a subscriber, and where the stream is over.
+            is_again: Its producer comes back, and is not refused for its token's other streams. Where the
+                stream has no place yet, because a dead server left it, it gets one beyond the limit too.
         """
         grant = connection.granted
         if len(self._places) >= self._server.max_connections:
@@ -233,7 +246,8 @@ class Guard:
         address = None if is_loopback(connection.address) else network_of(connection.address)
         if address is not None and not self._of_address.has_room(address, self._limits.address_connections):
             return self.refuse(connection, Refusal.TOO_MANY_OF_ADDRESS)
-        role = None if self._tokens is None or is_again else (grant.name, scope)
+        is_counted = scope is not Scope.PUBLISH or (stream is not None and stream not in self._of_stream)
+        role = (grant.name, scope) if self._tokens is not None and is_counted else None
         if role is not None:
             if scope is Scope.PUBLISH:
                 limit, refusal = (
@@ -243,13 +257,21 @@ class Guard:
             else:
                 limit = grant.max_subscribers or self._limits.token_subscribers
                 refusal = Refusal.TOO_MANY_READERS_OF_TOKEN
-            if not self._of_token.has_room(role, limit):
+            if not is_again and not self._of_token.has_room(role, limit):
                 return self.refuse(connection, refusal)
             self._of_token.take(role)
         if address is not None:
             self._of_address.take(address)
+        if role is not None and stream is not None:
+            self._of_stream[stream], role = role, None
         self._places[connection] = _Place(address, role)
         return None
+
+    def stream_over(self, name: str) -> None:
+        """A stream's name is free again, and with it the place of the token that began it."""
+        role = self._of_stream.pop(name, None)
+        if role is not None:
+            self._of_token.give_back(role)
 
     def refuse(self, connection: ServerConnection, refusal: Refusal, detail: str = "") -> Response:
         """The answer of a refusal before a WebSocket is open; counts it."""

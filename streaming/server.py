@@ -260,7 +260,8 @@ class Server:
         refusal = self._guard.take_place(
             connection,
             Scope.PUBLISH if is_stream else Scope.SUBSCRIBE,
-            # Its stream has a place already, if the connection that was lost is not known to be yet.
+            # Whoever only asks how a stream ended has none that would ever be released.
+            None if admission is None or (is_again and admission.name not in self._live) else admission.name,
             is_again=is_again,
         )
         if refusal is not None:
@@ -345,6 +346,7 @@ class Server:
 
     def _release(self, name: str) -> None:
         self._live.remove(name)
+        self._guard.stream_over(name)
         self._check_finalised()
 
     def _check_finalised(self) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 import resource
+import sqlite3
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trustme
 from prometheus_client.parser import text_string_to_metric_families
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from streaming.access import Scope, entry_text, new_token
@@ -30,11 +31,20 @@ from streaming.protocol import (
     HttpStatus,
     Refusal,
     SessionClosed,
+    SessionCreated,
     Subscribe,
     encode_client,
 )
 from streaming.server import Server
-from tests.streaming.support import TIMEOUT_S, Running, receive_until, running_server, s16, utterances
+from tests.streaming.support import (
+    TIMEOUT_S,
+    Running,
+    receive,
+    receive_until,
+    running_server,
+    s16,
+    utterances,
+)
 
 STRANGER = "203.0.113.7"  # an address of documentation, which a trusted proxy names
 PROXY = 'trusted_proxies = ["127.0.0.1"]'
@@ -272,6 +282,85 @@ async def test_a_token_has_a_number_of_streams_and_of_subscribers(tokens: Tokens
         async with opened(running, "/v1/subscribe", tokens.screen):
             got = await refused(opened(running, "/v1/subscribe", tokens.screen))
             assert is_answer(got, Refusal.TOO_MANY_READERS_OF_TOKEN)
+
+
+async def created(connection: ClientConnection) -> str:
+    """The query that resumes a stream which has just begun."""
+    message = (await receive(connection)).message
+    assert isinstance(message, SessionCreated)
+    return f"resume={message.resume_token}"
+
+
+async def lost(running: Running, connection: ClientConnection) -> None:
+    """Break the only connection there is, until the server knows."""
+    connection.transport.abort()
+    await left(running, 0)
+
+
+async def left(running: Running, n_connections: int) -> None:
+    """Wait until the server has no more connections than these."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while running.server.n_connections > n_connections:  # noqa: ASYNC110  no event tells of a loss
+            await asyncio.sleep(0)
+
+
+async def finalised(connection: ClientConnection) -> None:
+    """End a stream."""
+    await connection.send(encode_client(Close()))
+    await receive_until(connection, SessionClosed)
+
+
+async def test_a_stream_keeps_its_tokens_place_while_its_producer_is_away(tokens: Tokens) -> None:
+    """A lost connection makes no room for another stream; the end of the stream does."""
+    limits = settings(tokens, "resume_grace_s = 60.0", "token_streams = 1")
+    async with running_server(limits) as running:
+        first = await opened(running, "/v1/stream/desk-1", tokens.desk)
+        resume = await created(first)
+        await lost(running, first)
+        got = await refused(opened(running, "/v1/stream/desk-2", tokens.desk))
+        assert is_answer(got, Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+        for _ in range(2):  # however often: one place, which is given back once
+            again = await opened(running, f"/v1/stream/desk-1?{resume}", tokens.desk)
+            await lost(running, again)
+        async with opened(running, f"/v1/stream/desk-1?{resume}", tokens.desk) as again:
+            await finalised(again)
+        async with opened(running, f"/v1/stream/desk-1?{resume}", tokens.desk):
+            pass  # hears how it ended, and counts for nothing
+        async with opened(running, "/v1/stream/desk-2", tokens.desk) as second:
+            got = await refused(opened(running, "/v1/stream/desk-3", tokens.desk))
+            assert is_answer(got, Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+            await finalised(second)
+
+
+async def test_a_dead_servers_stream_counts_once_its_producer_is_back(tokens: Tokens, tmp_path: Path) -> None:
+    """For nobody before, and beyond the limit if it must: it is never refused."""
+    limits = settings(tokens, limits="token_streams = 1")
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "next").mkdir()
+    async with (
+        running_server(limits, folder=tmp_path / "dead") as running,
+        opened(running, "/v1/stream/desk-1", tokens.desk) as connection,
+    ):
+        resume = await created(connection)
+        with (
+            closing(sqlite3.connect(tmp_path / "dead" / "log.sqlite")) as log,
+            closing(sqlite3.connect(tmp_path / "next" / "log.sqlite")) as copy,
+        ):
+            log.backup(copy)  # as if it was killed now
+    async with running_server(limits, folder=tmp_path / "next") as running:
+        async with opened(running, "/v1/stream/desk-2", tokens.desk) as second:
+            await receive_until(second, SessionCreated)
+            async with asyncio.timeout(TIMEOUT_S):
+                while running.server._streams.find("desk-1") is None:  # noqa: ASYNC110  it is read on a thread
+                    await asyncio.sleep(0)
+            async with opened(running, f"/v1/stream/desk-1?{resume}", tokens.desk) as first:
+                await finalised(second)
+                await left(running, 1)
+                got = await refused(opened(running, "/v1/stream/desk-3", tokens.desk))
+                assert is_answer(got, Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+                await finalised(first)
+        async with opened(running, "/v1/stream/desk-3", tokens.desk) as third:
+            await finalised(third)
 
 
 async def test_audio_that_comes_too_fast_waits_and_far_too_fast_ends_the_stream() -> None:
