@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from streaming import connection as wire
@@ -127,18 +128,28 @@ class Streams:
         await self._engine.until(EngineState.READY, EngineState.LOST, EngineState.STOPPED)
         while self._left and self._engine.ready is not None:
             name = next(iter(self._left))
-            left = await self._log.read_left(name)
-            if name not in self._left:
-                return  # the server stops
             try:
+                left = await self._log.read_left(name)
+                if name not in self._left:
+                    return  # the server stops
                 self._restore_one(left)
-            except LogError as exc:
+            except (LogError, msgspec.MsgspecError) as exc:
                 logger.warning("stream %s: cannot go on: %s", name, exc)
+                await self._close_left(name)
+            except Exception as exc:
+                # A fault of ours costs this stream and no other. Without its text, as in `_live_through`.
+                logger.error("stream %s: cannot go on: %s", name, where_raised(exc))  # noqa: TRY400
+                logger.debug("the fault's text", exc_info=True)
                 await self._close_left(name)
             self._left.pop(name, None)
 
     def _restore_one(self, left: Left) -> None:
-        """Raises `LogError` where there is no slot, no state, or not the audio that its state needs."""
+        """Go on with one stream.
+
+        Raises:
+            LogError: there is no slot, no state, or not the audio that its state needs.
+            MsgspecError: its state is not what a timeline remembers.
+        """
         ready = self._engine.ready
         assert ready is not None
         if left.state is None or len(self._live) >= ready.n_slots:
@@ -153,19 +164,26 @@ class Streams:
         seat = Seat(self._log, left.name)
         session = self._session(left.name, audio_format, state.language, seat.tell, state=state.timeline)
         self._log.reopen(left.name, session)
-        session.restore(state, start, audio)
+        try:
+            session.restore(state, start, audio)
+        except Exception:
+            session.abandon("server_lost")
+            raise
         self._keep(session, seat)
 
     async def _close_left(self, name: str) -> None:
         """Close a stream that cannot go on, with what was committed."""
         row = self._log.row(name)
         assert row is not None
+        if row.closed_ms is not None:
+            return  # its session was there already, and closed it
         frames = await self._log.of_session(row, (TranscriptDelta.type, TranscriptFinal.type), MAX_COUNTED)
         said = [decode(frame).message for frame in frames]
         deltas = [message for message in said if isinstance(message, TranscriptDelta)]
         n_words = sum(len(delta.words) for delta in deltas)
         end_ms = max((delta.end_ms for delta in deltas), default=0)
-        self._log.reopen(name, None)
+        if not row.is_live:
+            self._log.reopen(name, None)
         self.publish(name, SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas)))
 
     # --- inside --------------------------------------------------------------------------
@@ -213,7 +231,13 @@ class Streams:
 
     def _spawn(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A fault that a task did not expect is seen."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("the task %r failed: %s", task.get_name(), where_raised(exc))
 
     async def _live_through(self, live: LiveStream) -> None:
         """One stream, to its end; a fault of ours ends it and nothing else."""
