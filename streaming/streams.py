@@ -22,7 +22,14 @@ from streaming.live import LiveStream, Seat, digest_of, new_token
 from streaming.log import Left, Log
 from streaming.logs import where_raised
 from streaming.metrics import Metrics
-from streaming.protocol import Message, SessionClosed, TranscriptDelta, TranscriptFinal, decode
+from streaming.protocol import (
+    Message,
+    ProtocolError,
+    SessionClosed,
+    TranscriptDelta,
+    TranscriptFinal,
+    decode,
+)
 from streaming.session import Outlets, Session
 from streaming.state import decode_state
 from streaming.timeline import TimelineState, new_timeline
@@ -172,19 +179,23 @@ class Streams:
         self._keep(session, seat)
 
     async def _close_left(self, name: str) -> None:
-        """Close a stream that cannot go on, with what was committed."""
+        """Close a stream that cannot go on, with what was committed; with nothing if that is unreadable."""
         row = self._log.row(name)
         assert row is not None
         if row.closed_ms is not None:
             return  # its session was there already, and closed it
-        frames = await self._log.of_session(row, (TranscriptDelta.type, TranscriptFinal.type), MAX_COUNTED)
-        said = [decode(frame).message for frame in frames]
-        deltas = [message for message in said if isinstance(message, TranscriptDelta)]
-        n_words = sum(len(delta.words) for delta in deltas)
-        end_ms = max((delta.end_ms for delta in deltas), default=0)
+        types = (TranscriptDelta.type, TranscriptFinal.type)
+        try:
+            frames = await self._log.of_session(row, types, MAX_COUNTED)
+            closed = await self._log.apart(lambda: _server_lost(frames))
+        except (LogError, ProtocolError) as exc:
+            logger.warning("stream %s: its words are not counted: %s", name, exc)
+            closed = _server_lost([])
+        if name not in self._left:
+            return  # the server stops, and has let go of it
         if not row.is_live:
             self._log.reopen(name, None)
-        self.publish(name, SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas)))
+        self.publish(name, closed)
 
     # --- inside --------------------------------------------------------------------------
 
@@ -250,3 +261,16 @@ class Streams:
         finally:
             if self._live.get(live.name) is live:
                 del self._live[live.name]
+
+
+def _server_lost(frames: list[str]) -> SessionClosed:
+    """The end of a stream that cannot go on, after its committed words and closed segments.
+
+    Raises:
+        ProtocolError: a message cannot be read.
+    """
+    said = [decode(frame).message for frame in frames]
+    deltas = [message for message in said if isinstance(message, TranscriptDelta)]
+    n_words = sum(len(delta.words) for delta in deltas)
+    end_ms = max((delta.end_ms for delta in deltas), default=0)
+    return SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas))
