@@ -23,6 +23,7 @@ from streaming.log import Left, Log
 from streaming.logs import where_raised
 from streaming.metrics import Metrics
 from streaming.protocol import (
+    Error,
     Message,
     ProtocolError,
     SessionClosed,
@@ -31,7 +32,7 @@ from streaming.protocol import (
     decode,
 )
 from streaming.session import Outlets, Session
-from streaming.state import decode_state
+from streaming.state import decode_state, for_model
 from streaming.timeline import TimelineState, new_timeline
 from streaming.vad import Vad
 
@@ -161,7 +162,7 @@ class Streams:
         assert ready is not None
         if left.state is None or len(self._live) >= ready.n_slots:
             raise LogError("it had no state" if left.state is None else f"there are {ready.n_slots} slots")
-        state = decode_state(left.state)
+        state, unanswered = for_model(decode_state(left.state), ready.tasks, ready.languages)
         start = left.audio[0][0] if left.audio else state.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
         end = start + len(audio)
@@ -176,6 +177,9 @@ class Streams:
         except Exception:
             session.abandon("server_lost")
             raise
+        for question in unanswered:
+            text = f"ask {question.client_id!r}: the loaded model answers no questions"
+            seat.tell_next(Error("unsupported", text, fatal=False))
         self._keep(session, seat)
 
     async def _close_left(self, name: str) -> None:

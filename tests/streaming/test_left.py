@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from streaming.engine.messages import Mark
 from streaming.errors import LogError
 from streaming.protocol import (
+    AnswerFinal,
     Close,
+    Degraded,
     Envelope,
+    Error,
+    Flushed,
     SessionClosed,
     SessionCreated,
     SessionResumed,
@@ -25,7 +30,7 @@ from streaming.protocol import (
     decode,
     encode_client,
 )
-from streaming.state import SessionState
+from streaming.state import PendingMark, SessionState, for_model
 from streaming.store import Store
 from streaming.streams import Streams
 from streaming.timeline import TimelineState
@@ -52,8 +57,16 @@ async def closed(running: Running, name: str, after: int = 0) -> SessionClosed:
         return last
 
 
+async def restored(running: Running, name: str) -> None:
+    """Wait until a stream is there again."""
+    async with running.subscribe() as reader:
+        await reader.send(encode_client(Subscribe((name,), after=0)))
+        await receive_until(reader, Degraded)
+
+
 async def goes_on(running: Running, name: str) -> bool:
     """Whether a stream is resumed and ends as its producer says."""
+    await restored(running, name)
     async with running.stream(name, f"resume={name}") as connection:
         assert isinstance((await receive(connection)).message, SessionResumed)
         await connection.send(encode_client(Close()))
@@ -154,3 +167,53 @@ async def test_words_that_cannot_be_read_are_not_counted(tmp_path: Path) -> None
     async with running_server(SLOTS, folder=tmp_path) as running:
         found = await closed(running, "bad", after=1 + len(SAID))
     assert found == SessionClosed("server_lost", 0, 0, 0)
+
+
+def asked(*ids: str) -> tuple[PendingMark, ...]:
+    """Questions without an answer, and a flush after them."""
+    asks = [PendingMark(Mark("ask", 0, 0, "What was that?"), name) for name in ids]
+    return (*asks, PendingMark(Mark("flush", 0, 0), "f"))
+
+
+async def test_questions_to_another_model_are_refused(tmp_path: Path) -> None:
+    """The next server's model answers none: the producer is told, the rest goes on, the engine lives."""
+    await leave(tmp_path, {"a": state(pending=asked("q1", "q2"))})
+    async with running_server(fault="answers_nothing", folder=tmp_path) as running:
+        await restored(running, "a")
+        async with running.stream("a", "resume=a&after=1") as connection:
+            assert isinstance((await receive(connection)).message, SessionResumed)
+            await connection.send(encode_client(Close()))
+            found = [envelope.message for envelope in await receive_until(connection, SessionClosed)]
+        assert running.engine.n_restarts == 0
+    errors = [message for message in found if isinstance(message, Error)]
+    assert [(error.code, error.message.split(":")[0], error.fatal) for error in errors] == [
+        ("unsupported", "ask 'q1'", False),
+        ("unsupported", "ask 'q2'", False),
+    ]
+    assert [message.id for message in found if isinstance(message, Flushed)] == ["f"]
+
+
+async def test_questions_to_a_model_that_answers_are_answered(tmp_path: Path) -> None:
+    """Nothing is left out."""
+    await leave(tmp_path, {"a": state(pending=asked("q1"))})
+    async with running_server(folder=tmp_path) as running:
+        await restored(running, "a")
+        async with running.stream("a", "resume=a&after=1") as connection:
+            await connection.send(encode_client(Close()))
+            found = [envelope.message for envelope in await receive_until(connection, SessionClosed)]
+    assert [message.id for message in found if isinstance(message, AnswerFinal)] == ["q1"]
+    assert not any(isinstance(message, Error) for message in found)
+
+
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [(("de", "en"), (None, "de")), (("cy",), ("cy", None)), ((), ("cy", "de"))],
+    ids=["not set", "not settled", "no list"],
+)
+def test_a_language_that_the_model_does_not_know_is_detected(
+    languages: tuple[str, ...], expected: tuple[str | None, str | None]
+) -> None:
+    """A model without a list takes any."""
+    adapted, _ = for_model(state(language="cy", settled_language="de"), (), languages)
+    assert (adapted.language, adapted.settled_language) == expected
+    assert for_model(state(), (), languages)[0] == state()
