@@ -1,4 +1,4 @@
-"""What producer and subscriber connections share: sending a queue, and ending in good order.
+"""What producer and subscriber connections share: sending the rest of a queue, and ending in good order.
 
 Knows WebSocket connections and the hub, not streams.
 """
@@ -17,17 +17,6 @@ from streaming.hub import Subscription
 from streaming.protocol import CloseCode, Envelope, Error, encode
 
 LAST_SEND_TIMEOUT_S = 5.0  # a reader gets so long to take what still waits for it at the end
-
-
-async def send_all(connection: ServerConnection, reader: Subscription) -> None:
-    """Send a reader's messages until its subscription is closed.
-
-    Raises:
-        ConnectionClosed: the peer is gone.
-        SlowReader: it fell too far behind.
-    """
-    async for envelope in reader:
-        await connection.send(encode(envelope))
 
 
 async def discard(connection: ServerConnection) -> None:

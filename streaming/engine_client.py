@@ -117,8 +117,8 @@ class EngineClient:
         self._owners[stream] = owner
 
     def detach(self, stream: int) -> None:
-        """Forget a stream; what the engine still says of it is dropped."""
-        del self._owners[stream]
+        """Forget a stream, if it is known; what the engine still says of it is dropped."""
+        self._owners.pop(stream, None)
 
     def send(self, message: messages.ToEngine) -> None:
         """Hand a message to the pipe without waiting; the engine is ready."""

@@ -92,6 +92,7 @@ class Seat:
         self.changed = asyncio.Event()
         self._log = log
         self._name = name
+        self._for_next: list[Message] = []
 
     def take(self, reader: Subscription) -> None:
         """Sit down; nobody else does."""
@@ -99,6 +100,9 @@ class Seat:
         self.reader = reader
         self.is_wanted.clear()
         self.changed.set()
+        said, self._for_next = self._for_next, []
+        for message in said:
+            self.tell(message)
 
     def leave(self, reader: Subscription) -> None:
         """Stand up, if it is still this one that sits."""
@@ -119,6 +123,10 @@ class Seat:
             self._log.confirm(self._name, message, self._put)
         else:
             self._put(Envelope(self._name, self._log.last_seq(self._name), message))
+
+    def tell_next(self, message: Message) -> None:
+        """Keep a message for whoever sits down next. Only a restart does so, once for each lost question."""
+        self._for_next.append(message)
 
     def _put(self, envelope: Envelope) -> None:
         if self.reader is not None:  # else it is told by `session.resumed`

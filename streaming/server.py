@@ -345,7 +345,7 @@ class Server:
             self._release(admission.name)
 
     def _release(self, name: str) -> None:
-        self._live.remove(name)
+        self._live.discard(name)  # a stop may have let go of a dead server's stream already
         self._guard.stream_over(name)
         self._check_finalised()
 

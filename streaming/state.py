@@ -7,6 +7,8 @@ version is not read, and its stream is closed with what was committed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from streaming.engine.messages import Mark
@@ -67,3 +69,33 @@ def decode_state(body: bytes) -> SessionState:
     if state.version != VERSION:
         raise LogError(f"a saved state of version {state.version}; expected {VERSION}")
     return state
+
+
+def for_model(
+    state: SessionState, tasks: Sequence[str], languages: Sequence[str]
+) -> tuple[SessionState, tuple[PendingMark, ...]]:
+    """A state that the loaded model can go on from, which need not be the model that led to it.
+
+    What it was asked and cannot answer would end the engine at every attempt. A language that it does
+    not know is detected; one without a list of languages takes any.
+
+    Args:
+        state: As saved.
+        tasks: What the loaded model does.
+        languages: That it can be set to.
+
+    Returns:
+        The state, and the questions that were left out of it.
+    """
+    left_out: tuple[PendingMark, ...] = ()
+    if "answer" not in tasks:
+        left_out = tuple(pending for pending in state.pending if pending.mark.kind == "ask")
+    language, settled = (
+        None if languages and name not in languages else name
+        for name in (state.language, state.settled_language)
+    )
+    pending = tuple(pending for pending in state.pending if pending not in left_out)
+    return (
+        msgspec.structs.replace(state, pending=pending, language=language, settled_language=settled),
+        left_out,
+    )

@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from streaming import connection as wire
@@ -21,9 +22,17 @@ from streaming.live import LiveStream, Seat, digest_of, new_token
 from streaming.log import Left, Log
 from streaming.logs import where_raised
 from streaming.metrics import Metrics
-from streaming.protocol import Message, SessionClosed, TranscriptDelta, TranscriptFinal, decode
+from streaming.protocol import (
+    Error,
+    Message,
+    ProtocolError,
+    SessionClosed,
+    TranscriptDelta,
+    TranscriptFinal,
+    decode,
+)
 from streaming.session import Outlets, Session
-from streaming.state import decode_state
+from streaming.state import decode_state, for_model
 from streaming.timeline import TimelineState, new_timeline
 from streaming.vad import Vad
 
@@ -127,23 +136,33 @@ class Streams:
         await self._engine.until(EngineState.READY, EngineState.LOST, EngineState.STOPPED)
         while self._left and self._engine.ready is not None:
             name = next(iter(self._left))
-            left = await self._log.read_left(name)
-            if name not in self._left:
-                return  # the server stops
             try:
+                left = await self._log.read_left(name)
+                if name not in self._left:
+                    return  # the server stops
                 self._restore_one(left)
-            except LogError as exc:
+            except (LogError, msgspec.MsgspecError) as exc:
                 logger.warning("stream %s: cannot go on: %s", name, exc)
+                await self._close_left(name)
+            except Exception as exc:
+                # A fault of ours costs this stream and no other. Without its text, as in `_live_through`.
+                logger.error("stream %s: cannot go on: %s", name, where_raised(exc))  # noqa: TRY400
+                logger.debug("the fault's text", exc_info=True)
                 await self._close_left(name)
             self._left.pop(name, None)
 
     def _restore_one(self, left: Left) -> None:
-        """Raises `LogError` where there is no slot, no state, or not the audio that its state needs."""
+        """Go on with one stream.
+
+        Raises:
+            LogError: there is no slot, no state, or not the audio that its state needs.
+            MsgspecError: its state is not what a timeline remembers.
+        """
         ready = self._engine.ready
         assert ready is not None
         if left.state is None or len(self._live) >= ready.n_slots:
             raise LogError("it had no state" if left.state is None else f"there are {ready.n_slots} slots")
-        state = decode_state(left.state)
+        state, unanswered = for_model(decode_state(left.state), ready.tasks, ready.languages)
         start = left.audio[0][0] if left.audio else state.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
         end = start + len(audio)
@@ -153,20 +172,34 @@ class Streams:
         seat = Seat(self._log, left.name)
         session = self._session(left.name, audio_format, state.language, seat.tell, state=state.timeline)
         self._log.reopen(left.name, session)
-        session.restore(state, start, audio)
+        try:
+            session.restore(state, start, audio)
+        except Exception:
+            session.abandon("server_lost")
+            raise
+        for question in unanswered:
+            text = f"ask {question.client_id!r}: the loaded model answers no questions"
+            seat.tell_next(Error("unsupported", text, fatal=False))
         self._keep(session, seat)
 
     async def _close_left(self, name: str) -> None:
-        """Close a stream that cannot go on, with what was committed."""
+        """Close a stream that cannot go on, with what was committed; with nothing if that is unreadable."""
         row = self._log.row(name)
         assert row is not None
-        frames = await self._log.of_session(row, (TranscriptDelta.type, TranscriptFinal.type), MAX_COUNTED)
-        said = [decode(frame).message for frame in frames]
-        deltas = [message for message in said if isinstance(message, TranscriptDelta)]
-        n_words = sum(len(delta.words) for delta in deltas)
-        end_ms = max((delta.end_ms for delta in deltas), default=0)
-        self._log.reopen(name, None)
-        self.publish(name, SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas)))
+        if row.closed_ms is not None:
+            return  # its session was there already, and closed it
+        types = (TranscriptDelta.type, TranscriptFinal.type)
+        try:
+            frames = await self._log.of_session(row, types, MAX_COUNTED)
+            closed = await self._log.apart(lambda: _server_lost(frames))
+        except (LogError, ProtocolError) as exc:
+            logger.warning("stream %s: its words are not counted: %s", name, exc)
+            closed = _server_lost([])
+        if name not in self._left:
+            return  # the server stops, and has let go of it
+        if not row.is_live:
+            self._log.reopen(name, None)
+        self.publish(name, closed)
 
     # --- inside --------------------------------------------------------------------------
 
@@ -213,7 +246,13 @@ class Streams:
 
     def _spawn(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A fault that a task did not expect is seen."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("the task %r failed: %s", task.get_name(), where_raised(exc))
 
     async def _live_through(self, live: LiveStream) -> None:
         """One stream, to its end; a fault of ours ends it and nothing else."""
@@ -226,3 +265,16 @@ class Streams:
         finally:
             if self._live.get(live.name) is live:
                 del self._live[live.name]
+
+
+def _server_lost(frames: list[str]) -> SessionClosed:
+    """The end of a stream that cannot go on, after its committed words and closed segments.
+
+    Raises:
+        ProtocolError: a message cannot be read.
+    """
+    said = [decode(frame).message for frame in frames]
+    deltas = [message for message in said if isinstance(message, TranscriptDelta)]
+    n_words = sum(len(delta.words) for delta in deltas)
+    end_ms = max((delta.end_ms for delta in deltas), default=0)
+    return SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas))

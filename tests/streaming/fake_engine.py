@@ -136,6 +136,7 @@ class FakeEngine:
                     if self._fault == "hangs" and mark.edge > 0:
                         time.sleep(3600)  # stands for a step that never ends
                 elif mark.kind == "ask":
+                    assert "answer" in self._tasks, mark  # as a runner that has no such fork
                     stream.is_unanswered = True
                     answer = messages.Answer(mark.edge, mark.at, f"{mark.question} Nothing much.")
                     result = messages.Result(

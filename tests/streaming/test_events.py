@@ -220,3 +220,26 @@ def test_the_state_of_named_events_is_plain() -> None:
     events.named(heard(4.0, ("rain", 1.0, 4.0)))
     again = EventTracker(CONFIG, (), json.loads(json.dumps(events.state())))
     assert said(again.finish(5 * 16_000)) == [("ended", "rain", 1000, 4000)]
+
+
+def test_a_tracker_goes_on_from_that_of_another_model() -> None:
+    """Another list of sounds: what both know goes on, the rest is dropped; ids and times go on."""
+    before = tracker()
+    before.push(rows([[0.9, 0.9]] * 4))
+    barks = (Sound("Bark", None, 0.5), Sound("Cough", None, 0.5), Sound("Speech", None, 0.5))
+    events = EventTracker(CONFIG, barks, json.loads(json.dumps(before.state())))
+    messages = events.push(rows([[0.9, 0.0, 0.0]] * 6, 4))
+    assert said(messages) == [("started", "Bark", 320, 480), ("ended", "Speech", 0, 320)]
+    assert isinstance(messages[0], EventStarted)
+    assert messages[0].id == "e3"
+
+
+def test_a_tracker_goes_on_from_that_of_a_model_that_names_events() -> None:
+    """And the other way round."""
+    before = tracker(())
+    before.named(heard(4.0, ("rain", 1.0, 4.0)))
+    events = EventTracker(CONFIG, MUSIC, json.loads(json.dumps(before.state())))
+    assert said(events.push(rows([[0.9, 0.0]] * 4, 49))) == [("started", "Music", 4000, 4160)]
+    names = EventTracker(CONFIG, (), json.loads(json.dumps(events.state())))
+    assert said(names.named(heard(5.0, ("rain", 1.0, 5.0)))) == []
+    assert said(names.finish(5 * 16_000)) == [("ended", "rain", 1000, 5000)]
