@@ -195,9 +195,10 @@ class Guard:
         if need is None:
             return self.refuse(connection, Refusal.BAD_PATH)
         if path == METRICS_PATH and (self._tokens is None or is_local):
-            # Numbers of the whole server: without a token for this machine alone, and through a
-            # proxy on it for nobody.
-            if is_local and not any(name in request.headers for name in _FORWARDED):
+            # Numbers of the whole server: without a token for this machine alone; through a proxy on
+            # it, or from a page whose name was made to point here, for nobody.
+            is_forwarded = any(name in request.headers for name in _FORWARDED)
+            if is_local and not is_forwarded and is_host_allowed(hosts, self._server.origins):
                 return None
             if self._tokens is None:
                 return self.refuse(connection, Refusal.BAD_SCOPE, "it is for this machine alone")

@@ -233,15 +233,19 @@ async def test_methods_and_paths() -> None:
 
 
 async def test_the_metrics_are_for_this_machine_and_for_tokens_that_read_everything(tokens: Tokens) -> None:
-    """Not for whoever comes through a proxy without one."""
+    """Not for whoever comes through a proxy without one, or from a page of a rebound name."""
     forwarded = f"X-Forwarded-For: {STRANGER}"
     async with running_server(settings(tokens, PROXY)) as running:
         assert (await ask(running, "/metrics"))[0] == 200
+        assert is_answer(await ask(running, "/metrics", host="rebound.example"), Refusal.NO_TOKEN)
         assert is_answer(await ask(running, "/metrics", forwarded), Refusal.NO_TOKEN)
         assert is_answer(await ask(running, "/metrics", forwarded, bearer(tokens.history)), Refusal.BAD_SCOPE)
         assert (await ask(running, "/metrics", forwarded, bearer(tokens.admin)))[0] == 200
     async with running_server(settings(server=PROXY)) as running:
         assert is_answer(await ask(running, "/metrics", forwarded), Refusal.BAD_SCOPE)
+    async with running_server("[access]\nallow_anonymous = true\n") as running:
+        assert (await ask(running, "/metrics"))[0] == 200
+        assert is_answer(await ask(running, "/metrics", host="rebound.example"), Refusal.BAD_SCOPE)
     async with running_server() as running:  # a proxy that nobody named
         assert is_answer(await ask(running, "/metrics", forwarded), Refusal.BAD_SCOPE)
 
