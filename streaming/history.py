@@ -7,10 +7,8 @@ stream holds up the event loop. Knows paths and queries; who may ask is the guar
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import parse_qsl
 
 from streaming.errors import BadQuery
 from streaming.log import Log
@@ -26,11 +24,13 @@ from streaming.protocol import (
     Word,
     decode,
 )
+from streaming.query import integer, read_query
 from streaming.store import Query, StreamRow
 from streaming.subtitles import cues_of, subrip, webvtt
 from streaming.text import join_words
 
 MAX_STREAMS = 1_000  # in one list: the newest
+MAX_PARAMETERS = 8  # of a query that are looked at
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1_000  # messages in one answer
 MAX_SPOKEN = 50_000  # messages a transcript is made of: of a longer stream, the newest; some 30 hours
 LIVE_MS = 60_000  # that live.vtt looks back
@@ -105,7 +105,7 @@ class History:
         """
         name = stream_of(path)
         if name is None:
-            _parameters(query, ())
+            read_query(query, (), MAX_PARAMETERS)
             return _json(self._streams())
         row = self._log.row(name) if STREAM_NAME.fullmatch(name) else None
         if row is None:
@@ -113,7 +113,7 @@ class History:
         page = path.removeprefix(f"{HISTORY_PATH}/{name}/")
         if page == "events":
             return await self._events(row, query)
-        _parameters(query, ())
+        read_query(query, (), MAX_PARAMETERS)
         stem, _, ending = page.partition(".")
         if page == "live.vtt" or (stem == "transcript" and ending in _TYPES):
             frames = await self._log.of_session(row, _SPOKEN, MAX_SPOKEN)
@@ -126,9 +126,9 @@ class History:
 
     async def _events(self, row: StreamRow, query: str) -> Document:
         """Logged messages of a stream after a `seq`, as they were sent."""
-        values = _parameters(query, ("after", "types", "limit"))
-        after = _integer(values, "after", 0, 0, MAX_SEQ)
-        limit = _integer(values, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        values = read_query(query, ("after", "types", "limit"), MAX_PARAMETERS)
+        after = integer(values, "after", 0, MAX_SEQ, 0, max_digits=16)
+        limit = integer(values, "limit", 1, MAX_LIMIT, DEFAULT_LIMIT, max_digits=16)
         types = tuple(filter(None, values.get("types", "").split(",")))
         for name in types:
             if name not in MESSAGE_TYPES:
@@ -200,31 +200,6 @@ def _details(transcript: Transcript) -> dict[str, Any]:
         "text": join_words(segment.text for segment in transcript.segments),
         "segments": [asdict(segment) for segment in transcript.segments],
     }
-
-
-def _parameters(query: str, known: tuple[str, ...]) -> dict[str, str]:
-    values: dict[str, str] = {}
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=8)
-    except ValueError as exc:
-        raise BadQuery("too many parameters") from exc
-    for key, value in pairs:
-        if key not in known:
-            expected = f"one of {', '.join(known)}" if known else "none"
-            raise BadQuery(f"{key[:80]!r} is no parameter; expected {expected}")
-        if key in values:
-            raise BadQuery(f"{key} was given twice; expected once")
-        values[key] = value
-    return values
-
-
-def _integer(values: Mapping[str, str], key: str, default: int, low: int, high: int) -> int:
-    text = values.get(key)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and low <= int(text) <= high):
-        raise BadQuery(f"{key} is {text[:80]!r}; expected an integer from {low} to {high}")
-    return int(text)
 
 
 def _json(value: object) -> Document:

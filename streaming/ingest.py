@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args
-from urllib.parse import parse_qsl
 
 import av
 import msgspec
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from streaming.engine.plan import Pcm
 from streaming.errors import BadAudio, BadQuery
 from streaming.protocol import MAX_CHANNELS, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE_HZ
+from streaming.query import integer, read_query
 
 Encoding = Literal["s16le", "f32le", "mulaw", "alaw"]
 BYTES_PER_SAMPLE = {"s16le": 2, "f32le": 4, "mulaw": 1, "alaw": 1}
@@ -57,24 +57,14 @@ def parse_query(query: str) -> AudioFormat:
     Raises:
         BadQuery: an unknown or repeated key, or a value out of range.
     """
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=len(_QUERY_KEYS))
-    except ValueError as exc:
-        raise BadQuery(f"too many parameters; expected at most {', '.join(_QUERY_KEYS)}") from exc
-    values: dict[str, str] = {}
-    for key, value in pairs:
-        if key not in _QUERY_KEYS:
-            raise BadQuery(f"{key[:80]!r} is no parameter; expected one of {', '.join(_QUERY_KEYS)}")
-        if key in values:
-            raise BadQuery(f"{key} was given twice; expected once")
-        values[key] = value
+    values = read_query(query, _QUERY_KEYS, len(_QUERY_KEYS))
     encoding = values.get("format", "s16le")
     if encoding not in get_args(Encoding):
         raise BadQuery(f"format is {encoding[:80]!r}; expected one of {', '.join(get_args(Encoding))}")
     return AudioFormat(
         cast("Encoding", encoding),
-        _integer(values, "rate", SAMPLE_RATE_HZ, MIN_RATE_HZ, MAX_RATE_HZ),
-        _integer(values, "channels", 1, 1, MAX_CHANNELS),
+        integer(values, "rate", MIN_RATE_HZ, MAX_RATE_HZ, SAMPLE_RATE_HZ),
+        integer(values, "channels", 1, MAX_CHANNELS, 1),
         _language(values.get("language")),
     )
 
@@ -250,16 +240,6 @@ def _from_f32(data: bytes) -> Pcm:
 
 def _joined(pieces: list[Pcm]) -> Pcm:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-
-
-def _integer(values: dict[str, str], key: str, default: int, low: int, high: int) -> int:
-    text = values.get(key)
-    if text is None:
-        return default
-    # isdecimal: int() would also take " 8_000 ". The length keeps int() from its digit limit.
-    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and low <= int(text) <= high):
-        raise BadQuery(f"{key} is {text[:80]!r}; expected an integer from {low} to {high}")
-    return int(text)
 
 
 def _language(text: str | None) -> str | None:

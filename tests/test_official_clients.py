@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,25 +17,20 @@ from deepgram.listen.v1.types import ListenV1Metadata, ListenV1Results
 from openai import AsyncOpenAI
 
 from bench.measures import wer
-from clients.sources import SourceError, decode
 from scripts.demo import HOST
-from scripts.make_demo_recording import RecordingError, make
 from streaming.engine.plan import Pcm
 from tests.streaming.openai_support import pcm24
 from tests.streaming.test_container import KINDS, encode
 from tests.test_live_server import (
-    CALL_MS,
     MAX_WER,
-    N_SENTENCES,
-    ROOT,
     TIMEOUT_S,
     LiveServer,
-    cut,
+    call,
     report,
     serving,
 )
 
-__all__ = ["report"]  # a fixture of these tests
+__all__ = ["call", "report"]  # fixtures of these tests
 pytestmark = [
     pytest.mark.slow,
     # Deepgram's package imports what websockets deprecates since 14.
@@ -52,19 +46,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pcm, str]:
+def speech(call: tuple[bytes, str]) -> tuple[Pcm, str]:
     """Two sentences of the demo's call, 16 kHz float32, and what is said in them."""
-    recording = ROOT / ".demo" / "call.wav"
-    if not recording.exists():
-        recording = tmp_path_factory.mktemp("demo") / "call.wav"
-        try:
-            make(recording, recording.parent / "packages")
-        except (RecordingError, SourceError) as exc:
-            pytest.skip(f"the demo's recording cannot be made here: {exc}")
-    said = Path(recording).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    data = cut(b"".join(decode(str(recording))), *CALL_MS)
+    data, said = call
     pcm: Pcm = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
-    return pcm, " ".join(said[:N_SENTENCES])
+    return pcm, said
 
 
 async def test_the_openai_client_transcribes_a_call(

@@ -45,6 +45,7 @@ from streaming.protocol import (
     TranscriptInterim,
     Word,
 )
+from streaming.query import integer
 from streaming.text import join_words, split_words
 
 MAX_PARAMETERS = 128  # keyterms among them
@@ -119,7 +120,7 @@ def parse_options(query: str) -> Options:
         language="auto" if language == "multi" else _base_language(language),
         with_interims=_flag(values, "interim_results"),
         with_speech_final=endpointing not in ("false", "0"),
-        endpointing_ms=_integer(values, "endpointing", 0, MAX_ENDPOINTING_MS) if is_number else None,
+        endpointing_ms=integer(values, "endpointing", 0, MAX_ENDPOINTING_MS) if is_number else None,
         utterance_end_ms=_utterance_end(values),
         with_vad_events=_flag(values, "vad_events"),
         with_punctuation=_flag(values, "punctuate") or _flag(values, "smart_format"),
@@ -135,8 +136,8 @@ def _audio_format(values: Mapping[str, str]) -> AudioFormat | None:
         raise BadQuery(f"encoding is {shown(encoding)}; expected one of {expected}, or none for a container")
     if "sample_rate" not in values and encoding == "linear16":
         raise BadQuery("sample_rate is missing; linear16 needs it")
-    rate_hz = _integer(values, "sample_rate", MIN_RATE_HZ, MAX_RATE_HZ, G711_RATE_HZ)
-    return AudioFormat(RAW[encoding], rate_hz, _integer(values, "channels", 1, MAX_CHANNELS, 1))
+    rate_hz = integer(values, "sample_rate", MIN_RATE_HZ, MAX_RATE_HZ, G711_RATE_HZ)
+    return AudioFormat(RAW[encoding], rate_hz, integer(values, "channels", 1, MAX_CHANNELS, 1))
 
 
 def _base_language(tag: str | None) -> str | None:
@@ -149,7 +150,7 @@ def _utterance_end(values: Mapping[str, str]) -> int | None:
         return None
     if not _flag(values, "interim_results"):
         raise BadQuery("utterance_end_ms needs interim_results=true")
-    return _integer(values, "utterance_end_ms", MIN_UTTERANCE_END_MS, MAX_UTTERANCE_END_MS)
+    return integer(values, "utterance_end_ms", MIN_UTTERANCE_END_MS, MAX_UTTERANCE_END_MS)
 
 
 def _flag(values: Mapping[str, str], name: str) -> bool:
@@ -157,13 +158,6 @@ def _flag(values: Mapping[str, str], name: str) -> bool:
     if text not in ("true", "false"):
         raise BadQuery(f"{name} is {shown(text)}; expected true or false")
     return text == "true"
-
-
-def _integer(values: Mapping[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
-    text = values.get(name, "" if default is None else str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and low <= int(text) <= high):
-        raise BadQuery(f"{name} is {shown(text)}; expected an integer from {low} to {high}")
-    return int(text)
 
 
 class Deepgram:
