@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 _SURPLUS = re.compile(r"(^|\.)inv_timescales$")
 # The pattern that splits text before byte-level merging.
 # Source: Qwen/Qwen3 tokenizer.json; transformers, Qwen2Tokenizer, PRETOKENIZE_REGEX.
-_QWEN_SPLIT = (
+QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -150,7 +150,7 @@ class HubTokenizer:
         fast.normalizer = normalizers.NFC()
         fast.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+                pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

@@ -153,12 +153,14 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, angles: Tensor, layer_idx: int, access: Access | None, bias: Tensor | None
     ) -> Tensor:
-        """[B, T, H] to [B, T, H]; causal within the call where there is no cache."""
+        """[B, T, H] to [B, T, H]; without a cache and a bias, causal within the call."""
         q = rotate(self.q_norm(split_heads(self.q_proj(x), self.n_heads)), angles)  # [B, H, T, D]
         k = rotate(self.k_norm(split_heads(self.k_proj(x), self.n_key_heads)), angles)
         v = split_heads(self.v_proj(x), self.n_key_heads)
         if access is None or bias is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True
+            )
         else:
             out = _attend_cached(q, k, v, layer_idx, access, bias)
         return self.o_proj(merge_heads(out))  # type: ignore[no-any-return]
@@ -219,6 +221,7 @@ class LanguageModel(nn.Module):
         position: Tensor,
         added: Sequence[Tensor] = (),
         access: Access | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, [B, T, H].
 
@@ -228,9 +231,10 @@ class LanguageModel(nn.Module):
             added: DeepStack; the k-th, [B, T, H], is added to the output of layer k. Zero where
                 a token is not audio.
             access: The cache to write and read; None: the rows are whole sequences.
+            mask: Without a cache, which tokens see which: [B, 1, T, T] bool; None: the earlier ones.
         """
         angles = rotary_angles(position, self.config)[:, None]  # [B, 1, T, D / 2]
-        bias = None
+        bias = mask
         if access is not None:
             bias = access.bias(self.config.num_attention_heads // self.config.num_key_value_heads)
         for idx, layer in enumerate(self.layers):

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Train moss-nano: `training/nano.py --data DATA --work FOLDER`.
+
+First the encoder alone learns to tell digits and sounds apart, then all of it learns to answer.
+Every step's mixtures follow from its number, and the state is saved every few minutes: run the same
+command again and it goes on. With another `--steps` the learning rate follows the new end. Losses
+are written to FOLDER/losses.jsonl; `--without` trains the variants of docs/decisions.md.
+The card beside the weights says what they were made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+
+import model as model_package
+from model.moss.checkpoint import layout_of
+from model.moss.config import EncoderConfig
+from model.moss.prompt import Layout
+from training.nano_batch import Batch, make_batch
+from training.nano_mixtures import Part, Sources, load_sources, mix
+from training.nano_model import Learner, save_weights, total, write_description
+from training.nano_text import BLOCK_S, exchanges, save_tokenizer
+
+WEIGHTS = Path(model_package.__file__).parent / "weights" / "moss-nano"
+SEED = 20261125
+STEPS = 8000
+ENCODER_STEPS = 2500  # of them, in which nothing is asked
+AUDIO_S = 62.0  # of mixtures in a step
+LEARNING_RATE = 1e-3
+WARM_UP = 150  # steps, again where questions begin
+DECAY = 0.3  # of all steps, at the end
+EMA = 0.998
+SAVE_EVERY = 250
+CHECK_EVERY = 500
+MAX_OFFSET_S = 40_000  # what the beginning of a mixture may be called
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is trained."""
+
+    steps: int
+    encoder_steps: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate, as a part of the highest."""
+        since = step if step < self.encoder_steps else step - self.encoder_steps
+        left = (self.steps - step) / max(1.0, DECAY * self.steps)
+        return min(1.0, (since + 1) / WARM_UP, left)
+
+
+class Mixtures(IterableDataset[Batch]):
+    """The batches of steps from `first` on; each follows from its number."""
+
+    def __init__(self, data: Path, folder: Path, config: EncoderConfig, first: int, plan: Plan) -> None:
+        super().__init__()
+        self._data, self._folder, self._config = data, folder, config
+        self._first, self._plan = first, plan
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        sources, layout = load_sources(self._data, "train"), layout_of(self._folder)
+        for step in range(self._first, self._plan.steps):
+            rng = np.random.default_rng([SEED, step])
+            asks = step >= self._plan.encoder_steps
+            yield train_batch(sources, layout, self._config, rng, asks=asks)
+
+
+def train_batch(
+    sources: Sources, layout: Layout, config: EncoderConfig, rng: np.random.Generator, *, asks: bool
+) -> Batch:
+    """Mixtures of one length, about `AUDIO_S` in all, each with what is asked of it."""
+    is_long = asks and rng.random() < 0.3
+    length_s = float(rng.uniform(14.0, 36.0) if is_long else rng.uniform(3.0, 14.0))
+    n = int(np.clip(round(AUDIO_S / length_s), 2, 12))
+    mixtures = [mix(sources, length_s, rng, vary=True) for _ in range(n)]
+    offsets_s = [0 if rng.random() < 0.5 else _offset(rng) for _ in mixtures]
+    asked = [
+        exchanges(mixture, offset_s, rng) if asks else []
+        for mixture, offset_s in zip(mixtures, offsets_s, strict=True)
+    ]
+    return make_batch(mixtures, asked, offsets_s, layout, config, rng)
+
+
+def _offset(rng: np.random.Generator) -> int:
+    """Where in a stream a window may begin, seconds, on the grid of blocks."""
+    return round(float(np.exp(rng.uniform(np.log(BLOCK_S), np.log(MAX_OFFSET_S)))) / BLOCK_S) * BLOCK_S
+
+
+def main() -> int:
+    """Train, or go on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of recordings")
+    parser.add_argument("--work", type=Path, required=True, help="where the state is kept; 120 MB")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS)
+    parser.add_argument("--until", type=int, help="stop and export here; the rates stay those of --steps")
+    parser.add_argument("--without", nargs="*", choices=["deepstack", "markers"], default=[])
+    parser.add_argument("--begin-with", type=Path, help="state of another run, whose encoder is taken over")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the checkpoint goes")
+    arguments = parser.parse_args()
+    plan = Plan(arguments.steps, arguments.encoder_steps)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_description(
+        arguments.out,
+        has_deepstack="deepstack" not in arguments.without,
+        has_markers="markers" not in arguments.without,
+    )
+    if not (arguments.out / "tokenizer.json").exists():
+        save_tokenizer(arguments.out / "tokenizer.json")
+    run = Run(arguments.out, arguments.work, plan)
+    run.resume(arguments.begin_with)
+    run.train(arguments.data, arguments.until or plan.steps)
+    run.export()
+    return 0
+
+
+class Run:
+    """One training with its state."""
+
+    def __init__(self, out: Path, work: Path, plan: Plan) -> None:
+        torch.manual_seed(SEED)
+        self._out, self._work, self._plan = out, work, plan
+        self._learner = Learner.of(out)
+        self._average = AveragedModel(self._learner, multi_avg_fn=get_ema_multi_avg_fn(EMA))
+        decayed = [p for p in self._learner.parameters() if p.dim() > 1]
+        plain = [p for p in self._learner.parameters() if p.dim() <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            lr=LEARNING_RATE,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self._step = 0
+
+    def resume(self, other: Path | None) -> None:
+        """Go on from this run's state, or take another's encoder and step, or begin."""
+        if (path := self._work / "state.pt").exists():
+            state = torch.load(path, weights_only=True)
+            self._learner.load_state_dict(state["learner"])
+            self._average.load_state_dict(state["average"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._step = state["step"]
+        elif other is not None:
+            state = torch.load(other, weights_only=True)
+            encoder = {
+                name: tensor
+                for name, tensor in state["learner"].items()
+                if name.startswith(("model.audio_encoder", "digit_head", "sound_head"))
+            }
+            self._learner.load_state_dict(encoder, strict=False)
+            self._average.module.load_state_dict(self._learner.state_dict())
+            self._step = state["step"]
+
+    def train(self, data: Path, until: int) -> None:
+        """Take steps up to `until`."""
+        config = self._learner.model.config.encoder
+        mixtures = Mixtures(data, self._out, config, self._step, self._plan)
+        tests = {part: self._tests(data, part) for part in ("heard", "unheard")}
+        started, sums = time.perf_counter(), dict[str, float]()
+        loader = DataLoader(mixtures, batch_size=None, num_workers=1, prefetch_factor=4)
+        for batch in loader:
+            if self._step >= until:
+                break
+            for name, value in self._take(batch).items():
+                sums[name] = sums.get(name, 0.0) + value
+            self._step += 1
+            if self._step % 50 == 0:
+                means = {name: round(value / 50, 4) for name, value in sums.items()}
+                seconds = (time.perf_counter() - started) / 50
+                self._log({"step": self._step, **means, "s_per_step": round(seconds, 3)})
+                started, sums = time.perf_counter(), {}
+            if self._step % CHECK_EVERY == 0:
+                for part, batches in tests.items():
+                    self._log({"step": self._step, "part": part, **self._check(batches)})
+            if self._step % SAVE_EVERY == 0 or self._step in (until, self._plan.encoder_steps):
+                self._save()
+
+    def export(self) -> None:
+        """Write the averaged weights, in bfloat16."""
+        save_weights(self._average.module.model.state_dict(), self._out)
+
+    def _take(self, batch: Batch) -> dict[str, float]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * self._plan.rate(self._step)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = self._learner.losses(batch, with_answers=self._step >= self._plan.encoder_steps)
+        total(losses).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._learner.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._average.update_parameters(self._learner)
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def _tests(self, data: Path, part: Part) -> list[Batch]:
+        """A few mixtures that are never learned from."""
+        sources, layout = load_sources(data, part), layout_of(self._out)
+        config = self._learner.model.config.encoder
+        rng = np.random.default_rng([SEED, 1])
+        batches = []
+        for _ in range(6):
+            mixtures = [mix(sources, 10.0, rng, vary=False) for _ in range(8)]
+            asked = [exchanges(mixture, 0, rng) for mixture in mixtures]
+            batches.append(make_batch(mixtures, asked, [0] * len(mixtures), layout, config))
+        return batches
+
+    @torch.no_grad()
+    def _check(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Mean losses of the averaged weights."""
+        asks = self._step > self._plan.encoder_steps
+        self._average.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [self._average.module.losses(batch, with_answers=asks) for batch in batches]
+        self._average.train()
+        return {name: round(float(np.mean([f[name].item() for f in found])), 4) for name in found[0]}
+
+    def _log(self, row: dict[str, Any]) -> None:
+        print(row, flush=True)
+        with (self._work / "losses.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "step": self._step,
+            "learner": self._learner.state_dict(),
+            "average": self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        temporary = self._work / "state.tmp"  # an interrupted run leaves no half file
+        torch.save(state, temporary)
+        os.replace(temporary, self._work / "state.pt")
+        if self._step == self._plan.encoder_steps:
+            torch.save(state, self._work / "encoder.pt")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

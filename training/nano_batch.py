@@ -1,0 +1,149 @@
+"""Mixtures and exchanges as tensors: all exchanges of a mixture in one sequence.
+
+prompt, audio with markers | question, answer | question, answer | ...
+
+Each exchange sees the audio (from its first block on) and itself, and stands right behind the audio
+by its positions: what a branch of the rolling cache sees. So the audio goes through the language
+model once, however much is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.moss.config import EncoderConfig, n_audio_tokens
+from model.moss.encoder import Block
+from model.moss.hearing import Ear
+from model.moss.prompt import Layout
+from training.nano_mixtures import SOUNDS, WORDS, Mixture
+from training.nano_text import BLOCK_S, Exchange
+
+TOKENS_PER_S = 12.5
+IGNORED = -100  # no answer's token follows
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B mixtures of equal length, N audio tokens each, in sequences of T tokens."""
+
+    blocks: list[Block]  # of the first mixture, then of the second, ...
+    ids: Tensor  # [B, T]
+    position: Tensor  # [B, T]
+    mask: Tensor  # [B, 1, T, T] bool: which tokens a token sees
+    labels: Tensor  # [B, T], the token that should follow; IGNORED where none is asked for
+    digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
+    n_digits: Tensor  # [B]
+    sounds: Tensor  # [B, N, 10], how much of each token each kind fills
+
+
+def make_batch(
+    mixtures: Sequence[Mixture],
+    asked: Sequence[Sequence[Exchange]],
+    offsets_s: Sequence[int],
+    layout: Layout,
+    config: EncoderConfig,
+    rng: np.random.Generator | None = None,
+) -> Batch:
+    """Put mixtures of equal length with their exchanges together.
+
+    Args:
+        mixtures: What is heard.
+        asked: The exchanges of each.
+        offsets_s: What the beginning of each is called, a multiple of a block.
+        layout: Tokens around and inside the audio.
+        config: The encoder the blocks are for.
+        rng: Where masks over the mel come from; None: no masks.
+    """
+    blocks: list[Block] = []
+    rows = []
+    for mixture, exchanges, offset_s in zip(mixtures, asked, offsets_s, strict=True):
+        heard = _blocks(mixture, layout, config)
+        n_audio = sum(n_audio_tokens(len(block.mel)) for block in heard)
+        blocks += heard if rng is None else [_masked(block, rng) for block in heard]
+        rows.append(_row(n_audio, exchanges, offset_s, layout))
+    length = max(len(ids) for ids, *_ in rows)
+    size = (len(rows), length)
+    ids, position = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
+    labels = torch.full(size, IGNORED)
+    mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
+    for idx, (row_ids, row_position, row_labels, row_mask) in enumerate(rows):
+        n = len(row_ids)
+        ids[idx, :n], position[idx, :n], labels[idx, :n] = row_ids, row_position, row_labels
+        mask[idx, 0, :n, :n] = row_mask
+    said = [[1 + WORDS.index(word.text) for word in mixture.words] for mixture in mixtures]
+    return Batch(
+        blocks,
+        ids,
+        position,
+        mask,
+        labels,
+        torch.tensor([digit for row in said for digit in row], dtype=torch.long),
+        torch.tensor([len(row) for row in said]),
+        torch.stack([_sounds(mixture, n_audio) for mixture in mixtures]),
+    )
+
+
+def _blocks(mixture: Mixture, layout: Layout, config: EncoderConfig) -> list[Block]:
+    """What the encoder gets of a clip."""
+    ear = Ear(config, layout.special.mel_dtype)
+    blocks = ear.push(torch.from_numpy(mixture.audio))
+    tail = ear.tail()
+    return [*blocks, tail] if tail is not None else blocks
+
+
+def _masked(block: Block, rng: np.random.Generator) -> Block:
+    """Stretches of time and bands of frequency taken away (SpecAugment, arXiv 1904.08779)."""
+    mel = block.mel.clone()
+    n_frames, n_mels = mel.shape
+    mean = mel.mean()
+    for _ in range(rng.integers(0, 3)):
+        width = int(rng.integers(1, 17))
+        at = int(rng.integers(0, n_mels - width))
+        mel[:, at : at + width] = mean
+    for _ in range(rng.integers(0, 3)):
+        width = int(rng.integers(1, 9))
+        at = int(rng.integers(0, max(1, n_frames - width)))
+        mel[at : at + width] = mean
+    return Block(mel, block.is_first)
+
+
+def _row(
+    n_audio: int, exchanges: Sequence[Exchange], offset_s: int, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, positions, labels [n] and mask [n, n] of one mixture."""
+    prefix = layout.prefix
+    audio = layout.audio(n_audio, offset_s + 2)
+    ids, labels = [*prefix, *audio], [IGNORED] * (len(prefix) + len(audio))
+    position = list(range(len(ids)))
+    branches = []
+    for exchange in exchanges:
+        asked = layout.question(exchange.question, exchange.said)
+        answer = (*layout.tokenizer.encode(exchange.answer), layout.special.stop[0])
+        start, n = len(ids), len(asked) + len(answer)
+        ids += [*asked, *answer]
+        labels += [IGNORED] * (len(asked) - 1) + [*answer, IGNORED]
+        position += range(len(prefix) + len(audio), len(prefix) + len(audio) + n)
+        n_hidden = len(layout.audio(round(exchange.first_block * BLOCK_S * TOKENS_PER_S), offset_s + 2))
+        branches.append((start, start + n, len(prefix) + n_hidden))
+    shared = len(prefix) + len(audio)
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    for start, stop, first_audio in branches:
+        mask[start:stop, len(prefix) : first_audio] = False
+        mask[start:stop, shared:start] = False
+    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask
+
+
+def _sounds(mixture: Mixture, n_audio: int) -> Tensor:
+    """How much of each audio token each kind of sound fills, [n_audio, 10]."""
+    starts = np.arange(n_audio) / TOKENS_PER_S
+    out = np.zeros((n_audio, len(SOUNDS)), np.float32)
+    for event in mixture.events:
+        shared = np.minimum(starts + 0.08, event.end_s) - np.maximum(starts, event.start_s)
+        column = out[:, SOUNDS.index(event.kind)]
+        np.maximum(column, (shared / 0.08).clip(0.0, 1.0), out=column)
+    return torch.from_numpy(out)

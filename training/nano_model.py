@@ -1,0 +1,193 @@
+"""The shapes of moss-nano, its losses, and the checkpoint in the official layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rapidfuzz.distance import Levenshtein
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.layers import EncoderLayer
+from model.moss.config import MossConfig, read_config
+from model.moss.network import MossAudio
+from training.nano_batch import IGNORED, Batch
+from training.nano_mixtures import SOUNDS, WORDS
+from training.nano_text import N_TOKENS, UNSEEN_TOKENS
+
+AUDIO, AUDIO_START, AUDIO_END = range(N_TOKENS - UNSEEN_TOKENS, N_TOKENS)
+STOP = 2  # <|im_end|>
+CTC_WEIGHT = 0.3
+SOUND_WEIGHT = 3.0  # it is a tenth of the others
+
+
+def config_json(*, has_deepstack: bool = True) -> dict[str, Any]:
+    """`config.json`."""
+    taps = [1, 3] if has_deepstack else []
+    return {
+        "architectures": ["MossAudioModel"],
+        "model_type": "moss_audio",
+        "adapter_hidden_size": 512,
+        "deepstack_num_inject_layers": len(taps),
+        "ignore_index": -100,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "audio_config": {
+            "d_model": 192,
+            "output_dim": 192,
+            "num_mel_bins": 128,
+            "encoder_layers": 5,
+            "encoder_attention_heads": 3,
+            "encoder_ffn_dim": 768,
+            "downsample_rate": 8,
+            "downsample_hidden_size": 48,
+            "activation_function": "gelu",
+            "layer_norm_eps": 1e-5,
+            "max_source_positions": 1500,
+            "n_window": 200,
+            "deepstack_encoder_layer_indexes": taps,
+        },
+        "language_config": {
+            "vocab_size": N_TOKENS,
+            "hidden_size": 256,
+            "intermediate_size": 640,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "max_position_embeddings": 40_960,
+            "rope_theta": 1e6,
+            "rope_scaling": None,
+            "rms_norm_eps": 1e-6,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+        },
+    }
+
+
+def processor_json(*, has_markers: bool = True) -> dict[str, Any]:
+    """`processor_config.json`."""
+    return {
+        "processor_class": "MossAudioProcessor",
+        "mel_config": {
+            "mel_sr": 16_000,
+            "mel_dim": 128,
+            "mel_n_fft": 400,
+            "mel_hop_length": 160,
+            "mel_dtype": "bfloat16",
+            "use_whisper_feature_extractor": True,
+        },
+        "enable_time_marker": has_markers,
+        "audio_token_id": AUDIO,
+        "audio_start_id": AUDIO_START,
+        "audio_end_id": AUDIO_END,
+    }
+
+
+def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -> None:
+    """Everything of a checkpoint but its vocabulary and weights."""
+    files = {
+        "config.json": config_json(has_deepstack=has_deepstack),
+        "processor_config.json": processor_json(has_markers=has_markers),
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": STOP},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class Learner(nn.Module):
+    """The model, and two heads on its encoder that are thrown away after training."""
+
+    def __init__(self, config: MossConfig) -> None:
+        super().__init__()
+        self.model = MossAudio(config)
+        width = config.encoder.output_dim
+        self.digit_head = nn.Linear(width, 1 + len(WORDS))
+        self.sound_head = nn.Linear(width, len(SOUNDS))
+        self.apply(_initialise)
+        # What a residual path adds begins small, the more so the more of them there are.
+        for module in self.modules():
+            if isinstance(module, EncoderLayer):
+                for linear in (module.self_attn.out_proj, module.fc2):
+                    linear.weight.data /= (2 * config.encoder.encoder_layers) ** 0.5
+        for name, parameter in self.model.language_model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.data /= (2 * config.language.num_hidden_layers) ** 0.5
+
+    @staticmethod
+    def of(folder: Path) -> Learner:
+        """A model with random weights of the shapes that the checkpoint in `folder` has."""
+        return Learner(read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+
+    def losses(self, batch: Batch, *, with_answers: bool) -> dict[str, Tensor]:
+        """Cross-entropy of the answers' tokens, CTC of the digits, and of the sounds in each token."""
+        encoded = self.model.audio_encoder.forward(batch.blocks)
+        n_rows = batch.ids.shape[0]
+        n_blocks = len(batch.blocks) // n_rows
+        kept = torch.tensor(encoded.n_tokens).view(n_rows, n_blocks)[0].tolist()
+
+        def by_row(x: Tensor) -> Tensor:
+            """[rows x blocks, T, D] to [rows, N, D]: every mixture has blocks of the same lengths."""
+            pieces = x.view(n_rows, n_blocks, *x.shape[1:])
+            return torch.cat([pieces[:, idx, :n] for idx, n in enumerate(kept)], dim=1)
+
+        hidden = by_row(encoded.hidden)
+        scores = self.digit_head(hidden).float().log_softmax(-1)  # [B, N, 11]
+        n_audio = torch.full((n_rows,), hidden.shape[1])
+        found = {
+            "ctc": F.ctc_loss(
+                scores.transpose(0, 1), batch.digits, n_audio, batch.n_digits, zero_infinity=True
+            ),
+            "sounds": F.binary_cross_entropy_with_logits(self.sound_head(hidden).float(), batch.sounds),
+        }
+        if not self.training:
+            found["digit_errors"] = _digit_errors(scores, batch)
+        if with_answers:
+            found["answers"] = self._answers(batch, *self.model.adapt(encoded), by_row)
+        return found
+
+    def _answers(self, batch: Batch, embeds: Tensor, added: Tensor, by_row: Any) -> Tensor:
+        is_audio = (batch.ids == AUDIO)[..., None]
+        x = self.model.language_model.embed_tokens(batch.ids)
+        x = x.masked_scatter(is_audio, by_row(embeds).to(x.dtype))
+        deep = [torch.zeros_like(x).masked_scatter(is_audio, by_row(a).to(x.dtype)) for a in added]
+        states = self.model.language_model.forward(x, batch.position, deep, mask=batch.mask)
+        is_asked = batch.labels != IGNORED
+        logits = self.model.lm_head(states[is_asked]).float()
+        return F.cross_entropy(logits, batch.labels[is_asked])
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """What is made smaller."""
+    aside = CTC_WEIGHT * losses["ctc"] + SOUND_WEIGHT * losses["sounds"]
+    return aside + losses["answers"] if "answers" in losses else aside
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """`model.safetensors` in bfloat16 with the model's names."""
+    stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _digit_errors(scores: Tensor, batch: Batch) -> Tensor:
+    """Errors per digit said of the likeliest path of CTC."""
+    n_errors = 0
+    for row, said in zip(scores.argmax(-1), batch.digits.split(batch.n_digits.tolist()), strict=True):
+        path = [digit for digit in row.unique_consecutive().tolist() if digit]
+        n_errors += Levenshtein.distance(said.tolist(), path)
+    return torch.tensor(n_errors / max(1, len(batch.digits)))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)

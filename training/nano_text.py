@@ -1,0 +1,221 @@
+"""What moss-nano is asked about a mixture, and what it should say.
+
+Prompts are those of the official checkpoints; questions about time are in `nano.toml`. Times are
+written with two decimals, rounded to 0.05 s: an audio token is 0.08 s long.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from model.moss.checkpoint import QWEN_SPLIT
+from model.moss.prompt import prompt, prompt_names
+from training.nano_mixtures import SOUNDS, Event, Mixture, Word
+
+TIME_STEP_S = 0.05
+BLOCK_S = 4
+N_TOKENS = 1024  # of the vocabulary, the special ones that no text makes included
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+UNSEEN_TOKENS = 3  # audio, its start and its end: spliced in, so that no text can say them
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One question about what was heard, and its answer."""
+
+    question: str
+    said: str  # the beginning of the answer that is put in the model's mouth
+    answer: str  # what it should say from there on
+    first_block: int = 0  # older blocks are not looked at
+
+
+@functools.cache
+def phrases() -> dict[str, Any]:
+    """What is in `nano.toml`."""
+    return tomllib.loads(resources.files("training").joinpath("nano.toml").read_text("utf-8"))
+
+
+def label_of(kind: str) -> str:
+    """How an event is described."""
+    return str(phrases()["sounds"][kind]["label"])
+
+
+def clock(time_s: float, offset_s: int) -> str:
+    """A time as it is written; `offset_s` is what the mixture's beginning is called."""
+    return f"{offset_s + round(time_s / TIME_STEP_S) * TIME_STEP_S:.2f}"
+
+
+def sentences(words: Sequence[Word], offset_s: int) -> str:
+    """`[0.00]seven three[1.45][2.10]one[2.50]`."""
+    by_sentence: dict[int, list[Word]] = {}
+    for word in words:
+        by_sentence.setdefault(word.sentence, []).append(word)
+    return "".join(
+        f"[{clock(said[0].start_s, offset_s)}]{_text(said)}[{clock(said[-1].end_s, offset_s)}]"
+        for said in by_sentence.values()
+    )
+
+
+def transcript(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
+    """What was said in the blocks from `first_block` on."""
+    words = heard_words(mixture, first_block)
+    return Exchange(prompt("transcript").text, "", sentences(words, offset_s), first_block)
+
+
+def continued(
+    mixture: Mixture, offset_s: int, rng: np.random.Generator, first_block: int = 0
+) -> Exchange | None:
+    """The transcript after agreed words, which a live stream gives as one open sentence.
+
+    The first words of what is heard may be left out: a window can begin inside a block.
+    None where there are no words.
+    """
+    words = heard_words(mixture, first_block)
+    if not words:
+        return None
+    first = int(rng.integers(len(words))) if rng.random() < 0.3 else 0
+    n_agreed = int(rng.integers(1, len(words) - first + 1))
+    agreed, rest = words[first : first + n_agreed], words[first + n_agreed :]
+    same = [word for word in rest if word.sentence == agreed[-1].sentence]
+    end_s = same[-1].end_s if same else agreed[-1].end_s
+    answer = "".join(f" {word.text}" for word in same) + f"[{clock(end_s, offset_s)}]"
+    answer += sentences(rest[len(same) :], offset_s)
+    said = f"[{clock(agreed[0].start_s, offset_s)}]{_text(agreed)}"
+    return Exchange(prompt("transcript").text, said, answer, first_block)
+
+
+def events(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
+    """What sounded in the blocks from `first_block` on."""
+    heard = heard_events(mixture, first_block)
+    lines = [f"{_span(event, offset_s)}: {label_of(event.kind)}" for event in heard]
+    return Exchange(prompt("events").text, "", "\n".join(lines), first_block)
+
+
+def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange | None:
+    """What was said between two times; None where every choice would cut a word."""
+    end_s = int(len(mixture.audio) / 16_000)
+    edges = [
+        t
+        for t in range(end_s + 1)
+        if all(not w.start_s - 0.1 < t < w.end_s + 0.1 or t in (0, end_s) for w in mixture.words)
+    ]
+    pairs = [(a, b) for a in edges for b in edges if 2 <= b - a <= 10]
+    if not pairs:
+        return None
+    a, b = pairs[rng.integers(len(pairs))]
+    words = [word for word in mixture.words if a <= (word.start_s + word.end_s) / 2 <= b]
+    templates = phrases()["said"]["questions"]
+    question = templates[rng.integers(len(templates))].format(start=offset_s + a, end=offset_s + b)
+    return Exchange(question, "", _text(words) or phrases()["said"]["nothing"])
+
+
+def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange:
+    """When a sound was heard, mostly of a sound that was there."""
+    present = sorted({event.kind for event in mixture.events})
+    kinds = present if present and rng.random() < 0.75 else list(SOUNDS)
+    kind = kinds[rng.integers(len(kinds))]
+    spans = [_span(event, offset_s) for event in mixture.events if event.kind == kind]
+    answer = ", ".join(spans) or phrases()["heard"]["nothing"]
+    return Exchange(phrases()["sounds"][kind]["question"], "", answer)
+
+
+def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
+    """What is asked of one mixture while learning: words, sounds, and one question about time."""
+    n_blocks = int(len(mixture.audio) / 16_000) // BLOCK_S
+    asked: list[Exchange] = []
+    for may_go_on in (True, False):
+        hidden = int(rng.integers(1, n_blocks)) if n_blocks > 1 and rng.random() < 0.25 else 0
+        if may_go_on:
+            agreed = continued(mixture, offset_s, rng, hidden) if rng.random() < 0.35 else None
+            asked.append(agreed or transcript(mixture, offset_s, hidden))
+        else:
+            asked.append(events(mixture, offset_s, hidden))
+    said = said_between(mixture, offset_s, rng) if rng.random() < 0.5 else None
+    asked.append(said or heard_when(mixture, offset_s, rng))
+    return asked
+
+
+def heard_words(mixture: Mixture, first_block: int) -> list[Word]:
+    """The words of which most lies in the blocks from `first_block` on."""
+    start_s = first_block * BLOCK_S
+    return [
+        Word(word.text, max(word.start_s, start_s), word.end_s, word.sentence)
+        for word in mixture.words
+        if word.end_s - max(word.start_s, start_s) >= 0.6 * (word.end_s - word.start_s)
+    ]
+
+
+def heard_events(mixture: Mixture, first_block: int) -> list[Event]:
+    """The sounds that last into the blocks from `first_block` on, in the order they begin there."""
+    start_s = first_block * BLOCK_S
+    heard = [
+        Event(event.kind, max(event.start_s, start_s), event.end_s)
+        for event in mixture.events
+        if event.end_s - start_s >= 0.3
+    ]
+    return sorted(heard, key=lambda event: (event.start_s, event.kind))
+
+
+def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A byte-level vocabulary of what is said, `N_TOKENS` with those no text makes, digits single."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_TOKENS - UNSEEN_TOKENS,
+        show_progress=False,
+        special_tokens=list(CHAT_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(path: Path) -> None:
+    """Make the vocabulary out of all prompts, questions and some answers."""
+    texts = [f"system\n{prompt_system()}", "user\n", "assistant\n"]
+    texts += [prompt(name).text for name in prompt_names()]
+    texts += [template for template in phrases()["said"]["questions"]]
+    texts += [phrases()["said"]["nothing"], phrases()["heard"]["nothing"]]
+    for kind in SOUNDS:
+        texts += [phrases()["sounds"][kind]["question"], f"2.10 - 4.55: {label_of(kind)}\n"]
+    texts += _digit_texts() * 4  # whatever is said often is one token
+    make_tokenizer(texts).save(str(path))
+
+
+def prompt_system() -> str:
+    """The system message of the chat template."""
+    return str(
+        tomllib.loads(resources.files("model.moss").joinpath("prompts.toml").read_text("utf-8"))["template"][
+            "system"
+        ]
+    )
+
+
+def _digit_texts() -> list[str]:
+    from training.nano_mixtures import WORDS
+
+    return [f"[0.00]{word} {word}[1.25][2.10]{word}[3.00]" for word in WORDS]
+
+
+def _span(event: Event, offset_s: int) -> str:
+    return f"{clock(event.start_s, offset_s)} - {clock(event.end_s, offset_s)}"
+
+
+def _text(words: Sequence[Word]) -> str:
+    return " ".join(word.text for word in words)

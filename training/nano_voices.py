@@ -1,0 +1,95 @@
+"""Clips made to sound like other clips: other throats, rooms and microphones.
+
+Six speakers and a few hundred sounds are little to learn from; these changes are what stands between
+learning digits and learning six people. All of them keep the times they are given true.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from streaming.protocol import SAMPLE_RATE_HZ
+
+Audio = NDArray[np.float32]  # [n_samples], 16 kHz mono
+
+N_FFT = 512  # samples, 32 ms
+HOP = 128
+DB = float(np.log(10.0) / 20.0)  # of an amplitude, in natural logarithms
+N_CEPSTRUM = 28  # quefrencies of the envelope: below the shortest pitch period, 1.75 ms
+MAX_GAIN_DB = 20.0  # of a moved envelope: what is not in a recording is not made up from its noise
+
+
+def resampled(audio: Audio, factor: float) -> Audio:
+    """Played `factor` times as fast: tempo, pitch and formants move together."""
+    faster: Audio = soxr.resample(audio, SAMPLE_RATE_HZ * factor, SAMPLE_RATE_HZ, quality="MQ")
+    return faster
+
+
+def coloured(audio: Audio, formants: float, gains_db: NDArray[np.float64]) -> Audio:
+    """The formants moved by a factor, the pitch kept, and the spectrum bent; the length is kept.
+
+    Args:
+        audio: The clip.
+        formants: Above 1 for a shorter throat.
+        gains_db: Of evenly spaced frequencies from 0 to 8 kHz; between them it is straight.
+    """
+    n = len(audio)
+    padded = np.pad(audio, (N_FFT, N_FFT + HOP))
+    window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP] * window
+    spectrum = np.fft.rfft(frames)  # [T, N_FFT / 2 + 1]
+    bins = np.arange(spectrum.shape[1])
+    gain = np.interp(bins, np.linspace(0, bins[-1], len(gains_db)), gains_db)[None].astype(np.float32)
+    if formants != 1.0:
+        level_db = np.log(np.abs(spectrum) + 1e-6) / DB
+        cepstrum = np.fft.irfft(level_db)
+        cepstrum[:, N_CEPSTRUM:-N_CEPSTRUM] = 0.0
+        envelope = np.fft.rfft(cepstrum).real  # dB
+        source = np.minimum(bins / formants, bins[-1] - 1e-6)
+        low = source.astype(int)
+        part = (source - low).astype(np.float32)
+        moved = envelope[:, low] + part * (envelope[:, low + 1] - envelope[:, low])
+        gain = gain + np.clip(moved - envelope, -MAX_GAIN_DB, MAX_GAIN_DB)
+    frames = np.fft.irfft(spectrum * np.exp(gain * DB)) * window
+    out, weight = np.zeros(len(padded), np.float32), np.zeros(len(padded), np.float32)
+    for idx, frame in enumerate(frames):
+        out[idx * HOP : idx * HOP + N_FFT] += frame
+        weight[idx * HOP : idx * HOP + N_FFT] += np.square(window)
+    return (out / np.maximum(weight, 1e-3))[N_FFT : N_FFT + n]
+
+
+def coloured_noise(n: int, rng: np.random.Generator) -> Audio:
+    """Noise whose power falls with the frequency, more or less, at a level of 1."""
+    spectrum = np.fft.rfft(rng.standard_normal(_fast_length(n), np.float32))
+    slope = np.float32(rng.uniform(0.0, 1.0))
+    spectrum *= np.maximum(np.arange(len(spectrum), dtype=np.float32), 20.0) ** -slope
+    noise = np.fft.irfft(spectrum)[:n]
+    return noise / np.float32(level(noise))
+
+
+def room(rng: np.random.Generator) -> Audio:
+    """An impulse response: the direct sound, and a tail of noise that dies away."""
+    decay_s = float(rng.uniform(0.08, 0.5))
+    n = round(decay_s * SAMPLE_RATE_HZ)
+    tail = rng.normal(size=n) * 10.0 ** (-3.0 * np.arange(n) / n)
+    tail *= float(rng.uniform(0.1, 0.7)) / max(float(np.sqrt(np.sum(np.square(tail)))), 1e-6)
+    tail[0] = 1.0
+    return tail.astype(np.float32)
+
+
+def in_room(audio: Audio, response: Audio) -> Audio:
+    """`audio` heard in a room, as long as before."""
+    n = _fast_length(len(audio) + len(response))
+    return np.fft.irfft(np.fft.rfft(audio, n) * np.fft.rfft(response, n), n)[: len(audio)]
+
+
+def level(audio: NDArray[np.floating]) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(audio, dtype=np.float64)))) if len(audio) else 0.0
+
+
+def _fast_length(n: int) -> int:
+    """The next power of two: transforms of other lengths can take ten times as long."""
+    return 1 << (n - 1).bit_length()
