@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder as it is named, or what the hub has under an id.
+"""Where a checkpoint's files are: here, a folder as it is named, or what the hub has under an id.
 
 The only module of `model` that may use the network, by way of huggingface_hub: with progress, going
 on where a broken download stopped, and from the cache alone where HF_HUB_OFFLINE is set or the hub
@@ -12,6 +12,9 @@ from pathlib import Path
 
 from model.errors import CheckpointError
 
+# Checkpoints that ship with the project, by name.
+SHIPPED = {"moss-nano": Path(__file__).parent / "weights" / "moss-nano"}
+_SHIPS = f"what ships is embedded and {' and '.join(SHIPPED)}"
 # Everything but weights: a few megabytes.
 DESCRIPTION = ("*.json", "merges.txt", "vocab.txt", "*.jinja")
 WEIGHTS = ("*.safetensors",)
@@ -19,10 +22,10 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find(name: str, *, with_weights: bool = True) -> Path:
-    """The folder of a checkpoint: `name` itself, or what the hub has under that id.
+    """The folder of a checkpoint: one that ships, `name` itself, or what the hub has under that id.
 
     Args:
-        name: A folder, or OWNER/NAME.
+        name: A name in `SHIPPED`, a folder, or OWNER/NAME.
         with_weights: False fetches what describes the checkpoint alone; weights that are cached
             already lie in the same folder.
 
@@ -30,10 +33,12 @@ def find(name: str, *, with_weights: bool = True) -> Path:
         CheckpointError: no such folder and no such id, or the hub cannot be reached and the files
             are not all cached.
     """
+    if name in SHIPPED:
+        return SHIPPED[name]
     if (folder := Path(name).expanduser()).is_dir():
         return folder
     if not _ID.fullmatch(name) or name.startswith("."):
-        raise CheckpointError(f"{name!r} is neither a folder nor a hub id OWNER/NAME")
+        raise CheckpointError(f"{name!r} is neither a folder nor a hub id OWNER/NAME; {_SHIPS}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -41,6 +46,6 @@ def find(name: str, *, with_weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a folder nor a hub id OWNER/NAME: {error}") from error
+        raise CheckpointError(f"{name!r} is neither a folder nor a hub id OWNER/NAME; {_SHIPS}: {error}") from error
     except (HfHubHTTPError, OSError) as error:  # an incomplete or empty cache is an OSError, too
         raise CheckpointError(f"{name!r} is no folder, and the hub does not give it: {error}") from error

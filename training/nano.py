@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Torch's threads spin while they wait, on the core that the mixtures are made on.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -40,6 +44,7 @@ STEPS = 8000
 ENCODER_STEPS = 2500  # of them, in which nothing is asked
 AUDIO_S = 62.0  # of mixtures in a step
 LEARNING_RATE = 1e-3
+HARD_FROM = 2000  # steps, over which mixtures get as hard as they come
 WARM_UP = 150  # steps, again where questions begin
 DECAY = 0.3  # of all steps, at the end
 EMA = 0.998
@@ -76,23 +81,38 @@ class Mixtures(IterableDataset[Batch]):
         for step in range(self._first, self._plan.steps):
             rng = np.random.default_rng([SEED, step])
             asks = step >= self._plan.encoder_steps
-            yield train_batch(sources, layout, self._config, rng, asks=asks)
+            yield train_batch(sources, layout, self._config, rng, min(1.0, step / HARD_FROM), asks=asks)
 
 
 def train_batch(
-    sources: Sources, layout: Layout, config: EncoderConfig, rng: np.random.Generator, *, asks: bool
+    sources: Sources,
+    layout: Layout,
+    config: EncoderConfig,
+    rng: np.random.Generator,
+    hard: float,
+    *,
+    asks: bool,
 ) -> Batch:
-    """Mixtures of one length, about `AUDIO_S` in all, each with what is asked of it."""
+    """Mixtures of one length, about `AUDIO_S` in all, each with what is asked of it.
+
+    Args:
+        sources: What they are made of.
+        layout: Tokens around and inside the audio.
+        config: The encoder they are for.
+        rng: Where their randomness comes from.
+        hard: From 0, clips as they were recorded, well above all noise, to 1.
+        asks: Whether anything is asked.
+    """
     is_long = asks and rng.random() < 0.3
     length_s = float(rng.uniform(14.0, 36.0) if is_long else rng.uniform(3.0, 14.0))
     n = int(np.clip(round(AUDIO_S / length_s), 2, 12))
-    mixtures = [mix(sources, length_s, rng, vary=True) for _ in range(n)]
+    mixtures = [mix(sources, length_s, rng, change=hard, under_db=20.0 * (1.0 - hard)) for _ in range(n)]
     offsets_s = [0 if rng.random() < 0.5 else _offset(rng) for _ in mixtures]
     asked = [
         exchanges(mixture, offset_s, rng) if asks else []
         for mixture, offset_s in zip(mixtures, offsets_s, strict=True)
     ]
-    return make_batch(mixtures, asked, offsets_s, layout, config, rng)
+    return make_batch(mixtures, asked, offsets_s, layout, config, rng, 0.8 * hard)
 
 
 def _offset(rng: np.random.Generator) -> int:
@@ -160,7 +180,7 @@ class Run:
             encoder = {
                 name: tensor
                 for name, tensor in state["learner"].items()
-                if name.startswith(("model.audio_encoder", "digit_head", "sound_head"))
+                if name.startswith(("model.audio_encoder", "digit_head", "digit_at_head", "sound_head"))
             }
             self._learner.load_state_dict(encoder, strict=False)
             self._average.module.load_state_dict(self._learner.state_dict())
@@ -213,7 +233,7 @@ class Run:
         rng = np.random.default_rng([SEED, 1])
         batches = []
         for _ in range(6):
-            mixtures = [mix(sources, 10.0, rng, vary=False) for _ in range(8)]
+            mixtures = [mix(sources, 10.0, rng) for _ in range(8)]
             asked = [exchanges(mixture, 0, rng) for mixture in mixtures]
             batches.append(make_batch(mixtures, asked, [0] * len(mixtures), layout, config))
         return batches

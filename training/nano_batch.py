@@ -38,6 +38,7 @@ class Batch:
     labels: Tensor  # [B, T], the token that should follow; IGNORED where none is asked for
     digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
     n_digits: Tensor  # [B]
+    digit_at: Tensor  # [B, N], the digit in the middle of each token, 1 to 10; 0 for none
     sounds: Tensor  # [B, N, 10], how much of each token each kind fills
 
 
@@ -48,6 +49,7 @@ def make_batch(
     layout: Layout,
     config: EncoderConfig,
     rng: np.random.Generator | None = None,
+    mask_share: float = 1.0,
 ) -> Batch:
     """Put mixtures of equal length with their exchanges together.
 
@@ -58,13 +60,18 @@ def make_batch(
         layout: Tokens around and inside the audio.
         config: The encoder the blocks are for.
         rng: Where masks over the mel come from; None: no masks.
+        mask_share: Of the blocks, that are masked.
     """
     blocks: list[Block] = []
     rows = []
     for mixture, exchanges, offset_s in zip(mixtures, asked, offsets_s, strict=True):
         heard = _blocks(mixture, layout, config)
         n_audio = sum(n_audio_tokens(len(block.mel)) for block in heard)
-        blocks += heard if rng is None else [_masked(block, rng) for block in heard]
+        blocks += (
+            heard
+            if rng is None
+            else [_masked(block, rng) if rng.random() < mask_share else block for block in heard]
+        )
         rows.append(_row(n_audio, exchanges, offset_s, layout))
     length = max(len(ids) for ids, *_ in rows)
     size = (len(rows), length)
@@ -84,6 +91,7 @@ def make_batch(
         labels,
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
+        torch.stack([_digit_at(mixture, n_audio) for mixture in mixtures]),
         torch.stack([_sounds(mixture, n_audio) for mixture in mixtures]),
     )
 
@@ -136,6 +144,15 @@ def _row(
         mask[start:stop, len(prefix) : first_audio] = False
         mask[start:stop, shared:start] = False
     return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask
+
+
+def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:
+    """The digit in the middle of each audio token, [n_audio]."""
+    middles = (np.arange(n_audio) + 0.5) / TOKENS_PER_S
+    out = np.zeros(n_audio, np.int64)
+    for word in mixture.words:
+        out[(middles >= word.start_s) & (middles < word.end_s)] = 1 + WORDS.index(word.text)
+    return torch.from_numpy(out)
 
 
 def _sounds(mixture: Mixture, n_audio: int) -> Tensor:

@@ -132,7 +132,13 @@ def load_sources(data: Path, part: Part) -> Sources:
 
 
 def mix(
-    sources: Sources, length_s: float, rng: np.random.Generator, *, vary: bool, clean: bool = False
+    sources: Sources,
+    length_s: float,
+    rng: np.random.Generator,
+    *,
+    change: float = 0.0,
+    under_db: float = 0.0,
+    clean: bool = False,
 ) -> Mixture:
     """One mixture.
 
@@ -140,15 +146,17 @@ def mix(
         sources: What it is made of.
         length_s: Its length.
         rng: Where its randomness comes from.
-        vary: Whether clips are changed to sound like others; for learning.
+        change: How much clips are changed to sound like others, 0 to 1; for learning.
+        under_db: How much quieter than usual everything but speech is.
         clean: No sounds, and a noise one hardly hears.
     """
     n = round(length_s * SAMPLE_RATE_HZ)
     loud = 10.0 ** (rng.uniform(-34.0, -14.0) / 20.0)  # of speech
-    bed = _bed(sources, n, loud, rng, clean=clean)
-    speech, words = _speech(sources, n, loud, rng, vary=vary)
-    sound, events = (np.zeros(n, np.float32), ()) if clean else _sounds(sources, n, loud, rng, vary=vary)
-    if vary and rng.random() < 0.35:
+    below = loud * 10.0 ** (-under_db / 20.0)
+    bed = _bed(sources, n, below, rng, clean=clean)
+    speech, words = _speech(sources, n, loud, rng, change)
+    sound, events = (np.zeros(n, np.float32), ()) if clean else _sounds(sources, n, below, rng, change)
+    if rng.random() < 0.35 * change:
         response = room(rng)
         speech, sound = in_room(speech, response), in_room(sound, response)
     audio = bed + speech + sound
@@ -159,7 +167,7 @@ def mix(
 
 
 def _speech(
-    sources: Sources, n: int, loud: float, rng: np.random.Generator, *, vary: bool
+    sources: Sources, n: int, loud: float, rng: np.random.Generator, change: float
 ) -> tuple[Audio, tuple[Word, ...]]:
     """Sentences of digits with pauses between them; some mixtures have none."""
     track = np.zeros(n, np.float32)
@@ -171,7 +179,7 @@ def _speech(
     pause_s = float(rng.uniform(0.8, 3.0))
     sentence = 0
     while at_s < end_s - 0.2:
-        for spoken, gap_s in _sentence(sources, rng, vary=vary):
+        for spoken, gap_s in _sentence(sources, rng, change):
             first = round(at_s * SAMPLE_RATE_HZ)
             gain = loud * 10.0 ** (rng.uniform(-2.0, 2.0) / 20.0) / max(level(spoken.audio), 1e-5)
             _add(track, spoken.audio * gain, first)
@@ -187,13 +195,13 @@ def _speech(
     return track, tuple(words)
 
 
-def _sentence(sources: Sources, rng: np.random.Generator, *, vary: bool) -> list[tuple[Spoken, float]]:
+def _sentence(sources: Sources, rng: np.random.Generator, change: float) -> list[tuple[Spoken, float]]:
     """What one speaker says, each with the pause behind it, seconds."""
     speed, throat = 1.0, 1.0
     gains_db = np.zeros(2)
-    if vary:
-        speed, throat = np.exp(rng.uniform(-0.25, 0.25)), np.exp(rng.uniform(-0.2, 0.2))
-        gains_db = rng.normal(0.0, 4.0, 6)
+    if change:
+        speed, throat = np.exp(change * rng.uniform(-0.25, 0.25)), np.exp(change * rng.uniform(-0.2, 0.2))
+        gains_db = rng.normal(0.0, 4.0 * change, 6)
     if sources.strings and rng.random() < 0.2:
         chosen = [sources.strings[rng.integers(len(sources.strings))]]
     else:
@@ -205,8 +213,8 @@ def _sentence(sources: Sources, rng: np.random.Generator, *, vary: bool) -> list
     said = []
     for spoken in chosen:
         audio = spoken.audio
-        if vary:
-            own = speed * np.exp(rng.uniform(-0.05, 0.05))
+        if change:
+            own = speed * np.exp(change * rng.uniform(-0.05, 0.05))
             audio = coloured(resampled(audio, own), throat / speed**0.5, gains_db)
         said.append((Spoken(spoken.words, spoken.speaker, audio), base_s + float(rng.uniform(0.0, 0.15))))
     said[-1] = (said[-1][0], 0.0)
@@ -214,7 +222,7 @@ def _sentence(sources: Sources, rng: np.random.Generator, *, vary: bool) -> list
 
 
 def _sounds(
-    sources: Sources, n: int, loud: float, rng: np.random.Generator, *, vary: bool
+    sources: Sources, n: int, loud: float, rng: np.random.Generator, change: float
 ) -> tuple[Audio, tuple[Event, ...]]:
     """Sounds, at most `MAX_AT_ONCE` at a time."""
     track = np.zeros(n, np.float32)
@@ -222,7 +230,7 @@ def _sounds(
     end_s = n / SAMPLE_RATE_HZ
     for _ in range(rng.poisson(0.5 + 0.12 * end_s)):
         kind = SOUNDS[rng.integers(len(SOUNDS))]
-        audio = _occurrence(sources.sounds[kind], rng, vary=vary)
+        audio = _occurrence(sources.sounds[kind], rng, change)
         length_s = len(audio) / SAMPLE_RATE_HZ
         at_s = float(rng.uniform(-0.5 * length_s, end_s - MIN_SOUND_S))
         event = Event(kind, max(at_s, 0.0), min(at_s + length_s, end_s))
@@ -239,7 +247,7 @@ def _sounds(
     return track, tuple(sorted(events, key=lambda event: event.start_s))
 
 
-def _occurrence(clips: tuple[Sound, ...], rng: np.random.Generator, *, vary: bool) -> Audio:
+def _occurrence(clips: tuple[Sound, ...], rng: np.random.Generator, change: float) -> Audio:
     """One sound from its beginning to its end, with soft edges."""
     clip = clips[int(rng.integers(len(clips)))]
     if clip.kind in SHORT:
@@ -250,9 +258,9 @@ def _occurrence(clips: tuple[Sound, ...], rng: np.random.Generator, *, vary: boo
         a += float(rng.uniform(0.0, b - a - wanted_s))
         b = a + wanted_s
     audio = clip.audio[round(a * SAMPLE_RATE_HZ) : round(b * SAMPLE_RATE_HZ)].copy()
-    if vary:
-        audio = resampled(audio, float(np.exp(rng.uniform(-0.2, 0.2))))
-        audio = coloured(audio, 1.0, rng.normal(0.0, 4.0, 6))
+    if change:
+        audio = resampled(audio, float(np.exp(change * rng.uniform(-0.2, 0.2))))
+        audio = coloured(audio, 1.0, rng.normal(0.0, 4.0 * change, 6))
     n_fade = min(160, len(audio) // 2)  # 10 ms, against clicks
     ramp = np.linspace(0.0, 1.0, n_fade, dtype=np.float32)
     audio[:n_fade] *= ramp

@@ -102,13 +102,14 @@ def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -
 
 
 class Learner(nn.Module):
-    """The model, and two heads on its encoder that are thrown away after training."""
+    """The model, and three heads on its encoder that are thrown away after training."""
 
     def __init__(self, config: MossConfig) -> None:
         super().__init__()
         self.model = MossAudio(config)
         width = config.encoder.output_dim
         self.digit_head = nn.Linear(width, 1 + len(WORDS))
+        self.digit_at_head = nn.Linear(width, 1 + len(WORDS))
         self.sound_head = nn.Linear(width, len(SOUNDS))
         self.apply(_initialise)
         # What a residual path adds begins small, the more so the more of them there are.
@@ -126,7 +127,7 @@ class Learner(nn.Module):
         return Learner(read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
 
     def losses(self, batch: Batch, *, with_answers: bool) -> dict[str, Tensor]:
-        """Cross-entropy of the answers' tokens, CTC of the digits, and of the sounds in each token."""
+        """Of the answers' tokens, of the digits in order (CTC) and in place, of the sounds in place."""
         encoded = self.model.audio_encoder.forward(batch.blocks)
         n_rows = batch.ids.shape[0]
         n_blocks = len(batch.blocks) // n_rows
@@ -143,6 +144,9 @@ class Learner(nn.Module):
         found = {
             "ctc": F.ctc_loss(
                 scores.transpose(0, 1), batch.digits, n_audio, batch.n_digits, zero_infinity=True
+            ),
+            "digit_at": F.cross_entropy(
+                self.digit_at_head(hidden).float().flatten(0, 1), batch.digit_at.flatten()
             ),
             "sounds": F.binary_cross_entropy_with_logits(self.sound_head(hidden).float(), batch.sounds),
         }
@@ -165,7 +169,7 @@ class Learner(nn.Module):
 
 def total(losses: dict[str, Tensor]) -> Tensor:
     """What is made smaller."""
-    aside = CTC_WEIGHT * losses["ctc"] + SOUND_WEIGHT * losses["sounds"]
+    aside = CTC_WEIGHT * losses["ctc"] + losses["digit_at"] + SOUND_WEIGHT * losses["sounds"]
     return aside + losses["answers"] if "answers" in losses else aside
 
 
