@@ -154,11 +154,12 @@ class Run:
 
     def __init__(self, out: Path, work: Path, plan: Plan) -> None:
         torch.manual_seed(SEED)
-        self._out, self._work, self._plan = out, work, plan
-        self._learner = Learner.of(out)
-        self._average = AveragedModel(self._learner, multi_avg_fn=get_ema_multi_avg_fn(EMA))
-        decayed = [p for p in self._learner.parameters() if p.dim() > 1]
-        plain = [p for p in self._learner.parameters() if p.dim() <= 1]
+        self._out, self.folder, self._plan = out, work, plan
+        self.learner = Learner.of(out)
+        self._average = AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(EMA))
+        self._averaged: Learner = self._average.module  # type: ignore[assignment]  # typed as any module
+        decayed = [p for p in self.learner.parameters() if p.dim() > 1]
+        plain = [p for p in self.learner.parameters() if p.dim() <= 1]
         self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
             lr=LEARNING_RATE,
@@ -169,9 +170,9 @@ class Run:
 
     def resume(self, other: Path | None) -> None:
         """Go on from this run's state, or take another's encoder and step, or begin."""
-        if (path := self._work / "state.pt").exists():
+        if (path := self.folder / "state.pt").exists():
             state = torch.load(path, weights_only=True)
-            self._learner.load_state_dict(state["learner"])
+            self.learner.load_state_dict(state["learner"])
             self._average.load_state_dict(state["average"])
             self._optimizer.load_state_dict(state["optimizer"])
             self._step = state["step"]
@@ -182,13 +183,13 @@ class Run:
                 for name, tensor in state["learner"].items()
                 if name.startswith(("model.audio_encoder", "digit_head", "digit_at_head", "sound_head"))
             }
-            self._learner.load_state_dict(encoder, strict=False)
-            self._average.module.load_state_dict(self._learner.state_dict())
+            self.learner.load_state_dict(encoder, strict=False)
+            self._averaged.load_state_dict(self.learner.state_dict())
             self._step = state["step"]
 
     def train(self, data: Path, until: int) -> None:
         """Take steps up to `until`."""
-        config = self._learner.model.config.encoder
+        config = self.learner.model.config.encoder
         mixtures = Mixtures(data, self._out, config, self._step, self._plan)
         tests = {part: self._tests(data, part) for part in ("heard", "unheard")}
         started, sums = time.perf_counter(), dict[str, float]()
@@ -196,9 +197,8 @@ class Run:
         for batch in loader:
             if self._step >= until:
                 break
-            for name, value in self._take(batch).items():
+            for name, value in self.take(batch).items():
                 sums[name] = sums.get(name, 0.0) + value
-            self._step += 1
             if self._step % 50 == 0:
                 means = {name: round(value / 50, 4) for name, value in sums.items()}
                 seconds = (time.perf_counter() - started) / 50
@@ -208,28 +208,30 @@ class Run:
                 for part, batches in tests.items():
                     self._log({"step": self._step, "part": part, **self._check(batches)})
             if self._step % SAVE_EVERY == 0 or self._step in (until, self._plan.encoder_steps):
-                self._save()
+                self.save()
 
     def export(self) -> None:
         """Write the averaged weights, in bfloat16."""
-        save_weights(self._average.module.model.state_dict(), self._out)
+        save_weights(self._averaged.model.state_dict(), self._out)
 
-    def _take(self, batch: Batch) -> dict[str, float]:
+    def take(self, batch: Batch) -> dict[str, float]:
+        """One step; its losses."""
         for group in self._optimizer.param_groups:
             group["lr"] = LEARNING_RATE * self._plan.rate(self._step)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = self._learner.losses(batch, with_answers=self._step >= self._plan.encoder_steps)
-        total(losses).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._learner.parameters(), 1.0)
+            losses = self.learner.losses(batch, with_answers=self._step >= self._plan.encoder_steps)
+        total(losses).backward()
+        torch.nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._average.update_parameters(self._learner)
+        self._average.update_parameters(self.learner)
+        self._step += 1
         return {name: loss.item() for name, loss in losses.items()}
 
     def _tests(self, data: Path, part: Part) -> list[Batch]:
         """A few mixtures that are never learned from."""
         sources, layout = load_sources(data, part), layout_of(self._out)
-        config = self._learner.model.config.encoder
+        config = self.learner.model.config.encoder
         rng = np.random.default_rng([SEED, 1])
         batches = []
         for _ in range(6):
@@ -244,27 +246,28 @@ class Run:
         asks = self._step > self._plan.encoder_steps
         self._average.eval()
         with torch.autocast("cpu", torch.bfloat16):
-            found = [self._average.module.losses(batch, with_answers=asks) for batch in batches]
+            found = [self._averaged.losses(batch, with_answers=asks) for batch in batches]
         self._average.train()
         return {name: round(float(np.mean([f[name].item() for f in found])), 4) for name in found[0]}
 
     def _log(self, row: dict[str, Any]) -> None:
         print(row, flush=True)
-        with (self._work / "losses.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / "losses.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Keep the state, and that of the encoder before anything is asked."""
         state = {
             "step": self._step,
-            "learner": self._learner.state_dict(),
+            "learner": self.learner.state_dict(),
             "average": self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        temporary = self._work / "state.tmp"  # an interrupted run leaves no half file
+        temporary = self.folder / "state.tmp"  # an interrupted run leaves no half file
         torch.save(state, temporary)
-        os.replace(temporary, self._work / "state.pt")
+        os.replace(temporary, self.folder / "state.pt")
         if self._step == self._plan.encoder_steps:
-            torch.save(state, self._work / "encoder.pt")
+            torch.save(state, self.folder / "encoder.pt")
 
 
 if __name__ == "__main__":

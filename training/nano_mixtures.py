@@ -272,13 +272,13 @@ def _bed(sources: Sources, n: int, loud: float, rng: np.random.Generator, *, cle
     """What lies under everything."""
     hiss = coloured_noise(n, rng)
     if clean:
-        return hiss * loud * 1e-2
+        return hiss * np.float32(loud * 1e-2)
     under = loud * 10.0 ** (rng.uniform(-45.0, -8.0) / 20.0)
     if sources.beds and rng.random() < 0.35:
         audio = sources.beds[rng.integers(len(sources.beds))]
         piece = np.resize(np.roll(audio, -int(rng.integers(len(audio)))), n)
-        return piece * (under / max(level(piece), 1e-5)) + hiss * (0.03 * under)
-    return hiss * under
+        return piece * np.float32(under / max(level(piece), 1e-5)) + hiss * np.float32(0.03 * under)
+    return hiss * np.float32(under)
 
 
 def _add(track: Audio, audio: Audio, first: int) -> None:

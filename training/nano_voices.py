@@ -57,7 +57,7 @@ def coloured(audio: Audio, formants: float, gains_db: NDArray[np.float64]) -> Au
     for idx, frame in enumerate(frames):
         out[idx * HOP : idx * HOP + N_FFT] += frame
         weight[idx * HOP : idx * HOP + N_FFT] += np.square(window)
-    return (out / np.maximum(weight, 1e-3))[N_FFT : N_FFT + n]
+    return (out / np.maximum(weight, 1e-3))[N_FFT : N_FFT + n].astype(np.float32)
 
 
 def coloured_noise(n: int, rng: np.random.Generator) -> Audio:
@@ -66,7 +66,7 @@ def coloured_noise(n: int, rng: np.random.Generator) -> Audio:
     slope = np.float32(rng.uniform(0.0, 1.0))
     spectrum *= np.maximum(np.arange(len(spectrum), dtype=np.float32), 20.0) ** -slope
     noise = np.fft.irfft(spectrum)[:n]
-    return noise / np.float32(level(noise))
+    return (noise / level(noise)).astype(np.float32)
 
 
 def room(rng: np.random.Generator) -> Audio:
@@ -82,7 +82,8 @@ def room(rng: np.random.Generator) -> Audio:
 def in_room(audio: Audio, response: Audio) -> Audio:
     """`audio` heard in a room, as long as before."""
     n = _fast_length(len(audio) + len(response))
-    return np.fft.irfft(np.fft.rfft(audio, n) * np.fft.rfft(response, n), n)[: len(audio)]
+    heard = np.fft.irfft(np.fft.rfft(audio, n) * np.fft.rfft(response, n), n)
+    return heard[: len(audio)].astype(np.float32)
 
 
 def level(audio: NDArray[np.floating]) -> float:

@@ -1,0 +1,390 @@
+#!/usr/bin/env python3
+"""What moss-nano shows of the machinery around it, on recordings it never learned from.
+
+    bench/nano.py --data DATA                        # everything; half an hour on two cores
+    bench/nano.py --data DATA --parts offline        # words, times, sounds, questions of whole clips
+    bench/nano.py --data DATA --short                # the part that `make test` runs
+    bench/nano.py --data DATA --parts offline --model FOLDER   # another checkpoint of its kind
+
+offline   whole mixtures at once: digit errors, times, sounds, questions about time
+encoder   the encoder's output in pieces against the whole, float32
+live      through a real server's socket: is what is committed what is said offline
+hour      an hour through a window of 30 s on a virtual clock, in both modes of markers
+together  16 streams at once: the same text as alone
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Torch's threads spin while they wait; the engine process is started with this as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
+
+from bench.nano_measures import Tally, same_words
+from bench.virtual import VirtualRun, run
+from clients.producer import stream_audio, stream_url
+from model.hub import find
+from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
+from model.moss.encoder import Block
+from model.moss.fork import Question, ask
+from model.moss.hearing import Ear
+from model.moss.window import RollingCache, WindowSettings
+from scripts.demo import HOST, free_port
+from streaming.config import Config, parse_config
+from streaming.engine.loader import device_of, dtype_of, load_runner
+from streaming.protocol import SAMPLE_RATE_HZ, TranscriptDelta, Word
+from training.nano_mixtures import Mixture, Sources, load_sources, mix
+from training.nano_mixtures import Word as Said
+from training.nano_text import (
+    Exchange,
+    events,
+    heard_when,
+    said_between,
+    transcript,
+)
+
+PARTS = ("offline", "encoder", "live", "hour", "together")
+SEED = 7
+N_SLOTS = 8  # clips heard at once
+MAX_TOKENS = 220  # of an answer
+CLIP_S = 12.0
+FRAME_BYTES = 1280  # 40 ms
+PIECE_S = 30.0  # of the hour
+EDGE_S = 300.0  # the first and the last of the hour
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of recordings")
+    parser.add_argument("--model", default="moss-nano", help="or a folder")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--clips", type=int, default=80, help="mixtures of each kind, offline")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="of the hour")
+    parser.add_argument("--short", action="store_true", help="a few mixtures of everything but the hour")
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.clips = 16
+        arguments.parts = [part for part in arguments.parts if part != "hour"]
+    report: dict[str, Any] = {"bench": "nano", "model": Path(arguments.model).name}
+    measures = {"offline": offline, "encoder": encoder, "live": live, "hour": hour, "together": together}
+    for part in arguments.parts:
+        report[part] = measures[part](arguments)
+        print(f"{part}: {json.dumps(report[part])}", flush=True)
+    print(json.dumps(report))
+    return 0
+
+
+# --- whole clips ------------------------------------------------------------------------------
+
+
+def offline(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Speakers that were learned from and others; sounds of a fold that was not."""
+    checkpoint = load(arguments.model)
+    found: dict[str, Any] = {}
+    for name, part, is_clean in (
+        ("heard", "heard", False),
+        ("unheard", "unheard", False),
+        ("heard_clean", "heard", True),
+        ("unheard_clean", "unheard", True),
+    ):
+        sources = load_sources(arguments.data, part)  # type: ignore[arg-type]  # one of two
+        mixtures = make_mixtures(sources, arguments.clips, CLIP_S, clean=is_clean)
+        found[name] = judge(checkpoint, mixtures)
+    return found
+
+
+def judge(checkpoint: Checkpoint, mixtures: Sequence[Mixture]) -> dict[str, Any]:
+    """Ask everything about every mixture, and count."""
+    rng = np.random.default_rng(SEED)
+    asked = []
+    for mixture in mixtures:
+        exchanges = [transcript(mixture, 0), events(mixture, 0), heard_when(mixture, 0, rng)]
+        said = said_between(mixture, 0, rng)
+        asked.append([*exchanges, said] if said else exchanges)
+    tally = Tally()
+    answers = listen(checkpoint, [m.audio for m in mixtures], asked)
+    for mixture, exchanges, texts in zip(mixtures, asked, answers, strict=True):
+        tally.transcript(mixture, texts[0])
+        tally.events(mixture, texts[1])
+        tally.when(exchanges[2], texts[2])
+        if len(texts) > 3:
+            tally.said(exchanges[3], texts[3])
+    return tally.report()
+
+
+def listen(
+    checkpoint: Checkpoint, clips: Sequence[NDArray[np.float32]], asked: Sequence[Sequence[Exchange]]
+) -> list[list[str]]:
+    """Hear whole clips of at most 32 s and answer what is asked of each; no clip is cut."""
+    settings = WindowSettings(n_blocks=8, scratch_tokens=2048)
+    cache = RollingCache(checkpoint.model, checkpoint.layout, settings, N_SLOTS)
+    answers: list[list[str]] = []
+    for first in range(0, len(clips), N_SLOTS):
+        group = range(first, min(first + N_SLOTS, len(clips)))
+        hear(checkpoint, cache, [clips[idx] for idx in group])
+        questions = [
+            Question(slot, checkpoint.layout.question(exchange.question), MAX_TOKENS)
+            for slot, idx in enumerate(group)
+            for exchange in asked[idx]
+        ]
+        said = iter(ask(cache, questions))
+        answers += [[next(said).text for _ in asked[idx]] for idx in group]
+        cache.reset(range(N_SLOTS))
+    return answers
+
+
+@torch.inference_mode()
+def hear(checkpoint: Checkpoint, cache: RollingCache, clips: Sequence[NDArray[np.float32]]) -> None:
+    """Put a clip into each of the first slots."""
+    ears = [Ear(checkpoint.model.config.encoder, checkpoint.layout.special.mel_dtype) for _ in clips]
+    for slot, (ear, clip) in enumerate(zip(ears, clips, strict=True)):
+        blocks = ear.push(torch.from_numpy(clip))
+        for heard in checkpoint.model.hear(blocks):
+            cache.append({slot: heard})
+        if (tail := ear.tail()) is not None:
+            cache.set_tail({slot: checkpoint.model.hear([tail])[0]})
+
+
+def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The largest difference between the encoder's output of a stream in pieces and of the whole clip."""
+    checkpoint = load(arguments.model, torch.float32)
+    sources = load_sources(arguments.data, "unheard")
+    rng = np.random.default_rng(SEED)
+    worst = 0.0
+    for mixture in make_mixtures(sources, 4, 23.4):
+        whole = blocks_of(checkpoint, [mixture.audio])
+        cuts = np.sort(rng.integers(0, len(mixture.audio), 20))
+        pieces = blocks_of(checkpoint, np.split(mixture.audio, cuts))
+        with torch.inference_mode():
+            together = checkpoint.model.audio_encoder.forward(whole)
+            for row, block in enumerate(pieces):  # one at a time, as they come
+                alone = checkpoint.model.audio_encoder.forward([block])
+                n = alone.n_tokens[0]
+                worst = max(worst, float((alone.hidden[0, :n] - together.hidden[row, :n]).abs().max()))
+    return {"max_difference": worst}
+
+
+def blocks_of(checkpoint: Checkpoint, pieces: Sequence[NDArray[np.float32]]) -> list[Block]:
+    """The blocks of a stream that comes in pieces, its growing one last."""
+    ear = Ear(checkpoint.model.config.encoder, checkpoint.layout.special.mel_dtype)
+    blocks = [block for piece in pieces for block in ear.push(torch.from_numpy(piece))]
+    tail = ear.tail()
+    return [*blocks, tail] if tail is not None else blocks
+
+
+# --- streams ------------------------------------------------------------------------------------
+
+
+def live(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Mixtures of 24 s through a server's socket, each a stream, against the same heard offline."""
+    sources = load_sources(arguments.data, "heard")
+    mixtures = make_mixtures(sources, max(4, arguments.clips // 4), 24.0)
+    offline_texts = listen(
+        load(arguments.model), [m.audio for m in mixtures], [[transcript(m, 0)] for m in mixtures]
+    )
+    committed = asyncio.run(through_a_server(arguments.model, [m.audio for m in mixtures]))
+    n_words = n_same = n_said = n_live_errors = n_offline_errors = 0
+    for mixture, (text,), words in zip(mixtures, offline_texts, committed, strict=True):
+        reference = plain_words(text)
+        said = [word.text for word in mixture.words]
+        n_words += max(len(reference), len(words))
+        n_same += max(len(reference), len(words)) - Levenshtein.distance(reference, words)
+        n_said += len(said)
+        n_live_errors += Levenshtein.distance(said, words)
+        n_offline_errors += Levenshtein.distance(said, reference)
+    return {
+        "n_streams": len(mixtures),
+        "n_words": n_words,
+        "same_words": round(n_same / max(1, n_words), 4),
+        "digit_error_rate": round(n_live_errors / max(1, n_said), 4),
+        "digit_error_rate_offline": round(n_offline_errors / max(1, n_said), 4),
+    }
+
+
+async def through_a_server(model: str, clips: Sequence[NDArray[np.float32]]) -> list[list[str]]:
+    """The committed words of each clip, streamed one after another to a server of its own."""
+    with tempfile.TemporaryDirectory(prefix="moss-live-nano-") as folder:
+        port = free_port()
+        config = Path(folder) / "config.toml"
+        config.write_text(
+            f'[server]\nport = {port}\n[model]\nname = "{model}"\n[log]\npath = "{folder}/log.sqlite"\n'
+            "[engine]\nn_slots = 2\nshed_after_s = 0.0\n"
+        )
+        with (Path(folder) / "server.log").open("wb") as log:
+            command = ["-m", "clients.cli", "serve", "--config", str(config)]
+            process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=log, stderr=log)
+        try:
+            await until_ready(port)
+            return [await words_of(port, f"nano-{idx}", clip) for idx, clip in enumerate(clips)]
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+async def words_of(port: int, name: str, clip: NDArray[np.float32]) -> list[str]:
+    """Stream one clip as fast as the server takes it; the words it commits."""
+    pcm = np.rint(clip * 32767).astype("<i2").tobytes()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(pcm), FRAME_BYTES):
+            yield pcm[at : at + FRAME_BYTES]
+
+    words: list[str] = []
+
+    def take(envelope: Any) -> None:
+        if isinstance(envelope.message, TranscriptDelta):
+            words.extend(plain(word.text) for word in envelope.message.words)
+
+    await stream_audio(stream_url(f"ws://{HOST}:{port}", name), chunks(), take, paced=False)
+    return words
+
+
+async def until_ready(port: int) -> None:
+    """Wait until the server takes streams."""
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            status = await reader.readline()
+            writer.close()
+        except OSError:
+            status = b""
+        if b" 200 " in status:
+            return
+        await asyncio.sleep(0.1)
+
+
+def hour(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Mixtures without end through a window of 30 s: is the end as good as the beginning."""
+    sources = load_sources(arguments.data, "heard")
+    pieces = make_mixtures(sources, round(arguments.seconds / PIECE_S), PIECE_S)
+    audio, said = joined(pieces)
+    found: dict[str, Any] = {}
+    for markers in ("absolute", "restart"):
+        config = settings(arguments.model, 1, f'[moss]\nwindow_s = 30.0\nmarkers = "{markers}"\n')
+        runner = load_runner(config)
+        before = psutil.Process().memory_info().rss
+        virtual = run([audio], runner, config).runs[0]
+        after = psutil.Process().memory_info().rss
+        words = committed_words(virtual)
+        end_s = len(audio) / SAMPLE_RATE_HZ
+        found[markers] = {
+            "first": stretch(said, words, 0.0, EDGE_S),
+            "last": stretch(said, words, end_s - EDGE_S, end_s),
+            "whole": stretch(said, words, 0.0, end_s),
+            "memory_grown_mb": round((after - before) / 1e6, 1),
+        }
+        print(f"hour, {markers}: {json.dumps(found[markers])}", flush=True)
+    return found
+
+
+def together(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Streams at once, and each alone."""
+    n_streams = 4 if arguments.short else 16
+    sources = load_sources(arguments.data, "heard")
+    clips = [m.audio for m in make_mixtures(sources, n_streams, 20.0)]
+    config = settings(arguments.model, n_streams, "")
+    at_once = [committed_words(one) for one in run(clips, load_runner(config), config).runs]
+    alone_config = settings(arguments.model, 1, "")
+    runner = load_runner(alone_config)
+    alone = [committed_words(run([clip], runner, alone_config).runs[0]) for clip in clips]
+    texts = [([w.text for w in a], [w.text for w in b]) for a, b in zip(at_once, alone, strict=True)]
+    return {
+        "n_streams": n_streams,
+        "n_words": sum(len(words) for _, words in texts),
+        "n_same_text": sum(a == b for a, b in texts),
+        "same_words": round(
+            sum(same_words(b, a) for a, b in texts) / max(1, sum(len(b) for _, b in texts)), 4
+        ),
+    }
+
+
+def settings(model: str, n_slots: int, more: str) -> Config:
+    """Words alone, nothing left out however slow this machine is."""
+    return parse_config(
+        f'[model]\nname = "{model}"\n[engine]\nn_slots = {n_slots}\nshed_after_s = 0.0\n'
+        f"[events]\nenabled = false\n[emotion]\nenabled = false\n{more}"
+    )
+
+
+# --- mixtures and words ---------------------------------------------------------------------------
+
+
+def load(name: str, dtype: torch.dtype | None = None) -> Checkpoint:
+    """The checkpoint in the arithmetic that it is served in here, or in another."""
+    folder, device = find(name), device_of("auto")
+    weights = load_weights(folder, config_of(folder), dtype or dtype_of("auto", device), device)
+    return Checkpoint(weights, layout_of(folder))
+
+
+def make_mixtures(sources: Sources, n: int, length_s: float, *, clean: bool = False) -> list[Mixture]:
+    """The same for every model."""
+    return [mix(sources, length_s, np.random.default_rng([SEED, idx]), clean=clean) for idx in range(n)]
+
+
+def joined(pieces: Sequence[Mixture]) -> tuple[NDArray[np.float32], list[Said]]:
+    """Mixtures one after another, and the words in them."""
+    words: list[Said] = []
+    at_s = 0.0
+    for piece in pieces:
+        words += [Said(w.text, w.start_s + at_s, w.end_s + at_s, w.sentence) for w in piece.words]
+        at_s += len(piece.audio) / SAMPLE_RATE_HZ
+    return np.concatenate([piece.audio for piece in pieces]), words
+
+
+def committed_words(virtual: VirtualRun) -> list[Word]:
+    """All words of a stream."""
+    messages = [message for _, message in virtual.arrivals]
+    return [word for m in messages if isinstance(m, TranscriptDelta) for word in m.words]
+
+
+def stretch(said: Sequence[Said], words: Sequence[Word], start_s: float, end_s: float) -> dict[str, Any]:
+    """Error rate and times of the words between two times."""
+    reference = [w for w in said if start_s <= (w.start_s + w.end_s) / 2 < end_s]
+    found = [w for w in words if start_s <= (w.start_ms + w.end_ms) / 2000 < end_s]
+    ref, hyp = [w.text for w in reference], [plain(w.text) for w in found]
+    errors_s = [
+        abs(found[block.b + i].start_ms / 1000 - reference[block.a + i].start_s)
+        for block in Levenshtein.opcodes(ref, hyp).as_matching_blocks()
+        for i in range(block.size)
+    ]
+    return {
+        "n_words": len(ref),
+        "digit_error_rate": round(Levenshtein.distance(ref, hyp) / max(1, len(ref)), 4),
+        "start_error_s": round(statistics.median(errors_s), 3) if errors_s else None,
+        "within_a_second": round(sum(e <= 1.0 for e in errors_s) / max(1, len(errors_s)), 4),
+    }
+
+
+def plain_words(text: str) -> list[str]:
+    """The words of a transcript with times."""
+    from model.moss.parse import Span, parse_sentences
+
+    return " ".join(s.text for s in parse_sentences(text, Span(0.0, 1e9))).split()
+
+
+def plain(word: str) -> str:
+    """A word without what may stand around it."""
+    return word.strip(" .,").lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
