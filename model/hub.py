@@ -46,6 +46,8 @@ def find(name: str, *, with_weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a folder nor a hub id OWNER/NAME; {_SHIPS}: {error}") from error
+        raise CheckpointError(
+            f"{name!r} is neither a folder nor a hub id OWNER/NAME; {_SHIPS}: {error}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:  # an incomplete or empty cache is an OSError, too
         raise CheckpointError(f"{name!r} is no folder, and the hub does not give it: {error}") from error

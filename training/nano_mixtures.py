@@ -8,7 +8,7 @@ does. What a generator's seed gives is always the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,9 +64,9 @@ class Sound:
 class Sources:
     """What mixtures are made of."""
 
-    digits: dict[str, dict[str, tuple[Spoken, ...]]]  # by speaker, by word
+    digits: Mapping[str, Mapping[str, tuple[Spoken, ...]]]  # by speaker, by word
     strings: tuple[Spoken, ...]  # said in one go
-    sounds: dict[str, tuple[Sound, ...]]  # by kind
+    sounds: Mapping[str, tuple[Sound, ...]]  # by kind
     beds: tuple[Audio, ...]  # noise and music
 
 
@@ -241,7 +241,7 @@ def _sounds(
             or kind in [e.kind for e in near]
         ):
             continue
-        gain = loud * 10.0 ** (rng.uniform(-14.0, 3.0) / 20.0) / max(level(audio), 1e-5)
+        gain = loud * 10.0 ** (rng.uniform(-15.0, 0.0) / 20.0) / max(level(audio), 1e-5)
         _add(track, audio * gain, round(at_s * SAMPLE_RATE_HZ))
         events.append(event)
     return track, tuple(sorted(events, key=lambda event: event.start_s))
@@ -273,7 +273,7 @@ def _bed(sources: Sources, n: int, loud: float, rng: np.random.Generator, *, cle
     hiss = coloured_noise(n, rng)
     if clean:
         return hiss * np.float32(loud * 1e-2)
-    under = loud * 10.0 ** (rng.uniform(-45.0, -8.0) / 20.0)
+    under = loud * 10.0 ** (rng.uniform(-45.0, -10.0) / 20.0)
     if sources.beds and rng.random() < 0.35:
         audio = sources.beds[rng.integers(len(sources.beds))]
         piece = np.resize(np.roll(audio, -int(rng.integers(len(audio)))), n)

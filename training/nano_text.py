@@ -21,6 +21,7 @@ from model.moss.checkpoint import QWEN_SPLIT
 from model.moss.prompt import prompt, prompt_names
 from training.nano_mixtures import SOUNDS, Event, Mixture, Word
 
+NOT_KNOWN = 0.04  # of mixtures, that are asked for what it does not know
 TIME_STEP_S = 0.05
 BLOCK_S = 4
 N_TOKENS = 1024  # of the vocabulary, the special ones that no text makes included
@@ -141,6 +142,8 @@ def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list
             asked.append(events(mixture, offset_s, hidden))
     said = said_between(mixture, offset_s, rng) if rng.random() < 0.5 else None
     asked.append(said or heard_when(mixture, offset_s, rng))
+    if rng.random() < NOT_KNOWN:  # it was never told how anybody feels
+        asked.append(Exchange(prompt("emotion").text, "", ""))
     return asked
 
 

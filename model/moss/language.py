@@ -153,17 +153,30 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, angles: Tensor, layer_idx: int, access: Access | None, bias: Tensor | None
     ) -> Tensor:
-        """[B, T, H] to [B, T, H]; without a cache and a bias, causal within the call."""
+        """[B, T, H] to [B, T, H]; without a cache and a mask, causal within the call."""
         q = rotate(self.q_norm(split_heads(self.q_proj(x), self.n_heads)), angles)  # [B, H, T, D]
         k = rotate(self.k_norm(split_heads(self.k_proj(x), self.n_key_heads)), angles)
         v = split_heads(self.v_proj(x), self.n_key_heads)
-        if access is None or bias is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True
-            )
+        if bias is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif access is None:
+            out = _attend_masked(q, k, v, bias)
         else:
             out = _attend_cached(q, k, v, layer_idx, access, bias)
         return self.o_proj(merge_heads(out))  # type: ignore[no-any-return]
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of whole sequences with a mask [B, 1, T, T] bool: [B, H, T, D].
+
+    For training: forwards and backwards, these products take half the time of the fused kernel on a
+    CPU in bfloat16.
+    """
+    scale = q.shape[3] ** -0.5
+    grouped = (q * scale).reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, H / K * T, D]
+    scores = (grouped @ k.transpose(2, 3)).view(*q.shape[:3], -1).masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1).to(v.dtype).view(*grouped.shape[:3], -1)
+    return (weights @ v).view(q.shape)  # type: ignore[no-any-return]
 
 
 def _attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_idx: int, access: Access, bias: Tensor) -> Tensor:

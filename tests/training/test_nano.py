@@ -29,7 +29,7 @@ from training.nano_text import (
     sentences,
     transcript,
 )
-from training.nano_voices import coloured, coloured_noise, in_room, level, resampled, room
+from training.nano_voices import Audio, coloured, coloured_noise, in_room, level, resampled, room
 
 torch.set_num_threads(1)
 
@@ -68,7 +68,7 @@ def sources() -> Sources:
     """Clips of noise: they say nothing, but have lengths."""
     rng = np.random.default_rng(0)
 
-    def noise(seconds: float) -> np.ndarray:
+    def noise(seconds: float) -> Audio:
         return rng.normal(0.0, 0.1, round(seconds * 16_000)).astype(np.float32)
 
     digits = {
@@ -190,9 +190,9 @@ def test_voices_change_and_times_do_not() -> None:
     """Formants up: higher frequencies, the same length. Faster: shorter. A room: the same length."""
     rng = np.random.default_rng(0)
     t = np.arange(8000) / 16_000
-    voice = sum(np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 20)).astype(np.float32)
+    voice = np.sum([np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 20)], axis=0).astype(np.float32)
 
-    def centre(audio: np.ndarray) -> float:
+    def centre(audio: Audio) -> float:
         power = np.abs(np.fft.rfft(audio)) ** 2
         return float((power * np.arange(len(power))).sum() / power.sum())
 
