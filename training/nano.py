@@ -33,8 +33,9 @@ import model as model_package
 from model.moss.checkpoint import layout_of
 from model.moss.config import EncoderConfig
 from model.moss.prompt import Layout
+from training.nano_align import spans_of
 from training.nano_batch import Batch, make_batch
-from training.nano_mixtures import Part, Sources, load_sources, mix
+from training.nano_mixtures import Part, Sources, load_sources, load_strings, mix
 from training.nano_model import Learner, save_weights, total, write_description
 from training.nano_text import BLOCK_S, exchanges, save_tokenizer
 
@@ -48,6 +49,8 @@ HARD_FROM = 2000  # steps, over which mixtures get as hard as they come
 WARM_UP = 150  # steps, again where questions begin
 DECAY = 0.3  # of all steps, at the end
 EMA = 0.998
+ALIGN_AT = 2500  # steps, after which the encoder says where the digits of a string are
+PARTS: tuple[Part, ...] = ("heard", "unheard")  # that are looked at meanwhile
 SAVE_EVERY = 250
 CHECK_EVERY = 500
 MAX_OFFSET_S = 40_000  # what the beginning of a mixture may be called
@@ -70,14 +73,16 @@ class Plan:
 class Mixtures(IterableDataset[Batch]):
     """The batches of steps from `first` on; each follows from its number."""
 
-    def __init__(self, data: Path, folder: Path, config: EncoderConfig, first: int, plan: Plan) -> None:
+    def __init__(
+        self, data: Path, strings: Path, folder: Path, config: EncoderConfig, first: int, plan: Plan
+    ) -> None:
         super().__init__()
-        self._data, self._folder, self._config = data, folder, config
+        self._data, self._strings, self._folder, self._config = data, strings, folder, config
         self._first, self._plan = first, plan
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
-        sources, layout = load_sources(self._data, "train"), layout_of(self._folder)
+        sources, layout = load_sources(self._data, "train", self._strings), layout_of(self._folder)
         for step in range(self._first, self._plan.steps):
             rng = np.random.default_rng([SEED, step])
             asks = step >= self._plan.encoder_steps
@@ -188,10 +193,21 @@ class Run:
             self._step = state["step"]
 
     def train(self, data: Path, until: int) -> None:
-        """Take steps up to `until`."""
+        """Take steps up to `until`; once digits can be told apart, find them in the strings."""
+        if self._step < min(ALIGN_AT, until):
+            self._train(data, min(ALIGN_AT, until))
+        strings = self.folder / "strings.json"
+        if self._step >= ALIGN_AT and not strings.exists():
+            self._averaged.eval()
+            spans = {s.name: spans_of(self._averaged, s) for s in load_strings(data, None)}
+            self._average.train()
+            strings.write_text(json.dumps(spans), encoding="utf-8")
+        self._train(data, until)
+
+    def _train(self, data: Path, until: int) -> None:
         config = self.learner.model.config.encoder
-        mixtures = Mixtures(data, self._out, config, self._step, self._plan)
-        tests = {part: self._tests(data, part) for part in ("heard", "unheard")}
+        mixtures = Mixtures(data, self.folder / "strings.json", self._out, config, self._step, self._plan)
+        tests = {part: self._tests(data, part) for part in PARTS}
         started, sums = time.perf_counter(), dict[str, float]()
         loader = DataLoader(mixtures, batch_size=None, num_workers=1, prefetch_factor=4)
         for batch in loader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ SHORT = ("dog_bark", "sneeze", "rooster")
 
 SENTENCE_GAP_S = 0.5  # a longer pause ends a sentence
 MIN_HEARD = 0.6  # of a word's length that must lie inside for it to be said
+STRINGS = 0.35  # of the sentences learned from are recordings of several digits
 MIN_SOUND_S = 0.3  # of a sound
 MAX_AT_ONCE = 2  # sounds
 
@@ -49,6 +50,8 @@ class Spoken:
     words: tuple[str, ...]
     speaker: str
     audio: Audio  # from its first sound to its last
+    spans: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # of each word, in parts of its length
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +101,15 @@ class Mixture:
     events: tuple[Event, ...]
 
 
-def load_sources(data: Path, part: Part) -> Sources:
+def load_sources(data: Path, part: Part, strings: Path | None = None) -> Sources:
     """Read the clips of one part: what is learned from, or what is not; about 150 MB.
 
     Args:
         data: The folder of recordings.
         part: `heard`: other takes of the speakers that are learned from. Both tests have the sounds
             of the fold that is not.
+        strings: Where the words of recordings of several digits are (`nano_align`); without it they
+            are taken to be spoken evenly.
     """
     digits: dict[str, dict[str, list[Spoken]]] = {}
     for row in _rows(data / "speech_en/manifest.jsonl"):
@@ -125,7 +130,7 @@ def load_sources(data: Path, part: Part) -> Sources:
             )
     return Sources(
         {speaker: {w: tuple(c) for w, c in by_word.items()} for speaker, by_word in digits.items()},
-        tuple(_strings(data)) if part == "train" else (),
+        tuple(load_strings(data, strings)) if part == "train" else (),
         {kind: tuple(clips) for kind, clips in sounds.items()},
         tuple(_beds(data)),
     )
@@ -184,10 +189,9 @@ def _speech(
             gain = loud * 10.0 ** (rng.uniform(-2.0, 2.0) / 20.0) / max(level(spoken.audio), 1e-5)
             _add(track, spoken.audio * gain, first)
             length_s = len(spoken.audio) / SAMPLE_RATE_HZ
-            each_s = length_s / len(spoken.words)  # a string is taken to be spoken evenly
-            for idx, text in enumerate(spoken.words):
-                a, b = at_s + idx * each_s, at_s + (idx + 1) * each_s
-                if min(b, end_s) - max(a, 0.0) >= MIN_HEARD * each_s:
+            for text, (first_part, last_part) in zip(spoken.words, spoken.spans, strict=True):
+                a, b = at_s + first_part * length_s, at_s + last_part * length_s
+                if min(b, end_s) - max(a, 0.0) >= MIN_HEARD * (b - a):
                     words.append(Word(text, max(a, 0.0), min(b, end_s), sentence))
             at_s += length_s + gap_s
         sentence += 1
@@ -202,7 +206,7 @@ def _sentence(sources: Sources, rng: np.random.Generator, change: float) -> list
     if change:
         speed, throat = np.exp(change * rng.uniform(-0.25, 0.25)), np.exp(change * rng.uniform(-0.2, 0.2))
         gains_db = rng.normal(0.0, 4.0 * change, 6)
-    if sources.strings and rng.random() < 0.2:
+    if sources.strings and rng.random() < STRINGS:
         chosen = [sources.strings[rng.integers(len(sources.strings))]]
     else:
         speakers = sorted(sources.digits)
@@ -216,7 +220,7 @@ def _sentence(sources: Sources, rng: np.random.Generator, change: float) -> list
         if change:
             own = speed * np.exp(change * rng.uniform(-0.05, 0.05))
             audio = coloured(resampled(audio, own), throat / speed**0.5, gains_db)
-        said.append((Spoken(spoken.words, spoken.speaker, audio), base_s + float(rng.uniform(0.0, 0.15))))
+        said.append((replace(spoken, audio=audio), base_s + float(rng.uniform(0.0, 0.15))))
     said[-1] = (said[-1][0], 0.0)
     return said
 
@@ -294,14 +298,20 @@ def _part_of(speaker: str, take: int) -> Part:
     return "heard" if take < N_TEST_TAKES else "train"
 
 
-def _strings(data: Path) -> list[Spoken]:
-    """Digits said in one go, by other speakers."""
+def load_strings(data: Path, strings: Path | None) -> list[Spoken]:
+    """Recordings of several digits said in one go, by other speakers."""
+    known = json.loads(strings.read_text(encoding="utf-8")) if strings and strings.exists() else {}
     found = []
     for name in ("speech_train", "speech_en"):
         for row in _rows(data / name / "manifest.jsonl"):
             texts = tuple(row["text"].split()) if "speechocean762" in row["path"] else ()
             if texts and set(texts) <= set(WORDS):
-                found.append(Spoken(texts, row["speaker"], _trimmed(read_audio(data / row["path"]))))
+                n = len(texts)
+                spans = known.get(row["path"], [(idx / n, (idx + 1) / n) for idx in range(n)])
+                audio = _trimmed(read_audio(data / row["path"]))
+                found.append(
+                    Spoken(texts, row["speaker"], audio, tuple((a, b) for a, b in spans), row["path"])
+                )
     return found
 
 

@@ -14,6 +14,7 @@ from model.moss.network import AudioEmbeddings
 from model.moss.prompt import Layout, prompt, prompt_names
 from model.moss.window import RollingCache, WindowSettings
 from training.nano import Plan, Run, train_batch
+from training.nano_align import likeliest
 from training.nano_batch import IGNORED, make_batch
 from training.nano_mixtures import SOUNDS, WORDS, Event, Mixture, Sound, Sources, Spoken, Word, mix
 from training.nano_model import AUDIO, STOP, Learner, save_weights, total, write_description
@@ -76,7 +77,7 @@ def sources() -> Sources:
         for speaker in ("a", "b")
     }
     sounds = {kind: (Sound(kind, noise(5.0), ((0.2, 1.0), (2.0, 4.8))),) for kind in SOUNDS}
-    return Sources(digits, (Spoken(("one", "two"), "c", noise(0.9)),), sounds, (noise(3.0),))
+    return Sources(digits, (Spoken(("one", "two"), "c", noise(0.9), ((0.0, 0.5), (0.5, 1.0))),), sounds, (noise(3.0),))
 
 
 # --- what is said ------------------------------------------------------------------------------
@@ -333,3 +334,24 @@ def test_every_loss_reaches_what_it_teaches(sources: Sources, folder: Path) -> N
     total(learner.losses(batch, with_answers=True)).backward()
     without = [name for name, p in learner.named_parameters() if p.grad is None]
     assert without == []
+
+
+# --- where digits are ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoken", "digits", "expected"),
+    [
+        ([0, 3, 3, 0, 0, 7, 7, 7, 0], [3, 7], [(1, 2), (5, 7)]),
+        ([3, 3, 7, 7], [3, 7], [(0, 1), (2, 3)]),
+        ([0, 3, 3, 3, 3, 0], [3, 3], [(1, 2), (3, 4)]),  # one after the other, without a pause
+        ([3, 3, 0, 3, 3, 0], [3, 3], [(0, 1), (3, 4)]),
+    ],
+)
+def test_digits_are_found_in_order(
+    spoken: list[int], digits: list[int], expected: list[tuple[int, int]]
+) -> None:
+    """Scores that are sure of each token give just that."""
+    scores = torch.full((len(spoken), 11), -8.0)
+    scores[torch.arange(len(spoken)), torch.tensor(spoken)] = -0.01
+    assert likeliest(scores, digits) == expected
