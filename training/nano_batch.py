@@ -36,6 +36,7 @@ class Batch:
     position: Tensor  # [B, T]
     mask: Tensor  # [B, 1, T, T] bool: which tokens a token sees
     labels: Tensor  # [B, T], the token that should follow; IGNORED where none is asked for
+    pointers: Tensor  # [P, 4]: row, token, and the first and last token that the one after it is about
     digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
     n_digits: Tensor  # [B]
     digit_at: Tensor  # [B, N], the digit in the middle of each token, 1 to 10; 0 for none
@@ -78,7 +79,8 @@ def make_batch(
     ids, position = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
     labels = torch.full(size, IGNORED)
     mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-    for idx, (row_ids, row_position, row_labels, row_mask) in enumerate(rows):
+    pointers = [(idx, *pointer) for idx, (*_, row_pointers) in enumerate(rows) for pointer in row_pointers]
+    for idx, (row_ids, row_position, row_labels, row_mask, _) in enumerate(rows):
         n = len(row_ids)
         ids[idx, :n], position[idx, :n], labels[idx, :n] = row_ids, row_position, row_labels
         mask[idx, 0, :n, :n] = row_mask
@@ -89,6 +91,7 @@ def make_batch(
         position,
         mask,
         labels,
+        torch.tensor(pointers, dtype=torch.long).view(-1, 4),
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
         torch.stack([_digit_at(mixture, n_audio) for mixture in mixtures]),
@@ -122,17 +125,25 @@ def _masked(block: Block, rng: np.random.Generator) -> Block:
 
 def _row(
     n_audio: int, exchanges: Sequence[Exchange], offset_s: int, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids, positions, labels [n] and mask [n, n] of one mixture."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int, int]]]:
+    """Ids, positions, labels [n], mask [n, n] and pointers of one mixture."""
     prefix = layout.prefix
     audio = layout.audio(n_audio, offset_s + 2)
     ids, labels = [*prefix, *audio], [IGNORED] * (len(prefix) + len(audio))
     position = list(range(len(ids)))
-    branches = []
+    places = [idx for idx, token in enumerate(ids) if token == layout.special.audio]
+    branches, pointers = [], []
     for exchange in exchanges:
         asked = layout.question(exchange.question, exchange.said)
         answer = (*layout.tokenizer.encode(exchange.answer), layout.special.stop[0])
         start, n = len(ids), len(asked) + len(answer)
+        n_chars = 0
+        for idx, token in enumerate(answer[:-1]):
+            n_chars += len(layout.tokenizer.decode([token]))
+            place = exchange.where[n_chars - 1] if exchange.where else None
+            if place is not None:
+                first, last = (min(len(places) - 1, int(t * TOKENS_PER_S)) for t in place)
+                pointers.append((start + len(asked) + idx - 1, places[first], places[last]))
         ids += [*asked, *answer]
         labels += [IGNORED] * (len(asked) - 1) + [*answer, IGNORED]
         position += range(len(prefix) + len(audio), len(prefix) + len(audio) + n)
@@ -143,7 +154,7 @@ def _row(
     for start, stop, first_audio in branches:
         mask[start:stop, len(prefix) : first_audio] = False
         mask[start:stop, shared:start] = False
-    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask
+    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask, pointers
 
 
 def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:

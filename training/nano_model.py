@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from model.layers import EncoderLayer
 from model.moss.config import MossConfig, read_config
+from model.moss.language import rotary_angles, rotate
 from model.moss.network import MossAudio
 from training.nano_batch import IGNORED, Batch
 from training.nano_mixtures import SOUNDS, WORDS
@@ -22,6 +25,10 @@ from training.nano_text import N_TOKENS, UNSEEN_TOKENS
 AUDIO, AUDIO_START, AUDIO_END = range(N_TOKENS - UNSEEN_TOKENS, N_TOKENS)
 STOP = 2  # <|im_end|>
 CTC_WEIGHT = 0.3
+POINTING_WEIGHT = 0.3
+# Language layers whose first head is taught to look at what the next token is about. Left to itself a
+# model of this size finds out late where it is in the audio (docs/decisions.md).
+POINTING_LAYERS = (2, 3)
 SOUND_WEIGHT = 3.0  # it is a tenth of the others
 
 
@@ -153,24 +160,59 @@ class Learner(nn.Module):
         if not self.training:
             found["digit_errors"] = _digit_errors(scores, batch)
         if with_answers:
-            found["answers"] = self._answers(batch, *self.model.adapt(encoded), by_row)
+            found["answers"], found["pointing"] = self._answers(batch, *self.model.adapt(encoded), by_row)
         return found
 
-    def _answers(self, batch: Batch, embeds: Tensor, added: Tensor, by_row: Any) -> Tensor:
+    def _answers(self, batch: Batch, embeds: Tensor, added: Tensor, by_row: Any) -> tuple[Tensor, Tensor]:
         is_audio = (batch.ids == AUDIO)[..., None]
         x = self.model.language_model.embed_tokens(batch.ids)
         x = x.masked_scatter(is_audio, by_row(embeds).to(x.dtype))
         deep = [torch.zeros_like(x).masked_scatter(is_audio, by_row(a).to(x.dtype)) for a in added]
-        states = self.model.language_model.forward(x, batch.position, deep, mask=batch.mask)
+        with self._watched() as seen:
+            states = self.model.language_model.forward(x, batch.position, deep, mask=batch.mask)
         is_asked = batch.labels != IGNORED
         logits = self.model.lm_head(states[is_asked]).float()
-        return F.cross_entropy(logits, batch.labels[is_asked])
+        pointing = [self._pointing(batch, q, k) for q, k in zip(seen[::2], seen[1::2], strict=True)]
+        return F.cross_entropy(logits, batch.labels[is_asked]), torch.stack(pointing).mean()
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[Tensor]]:
+        """Queries and keys, before they are turned, of the layers that learn to point."""
+        seen: list[Tensor] = []
+        hooks = [
+            norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+            for idx in POINTING_LAYERS
+            for norm in (
+                self.model.language_model.layers[idx].self_attn.q_norm,
+                self.model.language_model.layers[idx].self_attn.k_norm,
+            )
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _pointing(self, batch: Batch, q: Tensor, k: Tensor) -> Tensor:
+        """How little of the first head's attention lies on what the next token is about."""
+        if not len(batch.pointers):
+            return q.new_zeros(())
+        row, token, first, last = batch.pointers.unbind(1)
+        angles = rotary_angles(batch.position, self.model.config.language)
+        q, k = rotate(q[:, 0], angles), rotate(k[:, 0], angles)  # [B, T, D]
+        scores = (q @ k.transpose(1, 2)).float() * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~batch.mask[:, 0], -torch.inf)[row, token].log_softmax(-1)  # [P, T]
+        place = torch.arange(scores.shape[1])
+        is_meant = (place >= first[:, None]) & (place <= last[:, None])
+        return -scores.masked_fill(~is_meant, -1e4).logsumexp(-1).mean()
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
     """What is made smaller."""
     aside = CTC_WEIGHT * losses["ctc"] + losses["digit_at"] + SOUND_WEIGHT * losses["sounds"]
-    return aside + losses["answers"] if "answers" in losses else aside
+    if "answers" not in losses:
+        return aside
+    return aside + losses["answers"] + POINTING_WEIGHT * losses["pointing"]
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path) -> None:

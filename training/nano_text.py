@@ -22,11 +22,32 @@ from model.moss.prompt import prompt, prompt_names
 from training.nano_mixtures import SOUNDS, Event, Mixture, Word
 
 NOT_KNOWN = 0.04  # of mixtures, that are asked for what it does not know
+TOKEN_S = 0.08  # of audio
 TIME_STEP_S = 0.05
 BLOCK_S = 4
 N_TOKENS = 1024  # of the vocabulary, the special ones that no text makes included
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 UNSEEN_TOKENS = 3  # audio, its start and its end: spliced in, so that no text can say them
+
+
+Place = tuple[float, float]  # seconds
+
+
+class _Told:
+    """An answer as it grows, with what of the audio each of its characters is about."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.where: list[Place | None] = []
+
+    def say(self, text: str, place: Place | None) -> None:
+        """Add some text that is about a place."""
+        self.text += text
+        self.where += [place] * len(text)
+
+    def exchange(self, question: str, said: str = "", first_block: int = 0) -> Exchange:
+        """The answer to a question."""
+        return Exchange(question, said, self.text, first_block, tuple(self.where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +58,7 @@ class Exchange:
     said: str  # the beginning of the answer that is put in the model's mouth
     answer: str  # what it should say from there on
     first_block: int = 0  # older blocks are not looked at
+    where: tuple[Place | None, ...] = ()  # per character of the answer, what of the audio it is about
 
 
 @functools.cache
@@ -55,21 +77,22 @@ def clock(time_s: float, offset_s: int) -> str:
     return f"{offset_s + round(time_s / TIME_STEP_S) * TIME_STEP_S:.2f}"
 
 
-def sentences(words: Sequence[Word], offset_s: int) -> str:
-    """`[0.00]seven three[1.45][2.10]one[2.50]`."""
+def _sentences(told: _Told, words: Sequence[Word], offset_s: int) -> None:
+    """Say `[0.00]seven three[1.45][2.10]one[2.50]`."""
     by_sentence: dict[int, list[Word]] = {}
     for word in words:
         by_sentence.setdefault(word.sentence, []).append(word)
-    return "".join(
-        f"[{clock(said[0].start_s, offset_s)}]{_text(said)}[{clock(said[-1].end_s, offset_s)}]"
-        for said in by_sentence.values()
-    )
+    for said in by_sentence.values():
+        told.say(f"[{clock(said[0].start_s, offset_s)}]", _beginning(said[0].start_s))
+        _words(told, said)
+        told.say(f"[{clock(said[-1].end_s, offset_s)}]", _end(said[-1].end_s))
 
 
 def transcript(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
     """What was said in the blocks from `first_block` on."""
-    words = heard_words(mixture, first_block)
-    return Exchange(prompt("transcript").text, "", sentences(words, offset_s), first_block)
+    told = _Told()
+    _sentences(told, heard_words(mixture, first_block), offset_s)
+    return told.exchange(prompt("transcript").text, "", first_block)
 
 
 def continued(
@@ -87,18 +110,25 @@ def continued(
     n_agreed = int(rng.integers(1, len(words) - first + 1))
     agreed, rest = words[first : first + n_agreed], words[first + n_agreed :]
     same = [word for word in rest if word.sentence == agreed[-1].sentence]
+    told = _Told()
+    for word in same:
+        told.say(f" {word.text}", (word.start_s, word.end_s))
     end_s = same[-1].end_s if same else agreed[-1].end_s
-    answer = "".join(f" {word.text}" for word in same) + f"[{clock(end_s, offset_s)}]"
-    answer += sentences(rest[len(same) :], offset_s)
-    said = f"[{clock(agreed[0].start_s, offset_s)}]{_text(agreed)}"
-    return Exchange(prompt("transcript").text, said, answer, first_block)
+    told.say(f"[{clock(end_s, offset_s)}]", _end(end_s))
+    _sentences(told, rest[len(same) :], offset_s)
+    said = f"[{clock(agreed[0].start_s, offset_s)}]{' '.join(word.text for word in agreed)}"
+    return told.exchange(prompt("transcript").text, said, first_block)
 
 
 def events(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
     """What sounded in the blocks from `first_block` on."""
-    heard = heard_events(mixture, first_block)
-    lines = [f"{_span(event, offset_s)}: {label_of(event.kind)}" for event in heard]
-    return Exchange(prompt("events").text, "", "\n".join(lines), first_block)
+    told = _Told()
+    for event in heard_events(mixture, first_block):
+        if told.text:
+            told.say("\n", _beginning(event.start_s))
+        _span(told, event, offset_s)
+        told.say(f": {label_of(event.kind)}", (event.start_s, event.end_s))
+    return told.exchange(prompt("events").text, "", first_block)
 
 
 def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange | None:
@@ -116,7 +146,11 @@ def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> E
     words = [word for word in mixture.words if a <= (word.start_s + word.end_s) / 2 <= b]
     templates = phrases()["said"]["questions"]
     question = templates[rng.integers(len(templates))].format(start=offset_s + a, end=offset_s + b)
-    return Exchange(question, "", _text(words) or phrases()["said"]["nothing"])
+    told = _Told()
+    _words(told, words)
+    if not words:
+        told.say(phrases()["said"]["nothing"], None)
+    return told.exchange(question)
 
 
 def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange:
@@ -124,9 +158,15 @@ def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exc
     present = sorted({event.kind for event in mixture.events})
     kinds = present if present and rng.random() < 0.75 else list(SOUNDS)
     kind = kinds[rng.integers(len(kinds))]
-    spans = [_span(event, offset_s) for event in mixture.events if event.kind == kind]
-    answer = ", ".join(spans) or phrases()["heard"]["nothing"]
-    return Exchange(phrases()["sounds"][kind]["question"], "", answer)
+    told = _Told()
+    for event in mixture.events:
+        if event.kind == kind:
+            if told.text:
+                told.say(", ", _beginning(event.start_s))
+            _span(told, event, offset_s)
+    if not told.text:
+        told.say(phrases()["heard"]["nothing"], None)
+    return told.exchange(phrases()["sounds"][kind]["question"])
 
 
 def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
@@ -216,9 +256,19 @@ def _digit_texts() -> list[str]:
     return [f"[0.00]{word} {word}[1.25][2.10]{word}[3.00]" for word in WORDS]
 
 
-def _span(event: Event, offset_s: int) -> str:
-    return f"{clock(event.start_s, offset_s)} - {clock(event.end_s, offset_s)}"
+def _span(told: _Told, event: Event, offset_s: int) -> None:
+    told.say(clock(event.start_s, offset_s), _beginning(event.start_s))
+    told.say(f" - {clock(event.end_s, offset_s)}", _end(event.end_s))
 
 
-def _text(words: Sequence[Word]) -> str:
-    return " ".join(word.text for word in words)
+def _words(told: _Told, words: Sequence[Word]) -> None:
+    for idx, word in enumerate(words):
+        told.say(f" {word.text}" if idx else word.text, (word.start_s, word.end_s))
+
+
+def _beginning(time_s: float) -> Place:
+    return time_s, time_s + 2 * TOKEN_S
+
+
+def _end(time_s: float) -> Place:
+    return max(0.0, time_s - 2 * TOKEN_S), time_s

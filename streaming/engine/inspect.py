@@ -40,7 +40,7 @@ def inspect(
     fetch: bool,
     as_json: bool,
 ) -> None:
-    """Say what MODEL (embedded, a folder or a hub id) is, what it needs in memory, and whether it fits.
+    """Say what MODEL (a name that ships, a folder or a hub id) is, what it needs, and whether it fits.
 
     The status is 0 where it fits or that cannot be told, 1 where it does not fit or its weights are
     wrong, 2 where it cannot be read.

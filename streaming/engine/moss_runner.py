@@ -199,7 +199,10 @@ class MossRunner:
             agreed = agreed[len(agreed) // 2 + 1 :]  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
             ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
-        n_tokens = min(fork.max_tokens, room, self._max_answer_tokens)
+        n_wanted = fork.max_tokens
+        if fork.task == "transcript":  # its budget is for words; times come on top
+            n_wanted += self._time_tokens(slot, heard, agreed, offset_s)
+        n_tokens = min(n_wanted, room, self._max_answer_tokens)
         question = Question(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
         return _Due(step, fork, question, window, heard, offset_s, said, agreed)
 
@@ -223,6 +226,12 @@ class MossRunner:
             return ""
         start_s = max(0.0, (agreed[0].start - origin) / SAMPLE_RATE_HZ - offset_s)
         return f"[{start_s:.2f}]{join_words(word.text for word in agreed)}"
+
+    def _time_tokens(self, slot: _Slot, heard: Span, agreed: Sequence[HeardWord], offset_s: float) -> int:
+        """Tokens that the times of new sentences take: one sentence a second, two times each."""
+        told_s = (agreed[-1].end - slot.origin) / SAMPLE_RATE_HZ if agreed else heard.start_s
+        n_sentences = 1 + int(max(0.0, heard.end_s - told_s))
+        return 2 * n_sentences * len(self._layout.tokenizer.encode(f"[{heard.end_s - offset_s:.2f}]"))
 
     # --- reading ----------------------------------------------------------------------------
 

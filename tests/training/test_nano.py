@@ -27,7 +27,6 @@ from training.nano_text import (
     label_of,
     said_between,
     save_tokenizer,
-    sentences,
     transcript,
 )
 from training.nano_voices import Audio, coloured, coloured_noise, in_room, level, resampled, room
@@ -77,7 +76,9 @@ def sources() -> Sources:
         for speaker in ("a", "b")
     }
     sounds = {kind: (Sound(kind, noise(5.0), ((0.2, 1.0), (2.0, 4.8))),) for kind in SOUNDS}
-    return Sources(digits, (Spoken(("one", "two"), "c", noise(0.9), ((0.0, 0.5), (0.5, 1.0))),), sounds, (noise(3.0),))
+    return Sources(
+        digits, (Spoken(("one", "two"), "c", noise(0.9), ((0.0, 0.5), (0.5, 1.0))),), sounds, (noise(3.0),)
+    )
 
 
 # --- what is said ------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_sentences_are_parted_by_pauses(sources: Sources) -> None:
     mixture = mix(sources, 30.0, np.random.default_rng(3))
     for before, after in zip(mixture.words, mixture.words[1:], strict=False):
         assert (after.start_s - before.end_s >= 0.5) == (after.sentence != before.sentence)
-    assert sentences(mixture.words, 0).count("[") == 2 * len({w.sentence for w in mixture.words})
+    assert transcript(mixture, 0).answer.count("[") == 2 * len({w.sentence for w in mixture.words})
 
 
 def test_voices_change_and_times_do_not() -> None:
@@ -318,7 +319,7 @@ def test_a_training_goes_on_where_it_was(sources: Sources, folder: Path, tmp_pat
     for batch in batches[2:]:
         losses = whole.take(batch)
         assert again.take(batch) == losses
-        assert set(losses) == {"ctc", "digit_at", "sounds", "answers"}
+        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing"}
     for name, tensor in whole.learner.state_dict().items():
         assert torch.equal(tensor, again.learner.state_dict()[name]), name
 
