@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS)
     parser.add_argument("--until", type=int, help="stop and export here; the rates stay those of --steps")
     parser.add_argument("--without", nargs="*", choices=["deepstack", "markers"], default=[])
-    parser.add_argument("--begin-with", type=Path, help="state of another run, whose encoder is taken over")
+    parser.add_argument("--begin-with", type=Path, help="state of another run, whose weights are taken over")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the checkpoint goes")
     arguments = parser.parse_args()
     plan = Plan(arguments.steps, arguments.encoder_steps)
@@ -171,26 +171,23 @@ class Run:
             betas=(0.9, 0.98),
             fused=True,
         )
-        self._step = 0
+        self._step = self._warm_from = 0
 
     def resume(self, other: Path | None) -> None:
-        """Go on from this run's state, or take another's encoder and step, or begin."""
+        """Go on from this run's state, or take over another's weights and step, or begin."""
         if (path := self.folder / "state.pt").exists():
             state = torch.load(path, weights_only=True)
             self.learner.load_state_dict(state["learner"])
             self._average.load_state_dict(state["average"])
             self._optimizer.load_state_dict(state["optimizer"])
-            self._step = state["step"]
+            self._step, self._warm_from = state["step"], state["warm_from"]
         elif other is not None:
             state = torch.load(other, weights_only=True)
-            encoder = {
-                name: tensor
-                for name, tensor in state["learner"].items()
-                if name.startswith(("model.audio_encoder", "digit_head", "digit_at_head", "sound_head"))
-            }
-            self.learner.load_state_dict(encoder, strict=False)
+            own = self.learner.state_dict()
+            taken = {name: tensor for name, tensor in state["learner"].items() if name in own}
+            self.learner.load_state_dict(taken, strict=False)
             self._averaged.load_state_dict(self.learner.state_dict())
-            self._step = state["step"]
+            self._step = self._warm_from = state["step"]
 
     def train(self, data: Path, until: int) -> None:
         """Take steps up to `until`; once digits can be told apart, find them in the strings."""
@@ -233,7 +230,8 @@ class Run:
     def take(self, batch: Batch) -> dict[str, float]:
         """One step; its losses."""
         for group in self._optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * self._plan.rate(self._step)
+            warm = min(1.0, (self._step - self._warm_from + 1) / WARM_UP)  # a new optimizer knows nothing
+            group["lr"] = LEARNING_RATE * self._plan.rate(self._step) * warm
         with torch.autocast("cpu", torch.bfloat16):
             losses = self.learner.losses(batch, with_answers=self._step >= self._plan.encoder_steps)
         total(losses).backward()
@@ -278,6 +276,7 @@ class Run:
             "learner": self.learner.state_dict(),
             "average": self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "warm_from": self._warm_from,
         }
         temporary = self.folder / "state.tmp"  # an interrupted run leaves no half file
         torch.save(state, temporary)

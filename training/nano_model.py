@@ -26,6 +26,7 @@ AUDIO, AUDIO_START, AUDIO_END = range(N_TOKENS - UNSEEN_TOKENS, N_TOKENS)
 STOP = 2  # <|im_end|>
 CTC_WEIGHT = 0.3
 POINTING_WEIGHT = 0.3
+PLACE_WEIGHT = 0.2
 # Language layers whose first head is taught to look at what the next token is about. Left to itself a
 # model of this size finds out late where it is in the audio (docs/decisions.md).
 POINTING_LAYERS = (2, 3)
@@ -109,7 +110,11 @@ def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -
 
 
 class Learner(nn.Module):
-    """The model, and three heads on its encoder that are thrown away after training."""
+    """The model, with heads that are thrown away after training: three on its encoder, two behind it.
+
+    Those behind it read what audio tokens are in the language model: which digit, and which token of
+    its block. A language model of this size is long in finding out that it needs to know either.
+    """
 
     def __init__(self, config: MossConfig) -> None:
         super().__init__()
@@ -118,6 +123,8 @@ class Learner(nn.Module):
         self.digit_head = nn.Linear(width, 1 + len(WORDS))
         self.digit_at_head = nn.Linear(width, 1 + len(WORDS))
         self.sound_head = nn.Linear(width, len(SOUNDS))
+        self.place_head = nn.Linear(config.language.hidden_size, config.encoder.block_tokens)
+        self.heard_head = nn.Linear(config.language.hidden_size, 1 + len(WORDS))
         self.apply(_initialise)
         # What a residual path adds begins small, the more so the more of them there are.
         for module in self.modules():
@@ -160,10 +167,10 @@ class Learner(nn.Module):
         if not self.training:
             found["digit_errors"] = _digit_errors(scores, batch)
         if with_answers:
-            found["answers"], found["pointing"] = self._answers(batch, *self.model.adapt(encoded), by_row)
+            found |= self._answers(batch, *self.model.adapt(encoded), by_row)
         return found
 
-    def _answers(self, batch: Batch, embeds: Tensor, added: Tensor, by_row: Any) -> tuple[Tensor, Tensor]:
+    def _answers(self, batch: Batch, embeds: Tensor, added: Tensor, by_row: Any) -> dict[str, Tensor]:
         is_audio = (batch.ids == AUDIO)[..., None]
         x = self.model.language_model.embed_tokens(batch.ids)
         x = x.masked_scatter(is_audio, by_row(embeds).to(x.dtype))
@@ -172,19 +179,33 @@ class Learner(nn.Module):
             states = self.model.language_model.forward(x, batch.position, deep, mask=batch.mask)
         is_asked = batch.labels != IGNORED
         logits = self.model.lm_head(states[is_asked]).float()
-        pointing = [self._pointing(batch, q, k) for q, k in zip(seen[::2], seen[1::2], strict=True)]
-        return F.cross_entropy(logits, batch.labels[is_asked]), torch.stack(pointing).mean()
+        pointing = [self._pointing(batch, *seen[idx : idx + 2]) for idx in range(1, len(seen), 2)]
+        heard = seen[0][is_audio[..., 0]]
+        block_tokens = self.model.config.encoder.block_tokens
+        places = torch.arange(batch.digit_at.shape[1]).remainder(block_tokens).repeat(len(batch.ids))
+        return {
+            "answers": F.cross_entropy(logits, batch.labels[is_asked]),
+            "pointing": torch.stack(pointing).mean(),
+            "place": F.cross_entropy(self.place_head(heard).float(), places),
+            "heard": F.cross_entropy(self.heard_head(heard).float(), batch.digit_at.flatten()),
+        }
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
-        """Queries and keys, before they are turned, of the layers that learn to point."""
+        """What comes to the first layer that learns to point; queries and keys of each, not yet turned."""
         seen: list[Tensor] = []
+        layers = self.model.language_model.layers
         hooks = [
+            layers[POINTING_LAYERS[0]].register_forward_pre_hook(
+                lambda _module, inputs: seen.append(inputs[0])
+            )
+        ]
+        hooks += [
             norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
             for idx in POINTING_LAYERS
             for norm in (
-                self.model.language_model.layers[idx].self_attn.q_norm,
-                self.model.language_model.layers[idx].self_attn.k_norm,
+                layers[idx].self_attn.q_norm,
+                layers[idx].self_attn.k_norm,
             )
         ]
         try:
@@ -212,7 +233,8 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     aside = CTC_WEIGHT * losses["ctc"] + losses["digit_at"] + SOUND_WEIGHT * losses["sounds"]
     if "answers" not in losses:
         return aside
-    return aside + losses["answers"] + POINTING_WEIGHT * losses["pointing"]
+    within = POINTING_WEIGHT * losses["pointing"] + PLACE_WEIGHT * (losses["place"] + losses["heard"])
+    return aside + losses["answers"] + within
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path) -> None:

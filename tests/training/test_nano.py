@@ -319,7 +319,7 @@ def test_a_training_goes_on_where_it_was(sources: Sources, folder: Path, tmp_pat
     for batch in batches[2:]:
         losses = whole.take(batch)
         assert again.take(batch) == losses
-        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing"}
+        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "place", "heard"}
     for name, tensor in whole.learner.state_dict().items():
         assert torch.equal(tensor, again.learner.state_dict()[name]), name
 
