@@ -180,7 +180,7 @@ class Learner(nn.Module):
         is_asked = batch.labels != IGNORED
         logits = self.model.lm_head(states[is_asked]).float()
         pointing = [self._pointing(batch, *seen[idx : idx + 2]) for idx in range(1, len(seen), 2)]
-        heard = seen[0][is_audio[..., 0]]
+        heard = F.rms_norm(seen[0][is_audio[..., 0]].float(), (x.shape[-1],))
         block_tokens = self.model.config.encoder.block_tokens
         places = torch.arange(batch.digit_at.shape[1]).remainder(block_tokens).repeat(len(batch.ids))
         return {
