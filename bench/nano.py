@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What moss-nano shows of the machinery around it, on recordings it never learned from.
 
-    bench/nano.py --data DATA                        # everything; half an hour on two cores
-    bench/nano.py --data DATA --parts offline        # words, times, sounds, questions of whole clips
-    bench/nano.py --data DATA --short                # the part that `make test` runs
-    bench/nano.py --data DATA --parts offline --model FOLDER   # another checkpoint of its kind
+    python -m bench.nano --data DATA                        # everything; half an hour on two cores
+    python -m bench.nano --data DATA --parts offline        # words, times, sounds, questions of whole clips
+    python -m bench.nano --data DATA --short                # the part that `make test` runs
+    python -m bench.nano --data DATA --parts offline --model FOLDER   # another checkpoint of its kind
 
 offline   whole mixtures at once: digit errors, times, sounds, questions about time
 encoder   the encoder's output in pieces against the whole, float32
@@ -61,6 +61,7 @@ from training.nano_text import (
 )
 
 PARTS = ("offline", "encoder", "live", "hour", "together")
+MARKERS = ("absolute", "restart")
 SEED = 7
 N_SLOTS = 8  # clips heard at once
 MAX_TOKENS = 220  # of an answer
@@ -78,6 +79,8 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--clips", type=int, default=80, help="mixtures of each kind, offline")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the hour")
+    parser.add_argument("--markers", nargs="+", choices=MARKERS, default=list(MARKERS), help="of the hour")
+    parser.add_argument("--tick-ms", type=int, default=640, help="of the hour, between updates")
     parser.add_argument("--short", action="store_true", help="a few mixtures of everything but the hour")
     arguments = parser.parse_args()
     if arguments.short:
@@ -278,8 +281,9 @@ def hour(arguments: argparse.Namespace) -> dict[str, Any]:
     pieces = make_mixtures(sources, round(arguments.seconds / PIECE_S), PIECE_S)
     audio, said = joined(pieces)
     found: dict[str, Any] = {}
-    for markers in ("absolute", "restart"):
-        config = settings(arguments.model, 1, f'[moss]\nwindow_s = 30.0\nmarkers = "{markers}"\n')
+    for markers in arguments.markers:
+        window = f'[moss]\nwindow_s = 30.0\nmarkers = "{markers}"\n'
+        config = settings(arguments.model, 1, window, arguments.tick_ms)
         runner = load_runner(config)
         before = psutil.Process().memory_info().rss
         virtual = run([audio], runner, config).runs[0]
@@ -301,9 +305,9 @@ def together(arguments: argparse.Namespace) -> dict[str, Any]:
     n_streams = 4 if arguments.short else 16
     sources = load_sources(arguments.data, "heard")
     clips = [m.audio for m in make_mixtures(sources, n_streams, 20.0)]
-    config = settings(arguments.model, n_streams, "")
+    config = settings(arguments.model, n_streams)
     at_once = [committed_words(one) for one in run(clips, load_runner(config), config).runs]
-    alone_config = settings(arguments.model, 1, "")
+    alone_config = settings(arguments.model, 1)
     runner = load_runner(alone_config)
     alone = [committed_words(run([clip], runner, alone_config).runs[0]) for clip in clips]
     texts = [([w.text for w in a], [w.text for w in b]) for a, b in zip(at_once, alone, strict=True)]
@@ -317,10 +321,11 @@ def together(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def settings(model: str, n_slots: int, more: str) -> Config:
+def settings(model: str, n_slots: int, more: str = "", tick_ms: int = 640) -> Config:
     """Words alone, nothing left out however slow this machine is."""
     return parse_config(
         f'[model]\nname = "{model}"\n[engine]\nn_slots = {n_slots}\nshed_after_s = 0.0\n'
+        f"tick_ms = {tick_ms}\n"
         f"[events]\nenabled = false\n[emotion]\nenabled = false\n{more}"
     )
 

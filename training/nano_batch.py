@@ -19,7 +19,7 @@ from torch import Tensor
 from model.moss.config import EncoderConfig, n_audio_tokens
 from model.moss.encoder import Block
 from model.moss.hearing import Ear
-from model.moss.prompt import Layout
+from model.moss.prompt import TOKENS_PER_MARKER, Layout
 from training.nano_mixtures import SOUNDS, WORDS, Mixture
 from training.nano_text import BLOCK_S, Exchange
 
@@ -40,6 +40,7 @@ class Batch:
     digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
     n_digits: Tensor  # [B]
     digit_at: Tensor  # [B, N], the digit in the middle of each token, 1 to 10; 0 for none
+    times: Tensor  # [3, B, N]: the token's place in its block, the last digit of its second, its tenth
     sounds: Tensor  # [B, N, 10], how much of each token each kind fills
 
 
@@ -95,6 +96,7 @@ def make_batch(
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
         torch.stack([_digit_at(mixture, n_audio) for mixture in mixtures]),
+        torch.stack([_times(n_audio, offset_s, layout) for offset_s in offsets_s], dim=1),
         torch.stack([_sounds(mixture, n_audio) for mixture in mixtures]),
     )
 
@@ -164,6 +166,18 @@ def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:
     for word in mixture.words:
         out[(middles >= word.start_s) & (middles < word.end_s)] = 1 + WORDS.index(word.text)
     return torch.from_numpy(out)
+
+
+def _times(n_audio: int, offset_s: int, layout: Layout) -> Tensor:
+    """Place in the block, last digit of the second and tenth of each audio token, [3, n_audio].
+
+    Before the first marker nothing says which second it is, nor anywhere where there is none.
+    """
+    place = torch.arange(n_audio)
+    middle_ms = 80 * place + 40
+    second = (offset_s + middle_ms // 1000) % 10
+    second[: TOKENS_PER_MARKER if layout.special.has_markers else n_audio] = IGNORED
+    return torch.stack([place % round(BLOCK_S * TOKENS_PER_S), second, middle_ms % 1000 // 100])
 
 
 def _sounds(mixture: Mixture, n_audio: int) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.layers import EncoderLayer
 from model.moss.config import MossConfig, read_config
-from model.moss.language import rotary_angles, rotate
+from model.moss.language import DecoderLayer, rotary_angles, rotate
 from model.moss.network import MossAudio
 from training.nano_batch import IGNORED, Batch
 from training.nano_mixtures import SOUNDS, WORDS
@@ -26,7 +26,7 @@ AUDIO, AUDIO_START, AUDIO_END = range(N_TOKENS - UNSEEN_TOKENS, N_TOKENS)
 STOP = 2  # <|im_end|>
 CTC_WEIGHT = 0.3
 POINTING_WEIGHT = 0.3
-PLACE_WEIGHT = 0.2
+WITHIN_WEIGHT = 0.2
 # Language layers whose first head is taught to look at what the next token is about. Left to itself a
 # model of this size finds out late where it is in the audio (docs/decisions.md).
 POINTING_LAYERS = (2, 3)
@@ -112,8 +112,8 @@ def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -
 class Learner(nn.Module):
     """The model, with heads that are thrown away after training: three on its encoder, two behind it.
 
-    Those behind it read what audio tokens are in the language model: which digit, and which token of
-    its block. A language model of this size is long in finding out that it needs to know either.
+    Those behind it read what audio tokens are in the language model: which digit, and at which time. A
+    language model of this size is long in finding out that it needs to know either.
     """
 
     def __init__(self, config: MossConfig) -> None:
@@ -123,7 +123,9 @@ class Learner(nn.Module):
         self.digit_head = nn.Linear(width, 1 + len(WORDS))
         self.digit_at_head = nn.Linear(width, 1 + len(WORDS))
         self.sound_head = nn.Linear(width, len(SOUNDS))
-        self.place_head = nn.Linear(config.language.hidden_size, config.encoder.block_tokens)
+        self.time_heads = nn.ModuleList(
+            nn.Linear(config.language.hidden_size, n) for n in (config.encoder.block_tokens, 10, 10)
+        )
         self.heard_head = nn.Linear(config.language.hidden_size, 1 + len(WORDS))
         self.apply(_initialise)
         # What a residual path adds begins small, the more so the more of them there are.
@@ -181,12 +183,15 @@ class Learner(nn.Module):
         logits = self.model.lm_head(states[is_asked]).float()
         pointing = [self._pointing(batch, *seen[idx : idx + 2]) for idx in range(1, len(seen), 2)]
         heard = F.rms_norm(seen[0][is_audio[..., 0]].float(), (x.shape[-1],))
-        block_tokens = self.model.config.encoder.block_tokens
-        places = torch.arange(batch.digit_at.shape[1]).remainder(block_tokens).repeat(len(batch.ids))
+        times = [
+            F.cross_entropy(head(heard).float(), target.flatten(), ignore_index=IGNORED)
+            for head, target in zip(self.time_heads, batch.times, strict=True)
+            if (target != IGNORED).any()
+        ]
         return {
             "answers": F.cross_entropy(logits, batch.labels[is_asked]),
             "pointing": torch.stack(pointing).mean(),
-            "place": F.cross_entropy(self.place_head(heard).float(), places),
+            "times": torch.stack(times).sum(),
             "heard": F.cross_entropy(self.heard_head(heard).float(), batch.digit_at.flatten()),
         }
 
@@ -194,7 +199,7 @@ class Learner(nn.Module):
     def _watched(self) -> Iterator[list[Tensor]]:
         """What comes to the first layer that learns to point; queries and keys of each, not yet turned."""
         seen: list[Tensor] = []
-        layers = self.model.language_model.layers
+        layers = cast("Sequence[DecoderLayer]", self.model.language_model.layers)
         hooks = [
             layers[POINTING_LAYERS[0]].register_forward_pre_hook(
                 lambda _module, inputs: seen.append(inputs[0])
@@ -225,7 +230,8 @@ class Learner(nn.Module):
         scores = scores.masked_fill(~batch.mask[:, 0], -torch.inf)[row, token].log_softmax(-1)  # [P, T]
         place = torch.arange(scores.shape[1])
         is_meant = (place >= first[:, None]) & (place <= last[:, None])
-        return -scores.masked_fill(~is_meant, -1e4).logsumexp(-1).mean()
+        on_it: Tensor = scores.masked_fill(~is_meant, -1e4).logsumexp(-1)
+        return -on_it.mean()
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
@@ -233,7 +239,7 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     aside = CTC_WEIGHT * losses["ctc"] + losses["digit_at"] + SOUND_WEIGHT * losses["sounds"]
     if "answers" not in losses:
         return aside
-    within = POINTING_WEIGHT * losses["pointing"] + PLACE_WEIGHT * (losses["place"] + losses["heard"])
+    within = POINTING_WEIGHT * losses["pointing"] + WITHIN_WEIGHT * (losses["times"] + losses["heard"])
     return aside + losses["answers"] + within
 
 

@@ -292,7 +292,7 @@ def test_the_learning_rate_ends_at_nothing() -> None:
     assert rates[0] < 0.01
     assert rates[300] == 1.0
     assert rates[400] < 0.01
-    assert max(rates[900:]) <= 1 / 3
+    assert max(rates[900:]) <= 2 / 3 + 1e-9
     assert 0.0 < rates[-1] < 0.01
 
 
@@ -319,7 +319,7 @@ def test_a_training_goes_on_where_it_was(sources: Sources, folder: Path, tmp_pat
     for batch in batches[2:]:
         losses = whole.take(batch)
         assert again.take(batch) == losses
-        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "place", "heard"}
+        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "times", "heard"}
     for name, tensor in whole.learner.state_dict().items():
         assert torch.equal(tensor, again.learner.state_dict()[name]), name
 
