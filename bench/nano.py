@@ -49,6 +49,7 @@ from model.moss.window import RollingCache, WindowSettings
 from scripts.demo import HOST, free_port
 from streaming.config import Config, parse_config
 from streaming.engine.loader import device_of, dtype_of, load_runner
+from streaming.engine.plan import Runner, StepPlan, StepResult
 from streaming.protocol import SAMPLE_RATE_HZ, TranscriptDelta, Word
 from training.nano_mixtures import Mixture, Sources, load_sources, mix
 from training.nano_mixtures import Word as Said
@@ -284,20 +285,38 @@ def hour(arguments: argparse.Namespace) -> dict[str, Any]:
     for markers in arguments.markers:
         window = f'[moss]\nwindow_s = 30.0\nmarkers = "{markers}"\n'
         config = settings(arguments.model, 1, window, arguments.tick_ms)
-        runner = load_runner(config)
-        before = psutil.Process().memory_info().rss
+        runner = Weighed(load_runner(config))
         virtual = run([audio], runner, config).runs[0]
-        after = psutil.Process().memory_info().rss
         words = committed_words(virtual)
         end_s = len(audio) / SAMPLE_RATE_HZ
         found[markers] = {
             "first": stretch(said, words, 0.0, EDGE_S),
             "last": stretch(said, words, end_s - EDGE_S, end_s),
             "whole": stretch(said, words, 0.0, end_s),
-            "memory_grown_mb": round((after - before) / 1e6, 1),
+            "memory_grown_mb": runner.grown_mb(),
         }
         print(f"hour, {markers}: {json.dumps(found[markers])}", flush=True)
     return found
+
+
+class Weighed:
+    """A runner, and how much memory the process had at each of its steps."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.capabilities = runner.capabilities
+        self.reset = runner.reset
+        self._runner = runner
+        self._bytes: list[int] = []
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """The runner's step."""
+        result = self._runner.step(plan)
+        self._bytes.append(psutil.Process().memory_info().rss)
+        return result
+
+    def grown_mb(self) -> float:
+        """From a tenth of the steps, when everything is allocated, to the last one."""
+        return round((self._bytes[-1] - self._bytes[len(self._bytes) // 10]) / 1e6, 1)
 
 
 def together(arguments: argparse.Namespace) -> dict[str, Any]:

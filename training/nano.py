@@ -4,7 +4,7 @@
 First the encoder alone learns to tell digits and sounds apart, then all of it learns to answer.
 Every step's mixtures follow from its number, and the state is saved every few minutes: run the same
 command again and it goes on. With another `--steps` the learning rate follows the new end. Losses
-are written to FOLDER/losses.jsonl; `--without` trains the variants of docs/decisions.md.
+are written to FOLDER/losses.jsonl; `--without` trains a variant.
 The card beside the weights says what they were made of.
 """
 
@@ -41,8 +41,8 @@ from training.nano_text import BLOCK_S, exchanges, save_tokenizer
 
 WEIGHTS = Path(model_package.__file__).parent / "weights" / "moss-nano"
 SEED = 20261125
-STEPS = 8000
-ENCODER_STEPS = 2500  # of them, in which nothing is asked
+STEPS = 16_800
+ENCODER_STEPS = 5000  # of them, in which nothing is asked
 AUDIO_S = 62.0  # of mixtures in a step
 LEARNING_RATE = 1e-3
 HARD_FROM = 2000  # steps, over which mixtures get as hard as they come
