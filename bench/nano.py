@@ -37,20 +37,21 @@ import torch
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
+from bench.kills import until_ready
 from bench.nano_measures import Tally, same_words
 from bench.virtual import VirtualRun, run
 from clients.producer import stream_audio, stream_url
 from model.hub import find
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
-from model.moss.encoder import Block
 from model.moss.fork import Question, ask
-from model.moss.hearing import Ear
+from model.moss.hearing import Ear, blocks_of
+from model.moss.parse import Span, parse_sentences
 from model.moss.window import RollingCache, WindowSettings
 from scripts.demo import HOST, free_port
 from streaming.config import Config, parse_config
 from streaming.engine.loader import device_of, dtype_of, load_runner
 from streaming.engine.plan import Runner, StepPlan, StepResult
-from streaming.protocol import SAMPLE_RATE_HZ, TranscriptDelta, Word
+from streaming.protocol import SAMPLE_RATE_HZ, Envelope, TranscriptDelta, Word
 from training.nano_mixtures import Mixture, Sources, load_sources, mix
 from training.nano_mixtures import Word as Said
 from training.nano_text import (
@@ -174,9 +175,12 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(SEED)
     worst = 0.0
     for mixture in make_mixtures(sources, 4, 23.4):
-        whole = blocks_of(checkpoint, [mixture.audio])
-        cuts = np.sort(rng.integers(0, len(mixture.audio), 20))
-        pieces = blocks_of(checkpoint, np.split(mixture.audio, cuts))
+        audio = torch.from_numpy(mixture.audio)
+        cuts = np.sort(rng.integers(0, len(audio), 20)).tolist()
+        whole, pieces = (
+            blocks_of(parts, checkpoint.model.config.encoder, checkpoint.layout.special.mel_dtype)
+            for parts in ([audio], audio.tensor_split(cuts))
+        )
         with torch.inference_mode():
             together = checkpoint.model.audio_encoder.forward(whole)
             for row, block in enumerate(pieces):  # one at a time, as they come
@@ -184,14 +188,6 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
                 n = alone.n_tokens[0]
                 worst = max(worst, float((alone.hidden[0, :n] - together.hidden[row, :n]).abs().max()))
     return {"max_difference": worst}
-
-
-def blocks_of(checkpoint: Checkpoint, pieces: Sequence[NDArray[np.float32]]) -> list[Block]:
-    """The blocks of a stream that comes in pieces, its growing one last."""
-    ear = Ear(checkpoint.model.config.encoder, checkpoint.layout.special.mel_dtype)
-    blocks = [block for piece in pieces for block in ear.push(torch.from_numpy(piece))]
-    tail = ear.tail()
-    return [*blocks, tail] if tail is not None else blocks
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -253,27 +249,12 @@ async def words_of(port: int, name: str, clip: NDArray[np.float32]) -> list[str]
 
     words: list[str] = []
 
-    def take(envelope: Any) -> None:
+    def take(envelope: Envelope) -> None:
         if isinstance(envelope.message, TranscriptDelta):
             words.extend(plain(word.text) for word in envelope.message.words)
 
     await stream_audio(stream_url(f"ws://{HOST}:{port}", name), chunks(), take, paced=False)
     return words
-
-
-async def until_ready(port: int) -> None:
-    """Wait until the server takes streams."""
-    while True:
-        try:
-            reader, writer = await asyncio.open_connection(HOST, port)
-            writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            status = await reader.readline()
-            writer.close()
-        except OSError:
-            status = b""
-        if b" 200 " in status:
-            return
-        await asyncio.sleep(0.1)
 
 
 def hour(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -400,8 +381,6 @@ def stretch(said: Sequence[Said], words: Sequence[Word], start_s: float, end_s: 
 
 def plain_words(text: str) -> list[str]:
     """The words of a transcript with times."""
-    from model.moss.parse import Span, parse_sentences
-
     return " ".join(s.text for s in parse_sentences(text, Span(0.0, 1e9))).split()
 
 

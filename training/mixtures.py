@@ -80,16 +80,16 @@ def load_sources(data: Path, speech_folders: Sequence[str]) -> Sources:
     """Read every clip that may be used, decoded; about 600 MB."""
     sounds = [
         Clip(stem(row["path"]), row["label"], read_audio(data / row["path"]), _segments(row))
-        for row in _rows(data / "events/manifest.jsonl")
+        for row in rows(data / "events/manifest.jsonl")
         if row["path"].startswith("events/esc10/") and is_free(row["licence"])
     ]
     speech = [
         _speech(data, row)
         for folder in speech_folders
-        for row in _rows(data / folder.split("/")[0] / "manifest.jsonl")
+        for row in rows(data / folder.split("/")[0] / "manifest.jsonl")
         if row["path"].startswith(folder) and is_free(row["licence"])
     ]
-    other = [row for row in _rows(data / "noise_music/manifest.jsonl") if is_free(row["licence"])]
+    other = [row for row in rows(data / "noise_music/manifest.jsonl") if is_free(row["licence"])]
     music = [_whole(data, row, "music") for row in other if row["label"] == "music"]
     noise = [
         _whole(data, row, "noise") for row in other if "noise" in row["label"] or "office" in row["label"]
@@ -106,7 +106,7 @@ def make_scene(sources: Sources, rng: np.random.Generator) -> Scene:
     for clip in sources.sounds:
         by_label.setdefault(clip.label, []).append(clip)
     labels = sorted(by_label)
-    room = _room(rng) if rng.random() < 0.3 else None
+    room = make_room(rng, (0.1, 0.5), (0.1, 0.6)) if rng.random() < 0.3 else None
     for _ in range(rng.integers(1, 6)):
         label = labels[rng.integers(len(labels))]
         clip = by_label[label][rng.integers(len(by_label[label]))]
@@ -184,10 +184,7 @@ def _excerpt(clip: Clip, rng: np.random.Generator) -> tuple[Audio, list[tuple[fl
         if clip.label not in SHORT and rng.random() < 0.3:
             b = a + rng.uniform(min(1.5, b - a), b - a)
     sound = clip.audio[round(a * SAMPLE_RATE_HZ) : round(b * SAMPLE_RATE_HZ)].copy()
-    n_fade = min(80, len(sound) // 2)  # 5 ms, against clicks
-    ramp = np.linspace(0.0, 1.0, n_fade, dtype=np.float32)
-    sound[:n_fade] *= ramp
-    sound[len(sound) - n_fade :] *= ramp[::-1]
+    soften(sound, 80)
     return sound, [(0.0, len(sound) / SAMPLE_RATE_HZ)]
 
 
@@ -223,17 +220,34 @@ def _coloured(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
     return noise / float(np.sqrt(np.mean(np.square(noise))))
 
 
-def _room(rng: np.random.Generator) -> Audio:
-    """An impulse response: the direct sound and a tail of noise that dies away."""
-    decay_s = float(rng.uniform(0.1, 0.5))
+def soften(sound: Audio, n: int) -> None:
+    """Fade the first and the last `n` samples of a sound, against clicks; in place."""
+    n_fade = min(n, len(sound) // 2)
+    ramp = np.linspace(0.0, 1.0, n_fade, dtype=np.float32)
+    sound[:n_fade] *= ramp
+    sound[len(sound) - n_fade :] *= ramp[::-1]
+
+
+def make_room(
+    rng: np.random.Generator, decay_s_between: tuple[float, float], share_between: tuple[float, float]
+) -> Audio:
+    """An impulse response: the direct sound and a tail of noise that dies away.
+
+    Args:
+        rng: Where its randomness comes from.
+        decay_s_between: Seconds in which the tail falls by 60 dB.
+        share_between: Level of the tail, of the direct sound's.
+    """
+    decay_s = float(rng.uniform(*decay_s_between))
     n = round(decay_s * SAMPLE_RATE_HZ)
     tail = rng.normal(size=n) * 10.0 ** (-3.0 * np.arange(n) / n)
-    tail *= float(rng.uniform(0.1, 0.6)) / max(float(np.sqrt(np.sum(np.square(tail)))), 1e-6)
+    tail *= float(rng.uniform(*share_between)) / max(float(np.sqrt(np.sum(np.square(tail)))), 1e-6)
     tail[0] = 1.0
     return tail.astype(np.float32)
 
 
-def _rows(manifest: Path) -> list[dict[str, Any]]:
+def rows(manifest: Path) -> list[dict[str, Any]]:
+    """The lines of a manifest."""
     return [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
 
 

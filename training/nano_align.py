@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.moss.hearing import Ear
+from model.moss.hearing import blocks_of
 from streaming.protocol import SAMPLE_RATE_HZ
 from training.nano_batch import TOKENS_PER_S
 from training.nano_mixtures import WORDS, Spoken
@@ -26,10 +26,8 @@ PAD_S = 0.24  # of silence around a recording
 def spans_of(learner: Learner, spoken: Spoken) -> list[tuple[float, float]]:
     """Where each word of a recording is, in parts of its length."""
     pad = np.zeros(round(PAD_S * SAMPLE_RATE_HZ), np.float32)
-    ear = Ear(learner.model.config.encoder)
-    blocks = ear.push(torch.from_numpy(np.concatenate([pad, spoken.audio, pad])))
-    if (tail := ear.tail()) is not None:
-        blocks.append(tail)
+    padded = torch.from_numpy(np.concatenate([pad, spoken.audio, pad]))
+    blocks = blocks_of([padded], learner.model.config.encoder)
     encoded = learner.model.audio_encoder.forward(blocks)
     hidden = torch.cat([row[:n] for row, n in zip(encoded.hidden, encoded.n_tokens, strict=True)])
     scores = learner.digit_at_head(hidden).float().log_softmax(-1)

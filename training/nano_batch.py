@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.moss.config import EncoderConfig, n_audio_tokens
 from model.moss.encoder import Block
-from model.moss.hearing import Ear
+from model.moss.hearing import blocks_of
 from model.moss.prompt import TOKENS_PER_MARKER, Layout
 from training.nano_mixtures import SOUNDS, WORDS, Mixture
 from training.nano_text import BLOCK_S, Exchange
@@ -67,7 +67,7 @@ def make_batch(
     blocks: list[Block] = []
     rows = []
     for mixture, exchanges, offset_s in zip(mixtures, asked, offsets_s, strict=True):
-        heard = _blocks(mixture, layout, config)
+        heard = blocks_of([torch.from_numpy(mixture.audio)], config, layout.special.mel_dtype)
         n_audio = sum(n_audio_tokens(len(block.mel)) for block in heard)
         blocks += (
             heard
@@ -99,14 +99,6 @@ def make_batch(
         torch.stack([_times(n_audio, offset_s, layout) for offset_s in offsets_s], dim=1),
         torch.stack([_sounds(mixture, n_audio) for mixture in mixtures]),
     )
-
-
-def _blocks(mixture: Mixture, layout: Layout, config: EncoderConfig) -> list[Block]:
-    """What the encoder gets of a clip."""
-    ear = Ear(config, layout.special.mel_dtype)
-    blocks = ear.push(torch.from_numpy(mixture.audio))
-    tail = ear.tail()
-    return [*blocks, tail] if tail is not None else blocks
 
 
 def _masked(block: Block, rng: np.random.Generator) -> Block:

@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from bench.manifest import read_audio
 from streaming.protocol import SAMPLE_RATE_HZ
-from training.mixtures import is_free
-from training.nano_voices import Audio, coloured, coloured_noise, in_room, level, resampled, room
+from training.mixtures import SHORT, Audio, is_free, make_room, rows, soften
+from training.nano_voices import coloured, coloured_noise, in_room, level, resampled
 
 Part = Literal["train", "heard", "unheard"]
 
@@ -26,8 +26,6 @@ Part = Literal["train", "heard", "unheard"]
 UNHEARD_SPEAKERS = ("fsdd_theo", "fsdd_lucas")
 UNHEARD_FOLD = 4
 N_TEST_TAKES = 5  # takes 0 to 4 of every digit and speaker are for testing, as FSDD itself has it
-# Of these sounds one occurrence is taken; of the others a stretch of any length.
-SHORT = ("dog_bark", "sneeze", "rooster")
 
 SENTENCE_GAP_S = 0.5  # a longer pause ends a sentence
 MIN_HEARD = 0.6  # of a word's length that must lie inside for it to be said
@@ -112,7 +110,7 @@ def load_sources(data: Path, part: Part, strings: Path | None = None) -> Sources
             are taken to be spoken evenly.
     """
     digits: dict[str, dict[str, list[Spoken]]] = {}
-    for row in _rows(data / "speech_en/manifest.jsonl"):
+    for row in rows(data / "speech_en/manifest.jsonl"):
         if not row["path"].startswith("speech_en/fsdd/"):
             continue
         take = int(Path(row["path"]).stem.rsplit("_", 1)[1])
@@ -120,7 +118,7 @@ def load_sources(data: Path, part: Part, strings: Path | None = None) -> Sources
             spoken = Spoken((row["text"],), row["speaker"], _trimmed(read_audio(data / row["path"])))
             digits.setdefault(spoken.speaker, {}).setdefault(row["text"], []).append(spoken)
     sounds: dict[str, list[Sound]] = {kind: [] for kind in SOUNDS}
-    for row in _rows(data / "events/manifest.jsonl"):
+    for row in rows(data / "events/manifest.jsonl"):
         is_unheard = row.get("fold") == UNHEARD_FOLD
         if row["path"].startswith("events/esc10/") and is_unheard == (part != "train"):
             if part == "train" and not is_free(row["licence"]):
@@ -162,7 +160,7 @@ def mix(
     speech, words = _speech(sources, n, loud, rng, change)
     sound, events = (np.zeros(n, np.float32), ()) if clean else _sounds(sources, n, below, rng, change)
     if rng.random() < 0.35 * change:
-        response = room(rng)
+        response = make_room(rng, (0.08, 0.5), (0.1, 0.7))
         speech, sound = in_room(speech, response), in_room(sound, response)
     audio = bed + speech + sound
     peak = float(np.abs(audio).max())
@@ -265,10 +263,7 @@ def _occurrence(clips: tuple[Sound, ...], rng: np.random.Generator, change: floa
     if change:
         audio = resampled(audio, float(np.exp(change * rng.uniform(-0.2, 0.2))))
         audio = coloured(audio, 1.0, rng.normal(0.0, 4.0 * change, 6))
-    n_fade = min(160, len(audio) // 2)  # 10 ms, against clicks
-    ramp = np.linspace(0.0, 1.0, n_fade, dtype=np.float32)
-    audio[:n_fade] *= ramp
-    audio[len(audio) - n_fade :] *= ramp[::-1]
+    soften(audio, 160)
     return audio
 
 
@@ -303,7 +298,7 @@ def load_strings(data: Path, strings: Path | None) -> list[Spoken]:
     known = json.loads(strings.read_text(encoding="utf-8")) if strings and strings.exists() else {}
     found = []
     for name in ("speech_train", "speech_en"):
-        for row in _rows(data / name / "manifest.jsonl"):
+        for row in rows(data / name / "manifest.jsonl"):
             texts = tuple(row["text"].split()) if "speechocean762" in row["path"] else ()
             if texts and set(texts) <= set(WORDS):
                 n = len(texts)
@@ -316,8 +311,8 @@ def load_strings(data: Path, strings: Path | None) -> list[Spoken]:
 
 
 def _beds(data: Path) -> list[Audio]:
-    rows = [row for row in _rows(data / "noise_music/manifest.jsonl") if is_free(row["licence"])]
-    wanted = [row for row in rows if row["label"] == "music" or "noise" in row["label"]]
+    free = [row for row in rows(data / "noise_music/manifest.jsonl") if is_free(row["licence"])]
+    wanted = [row for row in free if row["label"] == "music" or "noise" in row["label"]]
     return [read_audio(data / row["path"]) for row in wanted]
 
 
@@ -338,7 +333,3 @@ def _spans(segments: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ..
         else:
             spans.append((float(a), float(b)))
     return tuple(spans)
-
-
-def _rows(manifest: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from model.moss.checkpoint import QWEN_SPLIT
-from model.moss.prompt import prompt, prompt_names
-from training.nano_mixtures import SOUNDS, Event, Mixture, Word
+from model.moss.checkpoint import byte_level
+from model.moss.prompt import prompt, prompt_names, system_message
+from training.nano_mixtures import SOUNDS, WORDS, Event, Mixture, Word
 
 NOT_KNOWN = 0.04  # of mixtures, that are asked for what it does not know
 TOKEN_S = 0.08  # of audio
@@ -28,7 +28,6 @@ BLOCK_S = 4
 N_TOKENS = 1024  # of the vocabulary, the special ones that no text makes included
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 UNSEEN_TOKENS = 3  # audio, its start and its end: spliced in, so that no text can say them
-
 
 Place = tuple[float, float]  # seconds
 
@@ -172,14 +171,14 @@ def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exc
 def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
     """What is asked of one mixture while learning: words, sounds, and one question about time."""
     n_blocks = int(len(mixture.audio) / 16_000) // BLOCK_S
-    asked: list[Exchange] = []
-    for may_go_on in (True, False):
-        hidden = int(rng.integers(1, n_blocks)) if n_blocks > 1 and rng.random() < 0.25 else 0
-        if may_go_on:
-            agreed = continued(mixture, offset_s, rng, hidden) if rng.random() < 0.35 else None
-            asked.append(agreed or transcript(mixture, offset_s, hidden))
-        else:
-            asked.append(events(mixture, offset_s, hidden))
+
+    def hidden() -> int:
+        return int(rng.integers(1, n_blocks)) if n_blocks > 1 and rng.random() < 0.25 else 0
+
+    first_block = hidden()
+    agreed = continued(mixture, offset_s, rng, first_block) if rng.random() < 0.35 else None
+    asked = [agreed or transcript(mixture, offset_s, first_block)]
+    asked.append(events(mixture, offset_s, hidden()))
     said = said_between(mixture, offset_s, rng) if rng.random() < 0.5 else None
     asked.append(said or heard_when(mixture, offset_s, rng))
     if rng.random() < NOT_KNOWN:  # it was never told how anybody feels
@@ -210,15 +209,7 @@ def heard_events(mixture: Mixture, first_block: int) -> list[Event]:
 
 def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level vocabulary of what is said, `N_TOKENS` with those no text makes, digits single."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer: Tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=N_TOKENS - UNSEEN_TOKENS,
         show_progress=False,
@@ -231,29 +222,16 @@ def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def save_tokenizer(path: Path) -> None:
     """Make the vocabulary out of all prompts, questions and some answers."""
-    texts = [f"system\n{prompt_system()}", "user\n", "assistant\n"]
+    texts = [f"system\n{system_message()}", "user\n", "assistant\n"]
     texts += [prompt(name).text for name in prompt_names()]
-    texts += [template for template in phrases()["said"]["questions"]]
+    texts += phrases()["said"]["questions"]
     texts += [phrases()["said"]["nothing"], phrases()["heard"]["nothing"]]
     for kind in SOUNDS:
         texts += [phrases()["sounds"][kind]["question"], f"2.10 - 4.55: {label_of(kind)}\n"]
-    texts += _digit_texts() * 4  # whatever is said often is one token
+    texts += [
+        f"[0.00]{word} {word}[1.25][2.10]{word}[3.00]" for word in WORDS
+    ] * 4  # whatever is said often is one token
     make_tokenizer(texts).save(str(path))
-
-
-def prompt_system() -> str:
-    """The system message of the chat template."""
-    return str(
-        tomllib.loads(resources.files("model.moss").joinpath("prompts.toml").read_text("utf-8"))["template"][
-            "system"
-        ]
-    )
-
-
-def _digit_texts() -> list[str]:
-    from training.nano_mixtures import WORDS
-
-    return [f"[0.00]{word} {word}[1.25][2.10]{word}[3.00]" for word in WORDS]
 
 
 def _span(told: _Told, event: Event, offset_s: int) -> None:

@@ -11,8 +11,7 @@ import soxr
 from numpy.typing import NDArray
 
 from streaming.protocol import SAMPLE_RATE_HZ
-
-Audio = NDArray[np.float32]  # [n_samples], 16 kHz mono
+from training.mixtures import Audio
 
 N_FFT = 512  # samples, 32 ms
 HOP = 128
@@ -67,16 +66,6 @@ def coloured_noise(n: int, rng: np.random.Generator) -> Audio:
     spectrum *= np.maximum(np.arange(len(spectrum), dtype=np.float32), 20.0) ** -slope
     noise = np.fft.irfft(spectrum)[:n]
     return (noise / level(noise)).astype(np.float32)
-
-
-def room(rng: np.random.Generator) -> Audio:
-    """An impulse response: the direct sound, and a tail of noise that dies away."""
-    decay_s = float(rng.uniform(0.08, 0.5))
-    n = round(decay_s * SAMPLE_RATE_HZ)
-    tail = rng.normal(size=n) * 10.0 ** (-3.0 * np.arange(n) / n)
-    tail *= float(rng.uniform(0.1, 0.7)) / max(float(np.sqrt(np.sum(np.square(tail)))), 1e-6)
-    tail[0] = 1.0
-    return tail.astype(np.float32)
 
 
 def in_room(audio: Audio, response: Audio) -> Audio:

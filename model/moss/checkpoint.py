@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 _SURPLUS = re.compile(r"(^|\.)inv_timescales$")
 # The pattern that splits text before byte-level merging.
 # Source: Qwen/Qwen3 tokenizer.json; transformers, Qwen2Tokenizer, PRETOKENIZE_REGEX.
-QWEN_SPLIT = (
+_QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -123,6 +123,22 @@ def layout_of(folder: Path) -> Layout:
     )
 
 
+def byte_level(bpe: Any) -> Any:
+    """A tokenizers.Tokenizer that treats text as Qwen's does, around a tokenizers.models.BPE."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+    fast = Tokenizer(bpe)
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    return fast
+
+
 class HubTokenizer:
     """Qwen's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
 
@@ -138,7 +154,7 @@ class HubTokenizer:
         Raises:
             CheckpointError: the files are not there.
         """
-        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+        from tokenizers import AddedToken, models
         from tokenizers import Tokenizer as Fast
 
         if (path := folder / "tokenizer.json").is_file():
@@ -146,15 +162,7 @@ class HubTokenizer:
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
         if not (vocab.is_file() and merges.is_file()):
             raise CheckpointError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
-        fast = Fast(models.BPE.from_file(str(vocab), str(merges)))
-        fast.normalizer = normalizers.NFC()
-        fast.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        fast.decoder = decoders.ByteLevel()
+        fast = byte_level(models.BPE.from_file(str(vocab), str(merges)))
         added: Mapping[str, Any] = _read_json(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
         for idx in sorted(added, key=int):
             token = added[idx]

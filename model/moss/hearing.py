@@ -10,6 +10,8 @@ that ends with the block. A block is not revised when a louder one follows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,11 @@ class Ear:
     def _block(self, frames: Tensor, peak: float) -> Block:
         mel = normalise(frames, peak).to(self._rounding).float()
         return Block(mel, is_first=self.n_blocks == 0)
+
+
+def blocks_of(pieces: Iterable[Tensor], config: EncoderConfig, mel_dtype: str = "float32") -> list[Block]:
+    """The blocks of a clip that comes in pieces [n], its growing one last."""
+    ear = Ear(config, mel_dtype)
+    blocks = [block for piece in pieces for block in ear.push(piece)]
+    tail = ear.tail()
+    return [*blocks, tail] if tail is not None else blocks

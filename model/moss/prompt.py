@@ -78,14 +78,18 @@ def prompt_names() -> tuple[str, ...]:
     return tuple(name for name in _prompt_file() if name != "template")
 
 
+def system_message() -> str:
+    """What the chat template begins with."""
+    return _prompt_file()["template"]["system"]
+
+
 class Layout:
     """The token sequence around and inside the audio."""
 
     def __init__(self, tokenizer: Tokenizer, special: SpecialTokens) -> None:
         self.tokenizer = tokenizer
         self.special = special
-        system = _prompt_file()["template"]["system"]
-        text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+        text = f"<|im_start|>system\n{system_message()}<|im_end|>\n<|im_start|>user\n"
         self.prefix = (*tokenizer.encode(text), special.audio_start)
 
     def question(self, text: str, answer: str = "") -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from model.moss.fork import Question, ask
 from model.moss.network import AudioEmbeddings
 from model.moss.prompt import Layout, prompt, prompt_names
 from model.moss.window import RollingCache, WindowSettings
+from training.mixtures import Audio, make_room
 from training.nano import Plan, Run, train_batch
 from training.nano_align import likeliest
 from training.nano_batch import IGNORED, make_batch
@@ -29,7 +30,7 @@ from training.nano_text import (
     save_tokenizer,
     transcript,
 )
-from training.nano_voices import Audio, coloured, coloured_noise, in_room, level, resampled, room
+from training.nano_voices import coloured, coloured_noise, in_room, level, resampled
 
 torch.set_num_threads(1)
 
@@ -203,7 +204,7 @@ def test_voices_change_and_times_do_not() -> None:
     assert centre(lower) < centre(voice) < centre(higher)
     assert np.allclose(coloured(voice, 1.0, np.zeros(2)), voice, atol=1e-3)
     assert len(resampled(voice, 1.25)) == pytest.approx(len(voice) / 1.25, abs=2)
-    assert len(in_room(voice, room(rng))) == len(voice)
+    assert len(in_room(voice, make_room(rng, (0.08, 0.5), (0.1, 0.7)))) == len(voice)
     assert level(coloured_noise(5000, rng)) == pytest.approx(1.0, rel=0.1)
 
 
