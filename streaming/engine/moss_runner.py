@@ -20,7 +20,6 @@ from model.moss.fork import CLOSE_THOUGHT, Answer, Question, ask
 from model.moss.hearing import Ear
 from model.moss.network import AudioEmbeddings
 from model.moss.parse import (
-    Sentence,
     Span,
     emotion_label,
     parse_events,
@@ -49,6 +48,14 @@ SAMPLES_PER_TOKEN = 1280  # 80 ms
 MIN_ANSWER_TOKENS = 16  # what a long question or prefix must leave of the scratch
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A word of a transcript, and whether the model told that a sentence ends with it."""
+
+    word: HeardWord
+    ends: bool
+
+
 class _Slot:
     """What is kept of one stream beside the cache. Positions are samples of the stream."""
 
@@ -56,7 +63,7 @@ class _Slot:
         self.ear = ear
         self.owner = owner
         self.origin = origin  # the first sample heard
-        self.words: tuple[HeardWord, ...] = ()  # what the last transcript said, agreed words included
+        self.told: tuple[_Told, ...] = ()  # what the last transcript said, agreed words included
 
     @property
     def position(self) -> int:
@@ -75,7 +82,7 @@ class _Due:
     heard: Span  # what the model looks at: the window, and the block it begins in; empty for no audio
     offset_s: float  # what to add to the model's times to get seconds since the slot's origin
     said: str  # the part of the answer that was put in the model's mouth
-    agreed: tuple[HeardWord, ...]  # its words
+    agreed: tuple[_Told, ...]  # its words
 
 
 class MossRunner:
@@ -206,30 +213,43 @@ class MossRunner:
         question = Question(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
         return _Due(step, fork, question, window, heard, offset_s, said, agreed)
 
-    def _agreed(self, slot: _Slot, fork: Fork) -> tuple[HeardWord, ...]:
+    def _agreed(self, slot: _Slot, fork: Fork) -> tuple[_Told, ...]:
         """The agreed words with their times, as the last transcript had them.
 
         The plan has no times of them. Where the last transcript does not contain them, they are
         taken to be said when the window begins.
         """
         n = len(fork.prefix)
-        known = slot.words
+        # What ends before the window is older, even where it is the same words.
+        known = [told for told in slot.told if told.word.end > fork.window_start]
         for first in range(len(known) - n + 1):
-            if n and tuple(word.text for word in known[first : first + n]) == fork.prefix:
-                return known[first : first + n]
+            if n and tuple(told.word.text for told in known[first : first + n]) == fork.prefix:
+                return tuple(known[first : first + n])
         at = max(fork.window_start, slot.origin)
-        return tuple(HeardWord(text, at, at, 1.0) for text in fork.prefix)
+        return tuple(_Told(HeardWord(text, at, at, 1.0), ends=False) for text in fork.prefix)
 
-    def _said(self, agreed: Sequence[HeardWord], origin: int, offset_s: float) -> str:
-        """The beginning of an answer: the agreed words as one open sentence, on the model's clock."""
-        if not agreed:
-            return ""
-        start_s = max(0.0, (agreed[0].start - origin) / SAMPLE_RATE_HZ - offset_s)
-        return f"[{start_s:.2f}]{join_words(word.text for word in agreed)}"
+    def _said(self, agreed: Sequence[_Told], origin: int, offset_s: float) -> str:
+        """The beginning of an answer on the model's clock: the agreed words, the last sentence open.
 
-    def _time_tokens(self, slot: _Slot, heard: Span, agreed: Sequence[HeardWord], offset_s: float) -> int:
+        With the sentences as the model told them: it goes on from what it would have said itself.
+        """
+
+        def clock(sample: int) -> str:
+            return f"[{max(0.0, (sample - origin) / SAMPLE_RATE_HZ - offset_s):.2f}]"
+
+        said, first = "", 0
+        for idx, told in enumerate(agreed, start=1):
+            is_last = idx == len(agreed)
+            if told.ends or is_last:
+                sentence = [one.word for one in agreed[first:idx]]
+                said += clock(sentence[0].start) + join_words(word.text for word in sentence)
+                said += "" if is_last else clock(told.word.end)
+                first = idx
+        return said
+
+    def _time_tokens(self, slot: _Slot, heard: Span, agreed: Sequence[_Told], offset_s: float) -> int:
         """Tokens that the times of new sentences take: one sentence a second, two times each."""
-        told_s = (agreed[-1].end - slot.origin) / SAMPLE_RATE_HZ if agreed else heard.start_s
+        told_s = (agreed[-1].word.end - slot.origin) / SAMPLE_RATE_HZ if agreed else heard.start_s
         n_sentences = 1 + int(max(0.0, heard.end_s - told_s))
         return 2 * n_sentences * len(self._layout.tokenizer.encode(f"[{heard.end_s - offset_s:.2f}]"))
 
@@ -259,8 +279,9 @@ class MossRunner:
 
     def _hypothesis(self, due: _Due, answer: Answer) -> Hypothesis:
         slot_idx = due.step.slot_idx
-        words = self._words(due, answer)
-        self._slots[slot_idx].words = (*due.agreed, *words)
+        told = self._told(due, answer)
+        self._slots[slot_idx].told = told
+        words = tuple(one.word for one in told[len(due.agreed) :])
         return Hypothesis(
             slot_idx=slot_idx,
             owner=due.step.owner,
@@ -272,28 +293,31 @@ class MossRunner:
             n_loops_cut=answer.n_loops_cut,
         )
 
-    def _words(self, due: _Due, answer: Answer) -> tuple[HeardWord, ...]:
-        """The words after the agreed ones, said inside the window.
+    def _told(self, due: _Due, answer: Answer) -> tuple[_Told, ...]:
+        """The agreed words and those after them that were said inside the window.
 
         The model gives times of sentences; inside one its words are spread by their length.
         """
         origin = self._slots[due.step.slot_idx].origin
-        n_agreed = len(due.agreed)
-        agreed_end_s = (due.agreed[-1].end - origin) / SAMPLE_RATE_HZ if due.agreed else 0.0
-        words: list[HeardWord] = []
+        agreed, n_agreed = list(due.agreed), len(due.agreed)
+        agreed_end_s = (agreed[-1].word.end - origin) / SAMPLE_RATE_HZ if agreed else 0.0
+        found: list[_Told] = []
         # The space keeps what is said from growing onto the last agreed word.
         for sentence in parse_sentences(f"{due.said} {answer.text}", due.heard, due.offset_s):
-            texts = split_words(sentence.text)
+            texts, span = split_words(sentence.text), sentence.span
             if n_agreed:
                 n_old = min(n_agreed, len(texts))
                 n_agreed -= n_old
-                start_s = min(max(sentence.span.start_s, agreed_end_s), sentence.span.end_s)
-                sentence = Sentence("", Span(start_s, sentence.span.end_s), sentence.is_closed)
+                span = Span(min(max(span.start_s, agreed_end_s), span.end_s), span.end_s)
                 texts = texts[n_old:]
-            words += self._spread(due, texts, sentence.span, answer.score)
+                if not n_agreed:  # only now is it known whether a sentence ends with the last of them
+                    agreed[-1] = _Told(agreed[-1].word, sentence.is_closed and not texts)
+            words = self._spread(due, texts, span, answer.score)
+            found += [_Told(word, sentence.is_closed and word is words[-1]) for word in words]
         # The block the window begins in was looked at from its start: those words are older ones.
         first = self._sample(due.step.slot_idx, due.window.start_s)
-        return tuple(word for word in words if (word.start + word.end) // 2 >= first)
+        new = [one for one in found if (one.word.start + one.word.end) // 2 >= first]
+        return (*agreed, *new)
 
     def _spread(self, due: _Due, texts: Sequence[str], span: Span, score: float) -> list[HeardWord]:
         n_chars = sum(len(text) for text in texts)

@@ -158,16 +158,24 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
     asked = says("and seven[2.00][2.50]eight")
     fork = Fork("transcript", 0, ("two", "six"), "", None, 10)
     result = runner.step(one(0, 32_000, pcm(1.0), fork))
-    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("<|im_start|>assistant\n[0.30]two six")
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("<|im_start|>assistant\n[0.30]two[0.60][1.00]six")
     # They begin where the agreed ones end; an open sentence ends with the audio.
     assert result.hypotheses[0].words == heard(
         ("and", 1.3, 1.5625), ("seven", 1.5625, 2.0), ("eight", 2.5, 3.0)
     )
 
+    # A sentence that was said to end goes on after all.
+    position = 48_000
+    for prefix, text in ((("eight",), "[2.90]"), (("eight",), "nine[3.10]"), (("eight", "nine"), "")):
+        asked = says(text)
+        runner.step(one(0, position, pcm(0.1), Fork("transcript", 40_000, prefix, "", None, 10)))
+        position += 1600
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("\n[2.50]eight nine")
+
     # Agreed words that the runner has not said (another engine did): told at the window's start.
     asked = says("")
     fork = Fork("transcript", 8_000, ("never", "heard"), "", None, 10)
-    assert runner.step(one(0, 48_000, pcm(0.1), fork)).hypotheses[0].words == ()
+    assert runner.step(one(0, 52_800, pcm(0.1), fork)).hypotheses[0].words == ()
     assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("[0.50]never heard")
 
 
