@@ -260,14 +260,15 @@ async def words_of(port: int, name: str, clip: NDArray[np.float32]) -> list[str]
 def hour(arguments: argparse.Namespace) -> dict[str, Any]:
     """Mixtures without end through a window of 30 s: is the end as good as the beginning."""
     sources = load_sources(arguments.data, "heard")
-    pieces = make_mixtures(sources, round(arguments.seconds / PIECE_S), PIECE_S)
+    pieces = make_mixtures(sources, round((arguments.seconds - EDGE_S) / PIECE_S), PIECE_S)
+    pieces += pieces[: round(EDGE_S / PIECE_S)]  # it ends as it began: only the hour lies between
     audio, said = joined(pieces)
     found: dict[str, Any] = {}
     for markers in arguments.markers:
         window = f'[moss]\nwindow_s = 30.0\nmarkers = "{markers}"\n'
         config = settings(arguments.model, 1, window, arguments.tick_ms)
         runner = Weighed(load_runner(config))
-        virtual = run([audio], runner, config).runs[0]
+        virtual = run([audio], runner, config, keep=lambda m: isinstance(m, TranscriptDelta)).runs[0]
         words = committed_words(virtual)
         end_s = len(audio) / SAMPLE_RATE_HZ
         found[markers] = {

@@ -8,7 +8,7 @@ Sockets, rings and the process boundary are left out: `bench/live.py` measures w
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +45,17 @@ class VirtualRuns:
 
 class _Stream:
     def __init__(
-        self, number: int, audio: NDArray[np.float32], config: Config, capabilities: Capabilities
+        self,
+        number: int,
+        audio: NDArray[np.float32],
+        config: Config,
+        capabilities: Capabilities,
+        keep: Callable[[Message], bool],
     ) -> None:
         self.number = number
         self.audio = audio
         self.sent = 0
+        self._keep = keep
         self.vad = Vad(config.vad)
         sounds = [Sound(label.name, label.parent, label.threshold) for label in capabilities.sounds]
         self.timeline = new_timeline(config, capabilities.tasks, sounds)
@@ -67,7 +73,7 @@ class _Stream:
             at_s = (self.sent + len(pcm)) / SAMPLE_RATE_HZ
             for mark in marks:
                 say = self.timeline.speech_started if mark.kind == "started" else self.timeline.speech_stopped
-                self.arrivals += [(at_s, message) for message in say(mark.edge)]
+                self._hear(at_s, say(mark.edge))
             start = self.sent
             self.sent += len(pcm)
             if self.sent == len(self.audio):
@@ -77,12 +83,14 @@ class _Stream:
     def answer(self, result: Result, now_s: float, scheduler: Scheduler) -> None:
         """Give a result to the timeline and its commit back to the scheduler."""
         applied = self.timeline.apply(result)
-        self.arrivals += [(now_s, message) for message in applied.messages]
+        self._hear(now_s, applied.messages)
         if result.kind == "flush":
             self.flushed_s = now_s
-            self.arrivals += [(now_s, message) for message in self.timeline.finish(result.point)]
-            self.arrivals.append((now_s, Flushed("end", ms_of(result.point))))
+            self._hear(now_s, [*self.timeline.finish(result.point), Flushed("end", ms_of(result.point))])
         scheduler.commit(Commit(self.number, result.point, result.kind, applied.n_committed))
+
+    def _hear(self, at_s: float, messages: Iterable[Message]) -> None:
+        self.arrivals += [(at_s, message) for message in messages if self._keep(message)]
 
 
 def run(
@@ -91,6 +99,7 @@ def run(
     config: Config,
     language: str | None = None,
     speed: float = 1.0,
+    keep: Callable[[Message], bool] = lambda _: True,
 ) -> VirtualRuns:
     """Stream every recording at once, from virtual second 0, until each is flushed.
 
@@ -100,6 +109,7 @@ def run(
         config: Endpointing, ticks and commit policy.
         language: Set for every stream; None: detected.
         speed: How many times faster than measured a step counts; for what-if runs.
+        keep: Which messages are kept; a long run's captions take memory.
     """
     now_s = 0.0
     tick = config.engine.tick_ms * SAMPLE_RATE_HZ // 1000
@@ -112,7 +122,7 @@ def run(
         longest_window_s=runner.capabilities.max_window_s,
         listening=Listening.to(runner.capabilities, config.events, config.emotion, tick),
     )
-    streams = [_Stream(number, pcm, config, runner.capabilities) for number, pcm in enumerate(audio)]
+    streams = [_Stream(number, pcm, config, runner.capabilities, keep) for number, pcm in enumerate(audio)]
     for stream in streams:
         scheduler.open(Open(stream.number, language))
     cpu_s = wall_s = 0.0
