@@ -275,7 +275,8 @@ def hour(arguments: argparse.Namespace) -> dict[str, Any]:
             "first": stretch(said, words, 0.0, EDGE_S),
             "last": stretch(said, words, end_s - EDGE_S, end_s),
             "whole": stretch(said, words, 0.0, end_s),
-            "memory_grown_mb": runner.grown_mb(),
+            "memory_grown_mb": runner.grown_mb(0.1),
+            "memory_grown_in_second_half_mb": runner.grown_mb(0.5),
         }
         print(f"hour, {markers}: {json.dumps(found[markers])}", flush=True)
     return found
@@ -296,9 +297,9 @@ class Weighed:
         self._bytes.append(psutil.Process().memory_info().rss)
         return result
 
-    def grown_mb(self) -> float:
-        """From a tenth of the steps, when everything is allocated, to the last one."""
-        return round((self._bytes[-1] - self._bytes[len(self._bytes) // 10]) / 1e6, 1)
+    def grown_mb(self, part: float) -> float:
+        """From that part of the steps on to the last one."""
+        return round((self._bytes[-1] - self._bytes[int(part * len(self._bytes))]) / 1e6, 1)
 
 
 def together(arguments: argparse.Namespace) -> dict[str, Any]:
