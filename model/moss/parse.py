@@ -115,21 +115,26 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
 
     Returns:
         Sentences whose starts, and whose ends, never go back. One with no time before it begins
-        where the one before it ends.
+        where the one before it ends. What is said to begin after the window, behind others, was
+        not heard and is left out.
     """
     sentences: list[Sentence] = []
     text = _CUT_TIME.sub("", " ".join(text.split()))
     at = window.start_s  # nothing begins before this
     start = at
     before = 0
+    was_heard = True
     for match in _TAG.finditer(text):
-        time_s = window.clamp(seconds(match[1] or match[2]) + offset_s)
-        if words := _clean(text[before : match.start()]):
+        told_s = seconds(match[1] or match[2]) + offset_s
+        time_s = window.clamp(told_s)
+        if was_heard and (words := _clean(text[before : match.start()])):
             at = max(start, time_s)
             sentences.append(Sentence(words, Span(start, at), is_closed=True))
         start = max(at, time_s)
         before = match.end()
-    if words := _clean(text[before:]):
+        # A first sentence may be on a clock of its own; with others before it the clock is right.
+        was_heard = told_s < window.end_s or not sentences
+    if was_heard and (words := _clean(text[before:])):
         sentences.append(Sentence(words, Span(start, window.end_s), is_closed=False))
     return tuple(sentences)
 

@@ -43,6 +43,7 @@ def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) ->
         ("before[1.00][2.00]after", [sentence("before", 0, 1), sentence("after", 2, 30, False)]),
         ("[3.00]back[1.00][0.50]wards[4.00]", [sentence("back", 3, 3), sentence("wards", 3, 4)]),
         ("[29.00]late[99.00]", [sentence("late", 29, 30)]),
+        ("[28.00]last[29.00][30.50]more[31.00][32.00]and more", [sentence("last", 28, 29)]),
         ("[1:02]minutes[1:03.5]", [sentence("minutes", 30, 30)]),
         ("[0.00]it cost 3.50 dollars[2.00]", [sentence("it cost 3.50 dollars", 0, 2)]),
         ("[ 0.00 s ]spaces[ 1.00s]", [sentence("spaces", 0, 1)]),
