@@ -44,6 +44,7 @@ SEED = 20261125
 STEPS = 16_800
 ENCODER_STEPS = 5000  # of them, in which nothing is asked
 AUDIO_S = 62.0  # of mixtures in a step
+LONG = 0.4  # of the steps that ask, whose mixtures are as long as a window
 LEARNING_RATE = 1e-3
 HARD_FROM = 2000  # steps, over which mixtures get as hard as they come
 WARM_UP = 150  # steps, again where questions begin
@@ -108,7 +109,7 @@ def train_batch(
         hard: From 0, clips as they were recorded, well above all noise, to 1.
         asks: Whether anything is asked.
     """
-    is_long = asks and rng.random() < 0.3
+    is_long = asks and rng.random() < LONG
     length_s = float(rng.uniform(14.0, 36.0) if is_long else rng.uniform(3.0, 14.0))
     n = int(np.clip(round(AUDIO_S / length_s), 2, 12))
     mixtures = [mix(sources, length_s, rng, change=hard, under_db=20.0 * (1.0 - hard)) for _ in range(n)]

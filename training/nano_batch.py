@@ -21,8 +21,9 @@ from model.moss.encoder import Block
 from model.moss.hearing import blocks_of
 from model.moss.prompt import TOKENS_PER_MARKER, Layout
 from training.nano_mixtures import SOUNDS, WORDS, Mixture
-from training.nano_text import BLOCK_S, Exchange
+from training.nano_text import BLOCK_S, Exchange, Place, beginning, end
 
+_Pointer = tuple[int, int, int]  # a token, and the first and last token of the audio that it is about
 TOKENS_PER_S = 12.5
 IGNORED = -100  # no answer's token follows
 
@@ -37,11 +38,14 @@ class Batch:
     mask: Tensor  # [B, 1, T, T] bool: which tokens a token sees
     labels: Tensor  # [B, T], the token that should follow; IGNORED where none is asked for
     pointers: Tensor  # [P, 4]: row, token, and the first and last token that the one after it is about
+    limits: Tensor  # [L, 4]: the same of tokens of answers whose end is decided at a place
     digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
     n_digits: Tensor  # [B]
     digit_at: Tensor  # [B, N], the digit in the middle of each token, 1 to 10; 0 for none
-    times: Tensor  # [3, B, N]: the token's place in its block, the last digit of its second, its tenth
+    before: Tensor  # [2, B, N], the digit last said before each token, and the one before that
+    times: Tensor  # [4, B, N]: the token's place in its block, the last two digits of its second, its tenth
     sounds: Tensor  # [B, N, 10], how much of each token each kind fills
+    edges: Tensor  # [3, B, N]: the kind that begins around each token, 1 to 10, that ends, that began before
 
 
 def make_batch(
@@ -80,8 +84,7 @@ def make_batch(
     ids, position = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
     labels = torch.full(size, IGNORED)
     mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-    pointers = [(idx, *pointer) for idx, (*_, row_pointers) in enumerate(rows) for pointer in row_pointers]
-    for idx, (row_ids, row_position, row_labels, row_mask, _) in enumerate(rows):
+    for idx, (row_ids, row_position, row_labels, row_mask, *_) in enumerate(rows):
         n = len(row_ids)
         ids[idx, :n], position[idx, :n], labels[idx, :n] = row_ids, row_position, row_labels
         mask[idx, 0, :n, :n] = row_mask
@@ -92,13 +95,21 @@ def make_batch(
         position,
         mask,
         labels,
-        torch.tensor(pointers, dtype=torch.long).view(-1, 4),
+        _pointers([row[-2] for row in rows]),
+        _pointers([row[-1] for row in rows]),
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
         torch.stack([_digit_at(mixture, n_audio) for mixture in mixtures]),
+        torch.stack([_before(mixture, n_audio) for mixture in mixtures], dim=1),
         torch.stack([_times(n_audio, offset_s, layout) for offset_s in offsets_s], dim=1),
         torch.stack([_sounds(mixture, n_audio) for mixture in mixtures]),
+        torch.stack([_edges(mixture, n_audio) for mixture in mixtures], dim=1),
     )
+
+
+def _pointers(rows: Sequence[Sequence[_Pointer]]) -> Tensor:
+    found = [(idx, *pointer) for idx, row in enumerate(rows) for pointer in row]
+    return torch.tensor(found, dtype=torch.long).view(-1, 4)
 
 
 def _masked(block: Block, rng: np.random.Generator) -> Block:
@@ -119,25 +130,34 @@ def _masked(block: Block, rng: np.random.Generator) -> Block:
 
 def _row(
     n_audio: int, exchanges: Sequence[Exchange], offset_s: int, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int, int]]]:
-    """Ids, positions, labels [n], mask [n, n] and pointers of one mixture."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[_Pointer], list[_Pointer]]:
+    """Ids, positions, labels [n], mask [n, n], pointers and limits of one mixture."""
     prefix = layout.prefix
     audio = layout.audio(n_audio, offset_s + 2)
     ids, labels = [*prefix, *audio], [IGNORED] * (len(prefix) + len(audio))
     position = list(range(len(ids)))
     places = [idx for idx, token in enumerate(ids) if token == layout.special.audio]
-    branches, pointers = [], []
+    branches = []
+    pointers: list[_Pointer] = []
+    limits: list[_Pointer] = []
+
+    def point(token: int, place: Place) -> _Pointer:
+        first, last = (min(len(places) - 1, int(t * TOKENS_PER_S)) for t in place)
+        return token, places[first], places[last]
+
     for exchange in exchanges:
         asked = layout.question(exchange.question, exchange.said)
         answer = (*layout.tokenizer.encode(exchange.answer), layout.special.stop[0])
         start, n = len(ids), len(asked) + len(answer)
         n_chars = 0
+        before = start + len(asked) - 1  # the token before the answer
         for idx, token in enumerate(answer[:-1]):
             n_chars += len(layout.tokenizer.decode([token]))
             place = exchange.where[n_chars - 1] if exchange.where else None
             if place is not None:
-                first, last = (min(len(places) - 1, int(t * TOKENS_PER_S)) for t in place)
-                pointers.append((start + len(asked) + idx - 1, places[first], places[last]))
+                pointers.append(point(before + idx, place))
+        if exchange.limit is not None:
+            limits += [point(before + idx, exchange.limit) for idx in range(len(answer))]
         ids += [*asked, *answer]
         labels += [IGNORED] * (len(asked) - 1) + [*answer, IGNORED]
         position += range(len(prefix) + len(audio), len(prefix) + len(audio) + n)
@@ -148,7 +168,7 @@ def _row(
     for start, stop, first_audio in branches:
         mask[start:stop, len(prefix) : first_audio] = False
         mask[start:stop, shared:start] = False
-    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask, pointers
+    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask, pointers, limits
 
 
 def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:
@@ -160,16 +180,28 @@ def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def _before(mixture: Mixture, n_audio: int) -> Tensor:
+    """The digits that were said last before the middle of each audio token, 0 for none, [2, n_audio].
+
+    In the middle of a word that is the word before it: what an answer so far ends with.
+    """
+    said = [0, 0, *(1 + WORDS.index(word.text) for word in mixture.words)]
+    ends = np.array([word.end_s for word in mixture.words])
+    n_said = np.searchsorted(ends, (np.arange(n_audio) + 0.5) / TOKENS_PER_S, side="right")
+    return torch.tensor([[said[n + 1] for n in n_said], [said[n] for n in n_said]])
+
+
 def _times(n_audio: int, offset_s: int, layout: Layout) -> Tensor:
-    """Place in the block, last digit of the second and tenth of each audio token, [3, n_audio].
+    """Place in the block, tens and ones of the second, and tenth of each audio token, [4, n_audio].
 
     Before the first marker nothing says which second it is, nor anywhere where there is none.
     """
     place = torch.arange(n_audio)
     middle_ms = 80 * place + 40
-    second = (offset_s + middle_ms // 1000) % 10
-    second[: TOKENS_PER_MARKER if layout.special.has_markers else n_audio] = IGNORED
-    return torch.stack([place % round(BLOCK_S * TOKENS_PER_S), second, middle_ms % 1000 // 100])
+    second = offset_s + middle_ms // 1000
+    digits = torch.stack([second // 10 % 10, second % 10])
+    digits[:, : TOKENS_PER_MARKER if layout.special.has_markers else n_audio] = IGNORED
+    return torch.stack([place % round(BLOCK_S * TOKENS_PER_S), *digits, middle_ms % 1000 // 100])
 
 
 def _sounds(mixture: Mixture, n_audio: int) -> Tensor:
@@ -180,4 +212,19 @@ def _sounds(mixture: Mixture, n_audio: int) -> Tensor:
         shared = np.minimum(starts + 0.08, event.end_s) - np.maximum(starts, event.start_s)
         column = out[:, SOUNDS.index(event.kind)]
         np.maximum(column, (shared / 0.08).clip(0.0, 1.0), out=column)
+    return torch.from_numpy(out)
+
+
+def _edges(mixture: Mixture, n_audio: int) -> Tensor:
+    """The kind of sound that begins around each audio token, that ends, and that began last before it.
+
+    0 where there is none; [3, n_audio]. Edges are where `nano_text` says that answers look for them.
+    """
+    starts = np.arange(n_audio) / TOKENS_PER_S
+    out = np.zeros((3, n_audio), np.int64)
+    for event in mixture.events:  # in the order they begin
+        kind = 1 + SOUNDS.index(event.kind)
+        for row, (first_s, last_s) in enumerate((beginning(event.start_s), end(event.end_s))):
+            out[row, (starts + 0.08 > first_s) & (starts <= last_s)] = kind
+        out[2, starts > beginning(event.start_s)[1]] = kind
     return torch.from_numpy(out)

@@ -25,11 +25,13 @@ from training.nano_text import N_TOKENS, UNSEEN_TOKENS
 AUDIO, AUDIO_START, AUDIO_END = range(N_TOKENS - UNSEEN_TOKENS, N_TOKENS)
 STOP = 2  # <|im_end|>
 CTC_WEIGHT = 0.3
-POINTING_WEIGHT = 0.3
-WITHIN_WEIGHT = 0.2
-# Language layers whose first head is taught to look at what the next token is about. Left to itself a
-# model of this size finds out late where it is in the audio (docs/decisions.md).
-POINTING_LAYERS = (2, 3)
+POINTING_WEIGHT = 1.0
+WITHIN_WEIGHT = 0.3
+WITHIN = ("times", "heard", "edges")  # what audio tokens are asked for in the language model
+# Language layers whose first head is taught to look at what the next token is about; the last head of all
+# but the last of them at where a question says that its answer ends. Left to itself a model of this size
+# finds out late where it is in the audio (docs/decisions.md).
+POINTING_LAYERS = (2, 3, 4)
 SOUND_WEIGHT = 3.0  # it is a tenth of the others
 
 
@@ -112,8 +114,8 @@ def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -
 class Learner(nn.Module):
     """The model, with heads that are thrown away after training: three on its encoder, two behind it.
 
-    Those behind it read what audio tokens are in the language model: which digit, and at which time. A
-    language model of this size is long in finding out that it needs to know either.
+    Those behind it read what audio tokens are in the language model: which digit, behind which others,
+    and at which time. A language model of this size is long in finding out that it needs to know any.
     """
 
     def __init__(self, config: MossConfig) -> None:
@@ -124,9 +126,14 @@ class Learner(nn.Module):
         self.digit_at_head = nn.Linear(width, 1 + len(WORDS))
         self.sound_head = nn.Linear(width, len(SOUNDS))
         self.time_heads = nn.ModuleList(
-            nn.Linear(config.language.hidden_size, n) for n in (config.encoder.block_tokens, 10, 10)
+            nn.Linear(config.language.hidden_size, n) for n in (config.encoder.block_tokens, 10, 10, 10)
         )
-        self.heard_head = nn.Linear(config.language.hidden_size, 1 + len(WORDS))
+        self.heard_heads = nn.ModuleList(
+            nn.Linear(config.language.hidden_size, 1 + len(WORDS)) for _ in range(3)
+        )
+        self.edge_heads = nn.ModuleList(
+            nn.Linear(config.language.hidden_size, 1 + len(SOUNDS)) for _ in range(3)
+        )
         self.apply(_initialise)
         # What a residual path adds begins small, the more so the more of them there are.
         for module in self.modules():
@@ -181,18 +188,30 @@ class Learner(nn.Module):
             states = self.model.language_model.forward(x, batch.position, deep, mask=batch.mask)
         is_asked = batch.labels != IGNORED
         logits = self.model.lm_head(states[is_asked]).float()
-        pointing = [self._pointing(batch, *seen[idx : idx + 2]) for idx in range(1, len(seen), 2)]
+        watched = list(zip(seen[1::2], seen[2::2], strict=True))
+        pointing = [self._pointing(batch, batch.pointers, q[:, 0], k[:, 0]) for q, k in watched]
+        limits = [self._pointing(batch, batch.limits, q[:, -1], k[:, -1]) for q, k in watched[:-1]]
         heard = F.rms_norm(seen[0][is_audio[..., 0]].float(), (x.shape[-1],))
         times = [
             F.cross_entropy(head(heard).float(), target.flatten(), ignore_index=IGNORED)
             for head, target in zip(self.time_heads, batch.times, strict=True)
             if (target != IGNORED).any()
         ]
+        digits = [
+            F.cross_entropy(head(heard).float(), target.flatten())
+            for head, target in zip(self.heard_heads, (batch.digit_at, *batch.before), strict=True)
+        ]
+        edges = [
+            F.cross_entropy(head(heard).float(), target.flatten())
+            for head, target in zip(self.edge_heads, batch.edges, strict=True)
+        ]
         return {
             "answers": F.cross_entropy(logits, batch.labels[is_asked]),
             "pointing": torch.stack(pointing).mean(),
+            "limits": torch.stack(limits).mean(),
             "times": torch.stack(times).sum(),
-            "heard": F.cross_entropy(self.heard_head(heard).float(), batch.digit_at.flatten()),
+            "heard": torch.stack(digits).sum(),
+            "edges": torch.stack(edges).sum(),
         }
 
     @contextmanager
@@ -219,13 +238,13 @@ class Learner(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def _pointing(self, batch: Batch, q: Tensor, k: Tensor) -> Tensor:
-        """How little of the first head's attention lies on what the next token is about."""
-        if not len(batch.pointers):
+    def _pointing(self, batch: Batch, pointers: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """How little of a head's attention lies where it is meant to; queries and keys are [B, T, D]."""
+        if not len(pointers):
             return q.new_zeros(())
-        row, token, first, last = batch.pointers.unbind(1)
+        row, token, first, last = pointers.unbind(1)
         angles = rotary_angles(batch.position, self.model.config.language)
-        q, k = rotate(q[:, 0], angles), rotate(k[:, 0], angles)  # [B, T, D]
+        q, k = rotate(q, angles), rotate(k, angles)
         scores = (q @ k.transpose(1, 2)).float() * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~batch.mask[:, 0], -torch.inf)[row, token].log_softmax(-1)  # [P, T]
         place = torch.arange(scores.shape[1])
@@ -239,8 +258,13 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     aside = CTC_WEIGHT * losses["ctc"] + losses["digit_at"] + SOUND_WEIGHT * losses["sounds"]
     if "answers" not in losses:
         return aside
-    within = POINTING_WEIGHT * losses["pointing"] + WITHIN_WEIGHT * (losses["times"] + losses["heard"])
-    return aside + losses["answers"] + within
+    within = torch.stack([losses[name] for name in WITHIN]).sum()
+    return (
+        aside
+        + losses["answers"]
+        + POINTING_WEIGHT * (losses["pointing"] + losses["limits"])
+        + WITHIN_WEIGHT * within
+    )
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path) -> None:

@@ -44,9 +44,11 @@ class _Told:
         self.text += text
         self.where += [place] * len(text)
 
-    def exchange(self, question: str, said: str = "", first_block: int = 0) -> Exchange:
+    def exchange(
+        self, question: str, said: str = "", first_block: int = 0, limit: Place | None = None
+    ) -> Exchange:
         """The answer to a question."""
-        return Exchange(question, said, self.text, first_block, tuple(self.where))
+        return Exchange(question, said, self.text, first_block, tuple(self.where), limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Exchange:
     answer: str  # what it should say from there on
     first_block: int = 0  # older blocks are not looked at
     where: tuple[Place | None, ...] = ()  # per character of the answer, what of the audio it is about
+    limit: Place | None = None  # where in the audio it is decided that the answer ends
 
 
 @functools.cache
@@ -82,9 +85,9 @@ def _sentences(told: _Told, words: Sequence[Word], offset_s: int) -> None:
     for word in words:
         by_sentence.setdefault(word.sentence, []).append(word)
     for said in by_sentence.values():
-        told.say(f"[{clock(said[0].start_s, offset_s)}]", _beginning(said[0].start_s))
+        told.say(f"[{clock(said[0].start_s, offset_s)}]", beginning(said[0].start_s))
         _words(told, said)
-        told.say(f"[{clock(said[-1].end_s, offset_s)}]", _end(said[-1].end_s))
+        told.say(f"[{clock(said[-1].end_s, offset_s)}]", end(said[-1].end_s))
 
 
 def transcript(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
@@ -97,7 +100,7 @@ def transcript(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchang
 def continued(
     mixture: Mixture, offset_s: int, rng: np.random.Generator, first_block: int = 0
 ) -> Exchange | None:
-    """The transcript after agreed words, which a live stream gives as one open sentence.
+    """The transcript after agreed words, whose last sentence a live stream leaves open.
 
     The first words of what is heard may be left out: a window can begin inside a block.
     None where there are no words.
@@ -113,9 +116,11 @@ def continued(
     for word in same:
         told.say(f" {word.text}", (word.start_s, word.end_s))
     end_s = same[-1].end_s if same else agreed[-1].end_s
-    told.say(f"[{clock(end_s, offset_s)}]", _end(end_s))
+    told.say(f"[{clock(end_s, offset_s)}]", end(end_s))
     _sentences(told, rest[len(same) :], offset_s)
-    said = f"[{clock(agreed[0].start_s, offset_s)}]{' '.join(word.text for word in agreed)}"
+    before = _Told()
+    _sentences(before, agreed, offset_s)
+    said = before.text[: before.text.rindex("[")]
     return told.exchange(prompt("transcript").text, said, first_block)
 
 
@@ -124,7 +129,7 @@ def events(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
     told = _Told()
     for event in heard_events(mixture, first_block):
         if told.text:
-            told.say("\n", _beginning(event.start_s))
+            told.say("\n", beginning(event.start_s))
         _span(told, event, offset_s)
         told.say(f": {label_of(event.kind)}", (event.start_s, event.end_s))
     return told.exchange(prompt("events").text, "", first_block)
@@ -149,7 +154,7 @@ def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> E
     _words(told, words)
     if not words:
         told.say(phrases()["said"]["nothing"], None)
-    return told.exchange(question)
+    return told.exchange(question, limit=end(b))
 
 
 def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange:
@@ -161,7 +166,7 @@ def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exc
     for event in mixture.events:
         if event.kind == kind:
             if told.text:
-                told.say(", ", _beginning(event.start_s))
+                told.say(", ", beginning(event.start_s))
             _span(told, event, offset_s)
     if not told.text:
         told.say(phrases()["heard"]["nothing"], None)
@@ -169,18 +174,18 @@ def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exc
 
 
 def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
-    """What is asked of one mixture while learning: words, sounds, and one question about time."""
+    """What is asked of one mixture while learning: words, sounds, and questions about time."""
     n_blocks = int(len(mixture.audio) / 16_000) // BLOCK_S
 
     def hidden() -> int:
         return int(rng.integers(1, n_blocks)) if n_blocks > 1 and rng.random() < 0.25 else 0
 
-    first_block = hidden()
-    agreed = continued(mixture, offset_s, rng, first_block) if rng.random() < 0.35 else None
-    asked = [agreed or transcript(mixture, offset_s, first_block)]
-    asked.append(events(mixture, offset_s, hidden()))
-    said = said_between(mixture, offset_s, rng) if rng.random() < 0.5 else None
-    asked.append(said or heard_when(mixture, offset_s, rng))
+    asked = [transcript(mixture, offset_s, hidden()), events(mixture, offset_s, hidden())]
+    agreed = continued(mixture, offset_s, rng, hidden()) if rng.random() < 0.5 else None
+    asked += [e for e in (agreed, said_between(mixture, offset_s, rng)) if e]
+    asked.append(heard_when(mixture, offset_s, rng))
+    if rng.random() < 0.5 and (again := said_between(mixture, offset_s, rng)):
+        asked.append(again)
     if rng.random() < NOT_KNOWN:  # it was never told how anybody feels
         asked.append(Exchange(prompt("emotion").text, "", ""))
     return asked
@@ -235,8 +240,8 @@ def save_tokenizer(path: Path) -> None:
 
 
 def _span(told: _Told, event: Event, offset_s: int) -> None:
-    told.say(clock(event.start_s, offset_s), _beginning(event.start_s))
-    told.say(f" - {clock(event.end_s, offset_s)}", _end(event.end_s))
+    told.say(clock(event.start_s, offset_s), beginning(event.start_s))
+    told.say(f" - {clock(event.end_s, offset_s)}", end(event.end_s))
 
 
 def _words(told: _Told, words: Sequence[Word]) -> None:
@@ -244,9 +249,11 @@ def _words(told: _Told, words: Sequence[Word]) -> None:
         told.say(f" {word.text}" if idx else word.text, (word.start_s, word.end_s))
 
 
-def _beginning(time_s: float) -> Place:
+def beginning(time_s: float) -> Place:
+    """What of the audio the time is about at which something begins."""
     return time_s, time_s + 2 * TOKEN_S
 
 
-def _end(time_s: float) -> Place:
+def end(time_s: float) -> Place:
+    """What of the audio the time is about at which something ends."""
     return max(0.0, time_s - 2 * TOKEN_S), time_s

@@ -18,7 +18,7 @@ from training.nano import Plan, Run, train_batch
 from training.nano_align import likeliest
 from training.nano_batch import IGNORED, make_batch
 from training.nano_mixtures import SOUNDS, WORDS, Event, Mixture, Sound, Sources, Spoken, Word, mix
-from training.nano_model import AUDIO, STOP, Learner, save_weights, total, write_description
+from training.nano_model import AUDIO, STOP, WITHIN, Learner, save_weights, total, write_description
 from training.nano_text import (
     Exchange,
     continued,
@@ -114,7 +114,7 @@ def test_hidden_blocks_are_not_spoken_of() -> None:
 
 
 def test_agreed_words_are_gone_on_from() -> None:
-    """Said and answer together are the transcript, with the agreed words as one open sentence."""
+    """Said and answer together are the transcript; the last agreed sentence is left open."""
     seen = set()
     for seed in range(200):
         exchange = continued(MIXTURE, 0, np.random.default_rng(seed))
@@ -122,8 +122,8 @@ def test_agreed_words_are_gone_on_from() -> None:
         seen.add((exchange.said, exchange.answer))
     assert ("[0.30]seven", " three[1.45][5.00]one two[5.80]") in seen
     assert ("[0.30]seven three", "[1.45][5.00]one two[5.80]") in seen
-    assert ("[0.30]seven three one", " two[5.80]") in seen
-    assert ("[0.80]three one two", "[5.80]") in seen
+    assert ("[0.30]seven three[1.45][5.00]one", " two[5.80]") in seen
+    assert ("[0.80]three[1.45][5.00]one two", "[5.80]") in seen
     assert continued(Mixture(MIXTURE.audio, (), ()), 0, np.random.default_rng(0)) is None
 
 
@@ -275,6 +275,27 @@ def test_labels_are_the_answers(sources: Sources, folder: Path, layout: Layout) 
     assert set(said[1]) == set(said[0]) - {0}
 
 
+def test_audio_tokens_are_asked_for_what_was_before_them_and_when_they_are(
+    folder: Path, layout: Layout
+) -> None:
+    """Digits said before, kinds that begin and end, and the time as it is written."""
+    config = Learner.of(folder).model.config.encoder
+    batch = make_batch([MIXTURE], [[]], [136], layout, config)
+    at = [5, 13, 30, 69, 110]  # 0.4 s: in seven; 1.04: in three; 2.4: the dog; 5.52: in two; 8.8: rain
+    assert batch.digit_at[0, at].tolist() == [8, 4, 0, 3, 0]
+    assert batch.before[:, 0, at].tolist() == [[0, 8, 4, 2, 3], [0, 0, 8, 4, 2]]
+    place, tens, ones, tenths = batch.times[:, 0]
+    assert place[[0, 49, 50]].tolist() == [0, 49, 0]
+    assert tens[[24, 25, 50]].tolist() == [IGNORED, 3, 4]  # nothing is known before the first marker
+    assert ones[[25, 50]].tolist() == [8, 0]
+    assert tenths[[0, 25, 26]].tolist() == [0, 0, 1]
+    dog, rain = (1 + SOUNDS.index(event.kind) for event in MIXTURE.events)
+    begins, ends, before = batch.edges[:, 0].tolist()
+    assert [idx for idx, kind in enumerate(begins) if kind == dog] == [26, 27, 28]
+    assert [idx for idx, kind in enumerate(ends) if kind == dog] == [54, 55, 56]
+    assert (begins[38], before[20], before[38], before[60]) == (rain, 0, dog, rain)
+
+
 def test_an_answer_of_the_checkpoint_ends(folder: Path, layout: Layout) -> None:
     """Whatever random weights say, it is bounded."""
     model = Learner.of(folder).model.eval()
@@ -320,7 +341,7 @@ def test_a_training_goes_on_where_it_was(sources: Sources, folder: Path, tmp_pat
     for batch in batches[2:]:
         losses = whole.take(batch)
         assert again.take(batch) == losses
-        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "times", "heard"}
+        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "limits", *WITHIN}
     for name, tensor in whole.learner.state_dict().items():
         assert torch.equal(tensor, again.learner.state_dict()[name]), name
 
