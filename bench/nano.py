@@ -203,7 +203,7 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
     committed = asyncio.run(through_a_server(arguments.model, [m.audio for m in mixtures]))
     n_words = n_same = n_said = n_live_errors = n_offline_errors = 0
     for mixture, (text,), words in zip(mixtures, offline_texts, committed, strict=True):
-        reference = plain_words(text)
+        reference = plain_words(text, Span(0.0, len(mixture.audio) / SAMPLE_RATE_HZ))
         said = [word.text for word in mixture.words]
         n_words += max(len(reference), len(words))
         n_same += max(len(reference), len(words)) - Levenshtein.distance(reference, words)
@@ -381,9 +381,9 @@ def stretch(said: Sequence[Said], words: Sequence[Word], start_s: float, end_s: 
     }
 
 
-def plain_words(text: str) -> list[str]:
-    """The words of a transcript with times."""
-    return " ".join(s.text for s in parse_sentences(text, Span(0.0, 1e9))).split()
+def plain_words(text: str, window: Span) -> list[str]:
+    """The words of a transcript with times, read as those of a stream are."""
+    return " ".join(s.text for s in parse_sentences(text, window)).split()
 
 
 def plain(word: str) -> str:

@@ -116,25 +116,32 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
     Returns:
         Sentences whose starts, and whose ends, never go back. One with no time before it begins
         where the one before it ends. What is said to begin after the window, behind others, was
-        not heard and is left out.
+        not heard and is left out; so are the same words at the same time once more, for a model that
+        repeats itself.
     """
     sentences: list[Sentence] = []
     text = _CUT_TIME.sub("", " ".join(text.split()))
     at = window.start_s  # nothing begins before this
     start = at
     before = 0
-    was_heard = True
+    began_s = at  # as the model told it
+    known: set[tuple[str, float]] = set()
+
+    def is_new(words: str) -> bool:
+        # A first sentence may be on a clock of its own; with others before it the clock is right.
+        was_heard = began_s < window.end_s or not sentences
+        return bool(words) and was_heard and (words, began_s) not in known
+
     for match in _TAG.finditer(text):
         told_s = seconds(match[1] or match[2]) + offset_s
         time_s = window.clamp(told_s)
-        if was_heard and (words := _clean(text[before : match.start()])):
+        if is_new(words := _clean(text[before : match.start()])):
             at = max(start, time_s)
             sentences.append(Sentence(words, Span(start, at), is_closed=True))
+            known.add((words, began_s))
         start = max(at, time_s)
-        before = match.end()
-        # A first sentence may be on a clock of its own; with others before it the clock is right.
-        was_heard = told_s < window.end_s or not sentences
-    if was_heard and (words := _clean(text[before:])):
+        before, began_s = match.end(), told_s
+    if is_new(words := _clean(text[before:])):
         sentences.append(Sentence(words, Span(start, window.end_s), is_closed=False))
     return tuple(sentences)
 

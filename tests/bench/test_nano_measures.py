@@ -98,4 +98,5 @@ def test_stretches_of_a_stream() -> None:
     assert found["within_a_second"] == 1.0
     assert stretch(said, [], 0.0, 10.0)["start_error_s"] is None
     assert same_words(["one", "two", "three"], ["one", "three"]) == 2
-    assert plain_words("[0.30]seven three[1.40][5.00]one[5.40]") == ["seven", "three", "one"]
+    text = "[0.30]seven three[1.40][5.00]one[5.40][24.20]one[24.60]"
+    assert plain_words(text, Span(0.0, 24.0)) == ["seven", "three", "one"]

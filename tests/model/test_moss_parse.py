@@ -44,6 +44,8 @@ def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) ->
         ("[3.00]back[1.00][0.50]wards[4.00]", [sentence("back", 3, 3), sentence("wards", 3, 4)]),
         ("[29.00]late[99.00]", [sentence("late", 29, 30)]),
         ("[28.00]last[29.00][30.50]more[31.00][32.00]and more", [sentence("last", 28, 29)]),
+        ("[1.00]again[2.00][3.00]so[4.00][1.00]again[2.00]", [sentence("again", 1, 2), sentence("so", 3, 4)]),
+        ("[1.00]no[2.00][3.00]no[4.00]", [sentence("no", 1, 2), sentence("no", 3, 4)]),
         ("[1:02]minutes[1:03.5]", [sentence("minutes", 30, 30)]),
         ("[0.00]it cost 3.50 dollars[2.00]", [sentence("it cost 3.50 dollars", 0, 2)]),
         ("[ 0.00 s ]spaces[ 1.00s]", [sentence("spaces", 0, 1)]),
