@@ -115,7 +115,7 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
 
     Returns:
         Sentences whose starts, and whose ends, never go back. One with no time before it begins
-        where the one before it ends. What is said to begin after the window, behind others, was
+        where the one before it ends. What is said to begin after the window, behind what was not, was
         not heard and is left out; so are the same words at the same time once more, for a model that
         repeats itself.
     """
@@ -126,10 +126,10 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
     before = 0
     began_s = at  # as the model told it
     known: set[tuple[str, float]] = set()
+    is_clock_right = False  # where no time lies in the window, it is the times that are wrong
 
     def is_new(words: str) -> bool:
-        # A first sentence may be on a clock of its own; with others before it the clock is right.
-        was_heard = began_s < window.end_s or not sentences
+        was_heard = began_s < window.end_s or not is_clock_right
         return bool(words) and was_heard and (words, began_s) not in known
 
     for match in _TAG.finditer(text):
@@ -139,6 +139,7 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
             at = max(start, time_s)
             sentences.append(Sentence(words, Span(start, at), is_closed=True))
             known.add((words, began_s))
+            is_clock_right |= began_s < window.end_s
         start = max(at, time_s)
         before, began_s = match.end(), told_s
     if is_new(words := _clean(text[before:])):

@@ -45,15 +45,20 @@ from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words, split_words
 
 SAMPLES_PER_TOKEN = 1280  # 80 ms
-MIN_ANSWER_TOKENS = 16  # what a long question or prefix must leave of the scratch
+MIN_ANSWER_TOKENS = 48  # two sentences with times; what a long question or prefix must leave of the scratch
 
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """A word of a transcript, and whether the model told that a sentence ends with it."""
+    """A word of a transcript, and where the model said that a sentence ends with it."""
 
     word: HeardWord
-    ends: bool
+    sentence_end: int | None = None  # a sample of the stream; None: the sentence goes on, or is open
+
+    @property
+    def middle(self) -> int:
+        """What decides whether it lies in a window, here as in the scheduler."""
+        return (self.word.start + self.word.end) // 2
 
 
 class _Slot:
@@ -82,7 +87,8 @@ class _Due:
     heard: Span  # what the model looks at: the window, and the block it begins in; empty for no audio
     offset_s: float  # what to add to the model's times to get seconds since the slot's origin
     said: str  # the part of the answer that was put in the model's mouth
-    agreed: tuple[_Told, ...]  # its words
+    agreed: tuple[_Told, ...]  # all agreed words of the window
+    n_said: int  # how many of them, the last ones, `said` has
 
 
 class MossRunner:
@@ -196,14 +202,14 @@ class MossRunner:
         offset_s = float(self._cache.marker_offset_s(step.slot_idx))
         text = prompt(fork.task).text if fork.task != "answer" else fork.question
         agreed = self._agreed(slot, fork) if fork.task == "transcript" else ()
-        n_scratch = self._n_scratch
+        n_scratch, n_said = self._n_scratch, len(agreed)
         while True:
-            said = self._said(agreed, slot.origin, offset_s)
+            said = self._said(agreed[len(agreed) - n_said :], slot.origin, offset_s)
             ids = self._layout.question(text, said)
             room = n_scratch - len(ids)
-            if room >= MIN_ANSWER_TOKENS or not agreed:
+            if room >= MIN_ANSWER_TOKENS or not n_said:
                 break
-            agreed = agreed[len(agreed) // 2 + 1 :]  # the older half is left out
+            n_said = max(0, n_said - n_said // 2 - 1)  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
             ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
         n_wanted = fork.max_tokens
@@ -211,7 +217,7 @@ class MossRunner:
             n_wanted += self._time_tokens(slot, heard, agreed, offset_s)
         n_tokens = min(n_wanted, room, self._max_answer_tokens)
         question = Question(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
-        return _Due(step, fork, question, window, heard, offset_s, said, agreed)
+        return _Due(step, fork, question, window, heard, offset_s, said, agreed, n_said)
 
     def _agreed(self, slot: _Slot, fork: Fork) -> tuple[_Told, ...]:
         """The agreed words with their times, as the last transcript had them.
@@ -219,14 +225,19 @@ class MossRunner:
         The plan has no times of them. Where the last transcript does not contain them, they are
         taken to be said when the window begins.
         """
-        n = len(fork.prefix)
-        # What ends before the window is older, even where it is the same words.
-        known = [told for told in slot.told if told.word.end > fork.window_start]
-        for first in range(len(known) - n + 1):
-            if n and tuple(told.word.text for told in known[first : first + n]) == fork.prefix:
-                return tuple(known[first : first + n])
+        n, known = len(fork.prefix), slot.told
+        found = [
+            first
+            for first in range(len(known) - n + 1)
+            if tuple(told.word.text for told in known[first : first + n]) == fork.prefix
+        ]
+        if n and found:
+            # The same words may have been said before the window, too.
+            inside = (first for first in found if known[first].middle >= fork.window_start)
+            first = next(inside, found[-1])
+            return known[first : first + n]
         at = max(fork.window_start, slot.origin)
-        return tuple(_Told(HeardWord(text, at, at, 1.0), ends=False) for text in fork.prefix)
+        return tuple(_Told(HeardWord(text, at, at, 1.0)) for text in fork.prefix)
 
     def _said(self, agreed: Sequence[_Told], origin: int, offset_s: float) -> str:
         """The beginning of an answer on the model's clock: the agreed words, the last sentence open.
@@ -240,10 +251,11 @@ class MossRunner:
         said, first = "", 0
         for idx, told in enumerate(agreed, start=1):
             is_last = idx == len(agreed)
-            if told.ends or is_last:
+            if told.sentence_end is not None or is_last:
                 sentence = [one.word for one in agreed[first:idx]]
                 said += clock(sentence[0].start) + join_words(word.text for word in sentence)
-                said += "" if is_last else clock(told.word.end)
+                if told.sentence_end is not None and not is_last:
+                    said += clock(told.sentence_end)
                 first = idx
         return said
 
@@ -299,25 +311,25 @@ class MossRunner:
         The model gives times of sentences; inside one its words are spread by their length.
         """
         origin = self._slots[due.step.slot_idx].origin
-        agreed, n_agreed = list(due.agreed), len(due.agreed)
+        agreed, n_agreed = list(due.agreed), due.n_said
         agreed_end_s = (agreed[-1].word.end - origin) / SAMPLE_RATE_HZ if agreed else 0.0
         found: list[_Told] = []
         # The space keeps what is said from growing onto the last agreed word.
         for sentence in parse_sentences(f"{due.said} {answer.text}", due.heard, due.offset_s):
             texts, span = split_words(sentence.text), sentence.span
+            end = self._sample(due.step.slot_idx, span.end_s) if sentence.is_closed else None
             if n_agreed:
                 n_old = min(n_agreed, len(texts))
                 n_agreed -= n_old
                 span = Span(min(max(span.start_s, agreed_end_s), span.end_s), span.end_s)
                 texts = texts[n_old:]
                 if not n_agreed:  # only now is it known whether a sentence ends with the last of them
-                    agreed[-1] = _Told(agreed[-1].word, sentence.is_closed and not texts)
+                    agreed[-1] = _Told(agreed[-1].word, None if texts else end)
             words = self._spread(due, texts, span, answer.score)
-            found += [_Told(word, sentence.is_closed and word is words[-1]) for word in words]
+            found += [_Told(word, end if word is words[-1] else None) for word in words]
         # The block the window begins in was looked at from its start: those words are older ones.
         first = self._sample(due.step.slot_idx, due.window.start_s)
-        new = [one for one in found if (one.word.start + one.word.end) // 2 >= first]
-        return (*agreed, *new)
+        return (*agreed, *(one for one in found if one.middle >= first))
 
     def _spread(self, due: _Due, texts: Sequence[str], span: Span, score: float) -> list[HeardWord]:
         n_chars = sum(len(text) for text in texts)

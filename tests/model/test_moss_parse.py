@@ -46,6 +46,7 @@ def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) ->
         ("[28.00]last[29.00][30.50]more[31.00][32.00]and more", [sentence("last", 28, 29)]),
         ("[1.00]again[2.00][3.00]so[4.00][1.00]again[2.00]", [sentence("again", 1, 2), sentence("so", 3, 4)]),
         ("[1.00]no[2.00][3.00]no[4.00]", [sentence("no", 1, 2), sentence("no", 3, 4)]),
+        ("[99.00]one[100.00][101.00]two[102.00]", [sentence("one", 30, 30), sentence("two", 30, 30)]),
         ("[1:02]minutes[1:03.5]", [sentence("minutes", 30, 30)]),
         ("[0.00]it cost 3.50 dollars[2.00]", [sentence("it cost 3.50 dollars", 0, 2)]),
         ("[ 0.00 s ]spaces[ 1.00s]", [sentence("spaces", 0, 1)]),

@@ -179,6 +179,36 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
     assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("[0.50]never heard")
 
 
+@pytest.mark.parametrize(
+    ("start_s", "turns"),
+    [
+        # After an engine's death: words without times, and behind them words with times.
+        (1.0, [("one two", "[2.00][2.50]six", "[1.00]one two"),
+               ("one two six", "", "[1.00]one two[2.00][2.50]six")]),
+        # A sentence that was open is told with the end that the model gave it then.
+        (0.0, [("", "[1.00]one two three", ""), ("one two", "[1.80][2.50]three[2.90]", "[1.00]one two"),
+               ("one two three", "", "[1.00]one two[1.80][2.50]three")]),
+        # The same word twice, the first of them before the window.
+        (5.0, [("", "[4.01]seven seven[6.01]", ""), ("seven", "", "[5.01]seven")]),
+        # A word without a length where the window begins.
+        (5.0, [("", "[5.00]two[5.00][6.00]six[6.50]", ""), ("two six", "", "[5.00]two[5.00][6.00]six")]),
+    ],
+)  # fmt: skip
+def test_agreed_words_are_told_with_the_times_they_had(
+    start_s: float, turns: list[tuple[str, str, str]], says: Script
+) -> None:
+    """Every turn: the agreed words, what the model says, and what was put in its mouth."""
+    runner = make_runner()
+    position = 0
+    for agreed, text, told in turns:
+        asked = says(text)
+        fork = Fork("transcript", round(start_s * 16_000), tuple(agreed.split()), "", None, 10)
+        chunk = pcm(8.0 if position == 0 else 0.1)
+        runner.step(one(0, position, chunk, fork))
+        position += len(chunk)
+        assert LAYOUT.tokenizer.decode(asked[0].ids).endswith(f"\n{told}")
+
+
 @pytest.mark.parametrize("markers", ["absolute", "restart"])
 def test_times_after_eviction_are_the_streams(markers: MarkerMode, says: Script) -> None:
     """A stream taken up at 10 s, 30 s later: the model counts from its markers, results from the stream."""
@@ -210,14 +240,23 @@ def test_emotion_and_answers_are_read(says: Script) -> None:
     assert "\nWhat was that?<|im_end|>" in LAYOUT.tokenizer.decode(asked[1].ids)
 
 
-def test_what_is_too_long_for_the_scratch_is_cut() -> None:
-    """A prefix loses its older words, a question its end; the model is asked all the same."""
+def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
+    """A prefix loses its older words and keeps its times, a question its end."""
     runner = make_runner()
+    sentences = "".join(f"[{k / 100:.2f}]word{k}[{k / 100 + 0.01:.2f}]" for k in range(400))
+    says(sentences)
+    runner.step(one(0, 0, pcm(6.0), Fork("transcript", 0, (), "", None, 50)))
     prefix = tuple(f"word{k}" for k in range(400))
-    long = Fork("transcript", 0, prefix, "", None, 50)
-    question = Fork("answer", 0, (), "", None, 50, question="why " * 1000)
-    result = runner.step(one(0, 0, pcm(2.0), long, question))
-    assert len(result.hypotheses) == len(result.answers) == 1
+    told = []
+    for position in (96_000, 97_600):
+        asked = says("", "")
+        long = Fork("transcript", 0, prefix, "", None, 50)
+        question = Fork("answer", 0, (), "", None, 50, question="why " * 1000)
+        result = runner.step(one(0, position, pcm(0.1), long, question))
+        assert len(result.hypotheses) == len(result.answers) == 1
+        told.append(LAYOUT.tokenizer.decode(asked[0].ids).rpartition("\n")[2])
+    assert told[0] == told[1] != ""
+    assert sentences.removesuffix("[4.00]").endswith(told[0])
 
 
 @pytest.mark.parametrize(
