@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ SEED = 7
 N_SLOTS = 8  # clips heard at once
 MAX_TOKENS = 220  # of an answer
 CLIP_S = 12.0
+READY_WITHIN_S = 120.0  # a server
 FRAME_BYTES = 1280  # 40 ms
 PIECE_S = 30.0  # of the hour
 EDGE_S = 300.0  # the first and the last of the hour
@@ -85,6 +88,8 @@ def main() -> int:
     parser.add_argument("--tick-ms", type=int, default=640, help="of the hour, between updates")
     parser.add_argument("--short", action="store_true", help="a few mixtures of everything but the hour")
     arguments = parser.parse_args()
+    if arguments.seconds < 2 * EDGE_S:
+        parser.error(f"--seconds: got {arguments.seconds:g}, expected at least {2 * EDGE_S:g}")
     if arguments.short:
         arguments.clips = 16
         arguments.parts = [part for part in arguments.parts if part != "hour"]
@@ -183,7 +188,7 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         with torch.inference_mode():
             together = checkpoint.model.audio_encoder.forward(whole)
-            for row, block in enumerate(pieces):  # one at a time, as they come
+            for row, (block, _) in enumerate(zip(pieces, whole, strict=True)):  # one at a time, as they come
                 alone = checkpoint.model.audio_encoder.forward([block])
                 n = alone.n_tokens[0]
                 worst = max(worst, float((alone.hidden[0, :n] - together.hidden[row, :n]).abs().max()))
@@ -201,19 +206,19 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
         load(arguments.model), [m.audio for m in mixtures], [[transcript(m, 0)] for m in mixtures]
     )
     committed = asyncio.run(through_a_server(arguments.model, [m.audio for m in mixtures]))
-    n_words = n_same = n_said = n_live_errors = n_offline_errors = 0
+    texts: list[tuple[list[str], list[str]]] = []
+    n_said = n_live_errors = n_offline_errors = 0
     for mixture, (text,), words in zip(mixtures, offline_texts, committed, strict=True):
         reference = plain_words(text, Span(0.0, len(mixture.audio) / SAMPLE_RATE_HZ))
         said = [word.text for word in mixture.words]
-        n_words += max(len(reference), len(words))
-        n_same += max(len(reference), len(words)) - Levenshtein.distance(reference, words)
+        texts.append((reference, words))
         n_said += len(said)
         n_live_errors += Levenshtein.distance(said, words)
         n_offline_errors += Levenshtein.distance(said, reference)
     return {
         "n_streams": len(mixtures),
-        "n_words": n_words,
-        "same_words": round(n_same / max(1, n_words), 4),
+        "n_words": sum(max(len(one), len(other)) for one, other in texts),
+        "same_words": same_words(texts),
         "digit_error_rate": round(n_live_errors / max(1, n_said), 4),
         "digit_error_rate_offline": round(n_offline_errors / max(1, n_said), 4),
     }
@@ -232,16 +237,20 @@ async def through_a_server(model: str, clips: Sequence[NDArray[np.float32]]) -> 
             command = ["-m", "clients.cli", "serve", "--config", str(config)]
             process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=log, stderr=log)
         try:
-            await until_ready(port)
+            await asyncio.wait_for(until_ready(port), READY_WITHIN_S)
             return [await words_of(port, f"nano-{idx}", clip) for idx, clip in enumerate(clips)]
+        except TimeoutError:
+            print((Path(folder) / "server.log").read_text(encoding="utf-8"), file=sys.stderr)
+            raise
         finally:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                process.terminate()
             await process.wait()
 
 
 async def words_of(port: int, name: str, clip: NDArray[np.float32]) -> list[str]:
     """Stream one clip as fast as the server takes it; the words it commits."""
-    pcm = np.rint(clip * 32767).astype("<i2").tobytes()
+    pcm = (clip * 32_768).astype("<i2").tobytes()  # exactly: `make_mixtures` gives what 16 bits can say
 
     async def chunks() -> AsyncIterator[bytes]:
         for at in range(0, len(pcm), FRAME_BYTES):
@@ -317,9 +326,7 @@ def together(arguments: argparse.Namespace) -> dict[str, Any]:
         "n_streams": n_streams,
         "n_words": sum(len(words) for _, words in texts),
         "n_same_text": sum(a == b for a, b in texts),
-        "same_words": round(
-            sum(same_words(b, a) for a, b in texts) / max(1, sum(len(b) for _, b in texts)), 4
-        ),
+        "same_words": same_words(texts),
     }
 
 
@@ -343,8 +350,9 @@ def load(name: str, dtype: torch.dtype | None = None) -> Checkpoint:
 
 
 def make_mixtures(sources: Sources, n: int, length_s: float, *, clean: bool = False) -> list[Mixture]:
-    """The same for every model."""
-    return [mix(sources, length_s, np.random.default_rng([SEED, idx]), clean=clean) for idx in range(n)]
+    """The same for every model, in steps of 16 bits: a socket carries no others."""
+    mixtures = [mix(sources, length_s, np.random.default_rng([SEED, idx]), clean=clean) for idx in range(n)]
+    return [replace(m, audio=(np.rint(m.audio * 32_768) / 32_768).astype(np.float32)) for m in mixtures]
 
 
 def joined(pieces: Sequence[Mixture]) -> tuple[NDArray[np.float32], list[Said]]:

@@ -15,7 +15,7 @@ from bench import sound_measures
 from model.moss.parse import Sentence, SoundEvent, parse_events, parse_sentences
 from model.moss.parse import Span as Window
 from training.nano_mixtures import Event, Mixture, Word
-from training.nano_text import Exchange, label_of
+from training.nano_text import Exchange, label_of, phrases
 
 SAME_TIME_S = 0.5  # within which the answer to "when" is right
 
@@ -35,6 +35,7 @@ class Tally:
     said_right: int = 0
     n_when: int = 0
     when_right: int = 0
+    n_nothing: int = 0
 
     def transcript(self, mixture: Mixture, text: str) -> None:
         """Count what was said of the words."""
@@ -57,11 +58,13 @@ class Tally:
     def said(self, exchange: Exchange, text: str) -> None:
         """Count the answer to what was said between two times: right where every word is."""
         self.n_said += 1
+        self.n_nothing += exchange.answer == phrases()["said"]["nothing"]
         self.said_right += text.strip() == exchange.answer
 
     def when(self, exchange: Exchange, text: str) -> None:
         """Count the answer to when a sound was heard."""
         self.n_when += 1
+        self.n_nothing += exchange.answer == phrases()["heard"]["nothing"]
         self.when_right += is_same_time(exchange.answer, text)
 
     def report(self) -> dict[str, float | int | None]:
@@ -77,6 +80,7 @@ class Tally:
             "onset_error_s": _median(self.onset_errors_s),
             "n_questions": n_asked,
             "questions_right": _share(self.said_right + self.when_right, n_asked),
+            "nothing_right": _share(self.n_nothing, n_asked),  # what it is to say "Nothing." to all of them
             "said_right": _share(self.said_right, self.n_said),
             "when_right": _share(self.when_right, self.n_when),
         }
@@ -123,9 +127,14 @@ def is_same_time(expected: str, said: str) -> bool:
     )
 
 
-def same_words(reference: Sequence[str], other: Sequence[str]) -> int:
-    """How many words of `reference` are the same in `other`, in order."""
-    return len(reference) - Levenshtein.distance(reference, other)
+def same_words(texts: Iterable[tuple[Sequence[str], Sequence[str]]]) -> float:
+    """The part of the words of pairs of texts that are the same in both, of the longer one's."""
+    n_words = n_same = 0
+    for one, other in texts:
+        n = max(len(one), len(other))
+        n_words += n
+        n_same += n - Levenshtein.distance(one, other)
+    return round(n_same / max(1, n_words), 4)
 
 
 def _starts(answer: str) -> list[float]:

@@ -51,7 +51,7 @@ def test_inspect_knows_it() -> None:
 
 
 def test_the_server_s_code_serves_it() -> None:
-    """It says nothing of silence, whatever it is asked."""
+    """It tells no words and no sounds of silence."""
     runner = load_runner(parse_config('[model]\nname = "moss-nano"\n[engine]\nn_slots = 1\n'))
     assert isinstance(runner, MossRunner)
     assert runner.capabilities.model == "moss-nano"

@@ -130,7 +130,7 @@ def main() -> int:
     """Train, or go on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of recordings")
-    parser.add_argument("--work", type=Path, required=True, help="where the state is kept; 120 MB")
+    parser.add_argument("--work", type=Path, required=True, help="where the state is kept; 360 MB")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS)
     parser.add_argument("--until", type=int, help="stop and export here; the rates stay those of --steps")
@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--begin-with", type=Path, help="state of another run, whose weights are taken over")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the checkpoint goes")
     arguments = parser.parse_args()
+    if arguments.without and arguments.out == WEIGHTS:
+        parser.error("--without: say with --out where the variant goes; the default is what ships")
     plan = Plan(arguments.steps, arguments.encoder_steps)
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -231,8 +233,8 @@ class Run:
     def take(self, batch: Batch) -> dict[str, float]:
         """One step; its losses."""
         for group in self._optimizer.param_groups:
-            warm = min(1.0, (self._step - self._warm_from + 1) / WARM_UP)  # a new optimizer knows nothing
-            group["lr"] = LEARNING_RATE * self._plan.rate(self._step) * warm
+            warm = (self._step - self._warm_from + 1) / WARM_UP  # a new optimizer knows nothing
+            group["lr"] = LEARNING_RATE * min(warm, self._plan.rate(self._step))
         with torch.autocast("cpu", torch.bfloat16):
             losses = self.learner.losses(batch, with_answers=self._step >= self._plan.encoder_steps)
         total(losses).backward()

@@ -32,7 +32,7 @@ WITHIN = ("times", "heard", "edges")  # what audio tokens are asked for in the l
 # but the last of them at where a question says that its answer ends. Left to itself a model of this size
 # finds out late where it is in the audio (docs/decisions.md).
 POINTING_LAYERS = (2, 3, 4)
-SOUND_WEIGHT = 3.0  # it is a tenth of the others
+SOUND_WEIGHT = 3.0  # its loss is a tenth of the others
 
 
 def config_json(*, has_deepstack: bool = True) -> dict[str, Any]:
@@ -112,10 +112,11 @@ def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -
 
 
 class Learner(nn.Module):
-    """The model, with heads that are thrown away after training: three on its encoder, two behind it.
+    """The model, with heads that are thrown away after training, on its encoder and behind it.
 
     Those behind it read what audio tokens are in the language model: which digit, behind which others,
-    and at which time. A language model of this size is long in finding out that it needs to know any.
+    at which time, and at which edge of a sound. A language model of this size is long in finding out
+    that it needs to know any.
     """
 
     def __init__(self, config: MossConfig) -> None:
@@ -150,7 +151,7 @@ class Learner(nn.Module):
         return Learner(read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
 
     def losses(self, batch: Batch, *, with_answers: bool) -> dict[str, Tensor]:
-        """Of the answers' tokens, of the digits in order (CTC) and in place, of the sounds in place."""
+        """By name: of the encoder; with answers of their tokens, of attention, of what audio tokens know."""
         encoded = self.model.audio_encoder.forward(batch.blocks)
         n_rows = batch.ids.shape[0]
         n_blocks = len(batch.blocks) // n_rows

@@ -137,10 +137,10 @@ def events(mixture: Mixture, offset_s: int, first_block: int = 0) -> Exchange:
 
 def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange | None:
     """What was said between two times; None where every choice would cut a word."""
-    end_s = int(len(mixture.audio) / 16_000)
+    end_s = len(mixture.audio) / 16_000
     edges = [
         t
-        for t in range(end_s + 1)
+        for t in range(int(end_s) + 1)
         if all(not w.start_s - 0.1 < t < w.end_s + 0.1 or t in (0, end_s) for w in mixture.words)
     ]
     pairs = [(a, b) for a in edges for b in edges if 2 <= b - a <= 10]

@@ -35,6 +35,7 @@ def test_what_is_right_counts_as_right() -> None:
         "onset_error_s": 0.0,
         "n_questions": 2,
         "questions_right": 1.0,
+        "nothing_right": 0.0,
         "said_right": 1.0,
         "when_right": 1.0,
     }
@@ -52,6 +53,8 @@ def test_what_is_wrong_counts_as_wrong() -> None:
     assert found["sentence_time_error_s"] == pytest.approx(0.05)  # 0.2, 0, 0.1, 0
     assert found["event_f1"] == 0.5
     assert found["onset_error_s"] == pytest.approx(0.4)
+    tally.when(Exchange("When did it rain?", "", "Never."), "1.00 - 2.00")
+    assert tally.report()["nothing_right"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["questions_right"] == 0.0
     assert Tally().report()["event_f1"] is None
 
@@ -97,6 +100,8 @@ def test_stretches_of_a_stream() -> None:
     assert found["start_error_s"] == pytest.approx(0.05)
     assert found["within_a_second"] == 1.0
     assert stretch(said, [], 0.0, 10.0)["start_error_s"] is None
-    assert same_words(["one", "two", "three"], ["one", "three"]) == 2
+    assert same_words([(["one", "two", "three"], ["one", "three"]), (["one"], ["one"])]) == 0.75
+    assert same_words([(["one"], ["two", "two", "two"])]) == 0.0
+    assert same_words([]) == 0.0
     text = "[0.30]seven three[1.40][5.00]one[5.40][24.20]one[24.60]"
     assert plain_words(text, Span(0.0, 24.0)) == ["seven", "three", "one"]
