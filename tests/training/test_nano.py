@@ -299,6 +299,28 @@ def test_audio_tokens_are_asked_for_what_was_before_them_and_when_they_are(
     assert (begins[38], before[20], before[38], before[60]) == (rain, 0, dog, rain)
 
 
+def test_heads_are_pointed_at_what_the_next_token_is_about(folder: Path, layout: Layout) -> None:
+    """A word's token at the audio tokens of that word; an answer with an end at that end."""
+    config = Learner.of(folder).model.config.encoder
+    asked = [transcript(MIXTURE, 0), said_between(MIXTURE, 0, np.random.default_rng(0))]
+    assert asked[1] is not None
+    batch = make_batch([MIXTURE], [[one for one in asked if one]], [0], layout, config)
+    audio = (batch.ids[0] == AUDIO).nonzero().flatten().tolist()
+
+    def told(pointer: list[int]) -> tuple[str, int, int]:
+        _, token, first, last = pointer
+        return layout.tokenizer.decode([int(batch.labels[0, token])]), audio.index(first), audio.index(last)
+
+    pointed = [told(pointer) for pointer in batch.pointers.tolist()]
+    assert (" three", 10, 17) in pointed  # 0.80 to 1.43 s
+    assert (" two", 67, 72) in pointed  # 5.40 to 5.80 s
+    end_s = int(asked[1].question.rstrip("?").split()[-2])
+    limits = batch.limits.tolist()
+    answer = [*layout.tokenizer.encode(asked[1].answer), STOP]
+    assert [int(batch.labels[0, token]) for _, token, _, _ in limits] == answer
+    assert {audio.index(last) for *_, last in limits} == {min(len(audio) - 1, int(end_s * 12.5))}
+
+
 def test_an_answer_of_the_checkpoint_ends(folder: Path, layout: Layout) -> None:
     """Whatever random weights say, it is bounded."""
     model = Learner.of(folder).model.eval()
