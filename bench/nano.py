@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import statistics
@@ -39,7 +38,6 @@ import torch
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
-from bench.kills import until_ready
 from bench.nano_measures import Tally, same_words
 from bench.virtual import VirtualRun, run
 from clients.producer import stream_audio, stream_url
@@ -49,7 +47,7 @@ from model.moss.fork import Question, ask
 from model.moss.hearing import Ear, blocks_of
 from model.moss.parse import Span, parse_sentences
 from model.moss.window import RollingCache, WindowSettings
-from scripts.demo import HOST, free_port
+from scripts.demo import HOST, DemoError, running_server, tail
 from streaming.config import Config, parse_config
 from streaming.engine.loader import device_of, dtype_of, load_runner
 from streaming.engine.plan import Runner, StepPlan, StepResult
@@ -70,7 +68,6 @@ SEED = 7
 N_SLOTS = 8  # clips heard at once
 MAX_TOKENS = 220  # of an answer
 CLIP_S = 12.0
-READY_WITHIN_S = 120.0  # a server
 FRAME_BYTES = 1280  # 40 ms
 PIECE_S = 30.0  # of the hour
 EDGE_S = 300.0  # the first and the last of the hour
@@ -205,7 +202,7 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
     offline_texts = listen(
         load(arguments.model), [m.audio for m in mixtures], [[transcript(m, 0)] for m in mixtures]
     )
-    committed = asyncio.run(through_a_server(arguments.model, [m.audio for m in mixtures]))
+    committed = through_a_server(arguments.model, [m.audio for m in mixtures])
     texts: list[tuple[list[str], list[str]]] = []
     n_said = n_live_errors = n_offline_errors = 0
     for mixture, (text,), words in zip(mixtures, offline_texts, committed, strict=True):
@@ -224,28 +221,17 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def through_a_server(model: str, clips: Sequence[NDArray[np.float32]]) -> list[list[str]]:
+def through_a_server(model: str, clips: Sequence[NDArray[np.float32]]) -> list[list[str]]:
     """The committed words of each clip, streamed one after another to a server of its own."""
     with tempfile.TemporaryDirectory(prefix="moss-live-nano-") as folder:
-        port = free_port()
-        config = Path(folder) / "config.toml"
-        config.write_text(
-            f'[server]\nport = {port}\n[model]\nname = "{model}"\n[log]\npath = "{folder}/log.sqlite"\n'
-            "[engine]\nn_slots = 2\nshed_after_s = 0.0\n"
-        )
-        with (Path(folder) / "server.log").open("wb") as log:
-            command = ["-m", "clients.cli", "serve", "--config", str(config)]
-            process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=log, stderr=log)
+        config, log = Path(folder) / "config.toml", Path(folder) / "server.log"
+        config.write_text(f'[model]\nname = "{model}"\n[engine]\nn_slots = 2\nshed_after_s = 0.0\n')
         try:
-            await asyncio.wait_for(until_ready(port), READY_WITHIN_S)
-            return [await words_of(port, f"nano-{idx}", clip) for idx, clip in enumerate(clips)]
-        except TimeoutError:
-            print((Path(folder) / "server.log").read_text(encoding="utf-8"), file=sys.stderr)
+            with running_server(log, config) as port:
+                return [asyncio.run(words_of(port, f"nano-{idx}", clip)) for idx, clip in enumerate(clips)]
+        except DemoError:
+            print(*tail(log), sep="\n", file=sys.stderr)  # it goes with the folder
             raise
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-                process.terminate()
-            await process.wait()
 
 
 async def words_of(port: int, name: str, clip: NDArray[np.float32]) -> list[str]:

@@ -142,14 +142,18 @@ def report(console: Console, heard: Heard, flush_s: float | None, reference: Pat
 
 
 @contextlib.contextmanager
-def running_server(log: Path) -> Iterator[int]:
+def running_server(log: Path, config: Path = ROOT / "config.toml") -> Iterator[int]:
     """A server of our own, ready, on a free port; stopped on the way out, by force if need be.
+
+    Args:
+        log: Where its output goes; what it remembers goes beside it.
+        config: Its settings.
 
     Raises:
         DemoError: it ended, or was not ready within `READY_TIMEOUT_S`.
     """
     port = free_port()
-    command = [sys.executable, "-m", "clients.cli", "serve", "--config", str(ROOT / "config.toml")]
+    command = [sys.executable, "-m", "clients.cli", "serve", "--config", str(config)]
     command += ["--host", HOST, "--port", str(port), "--log", str(log.with_suffix(".sqlite"))]
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches the demo alone, which then stops the server.

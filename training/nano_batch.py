@@ -21,10 +21,10 @@ from model.moss.encoder import Block
 from model.moss.hearing import blocks_of
 from model.moss.prompt import TOKENS_PER_MARKER, Layout
 from training.nano_mixtures import SOUNDS, WORDS, Mixture
-from training.nano_text import BLOCK_S, Exchange, Place, beginning, end
+from training.nano_text import BLOCK_S, TOKEN_S, Exchange, Place, beginning, end
 
 _Pointer = tuple[int, int, int]  # a token, and the first and last token of the audio that it is about
-TOKENS_PER_S = 12.5
+TOKENS_PER_S = 1.0 / TOKEN_S
 IGNORED = -100  # no answer's token follows
 
 
@@ -209,9 +209,9 @@ def _sounds(mixture: Mixture, n_audio: int) -> Tensor:
     starts = np.arange(n_audio) / TOKENS_PER_S
     out = np.zeros((n_audio, len(SOUNDS)), np.float32)
     for event in mixture.events:
-        shared = np.minimum(starts + 0.08, event.end_s) - np.maximum(starts, event.start_s)
+        shared = np.minimum(starts + TOKEN_S, event.end_s) - np.maximum(starts, event.start_s)
         column = out[:, SOUNDS.index(event.kind)]
-        np.maximum(column, (shared / 0.08).clip(0.0, 1.0), out=column)
+        np.maximum(column, (shared / TOKEN_S).clip(0.0, 1.0), out=column)
     return torch.from_numpy(out)
 
 
@@ -225,6 +225,6 @@ def _edges(mixture: Mixture, n_audio: int) -> Tensor:
     for event in mixture.events:  # in the order they begin
         kind = 1 + SOUNDS.index(event.kind)
         for row, (first_s, last_s) in enumerate((beginning(event.start_s), end(event.end_s))):
-            out[row, (starts + 0.08 > first_s) & (starts <= last_s)] = kind
+            out[row, (starts + TOKEN_S > first_s) & (starts <= last_s)] = kind
         out[2, starts > beginning(event.start_s)[1]] = kind
     return torch.from_numpy(out)

@@ -193,26 +193,13 @@ class Learner(nn.Module):
         pointing = [self._pointing(batch, batch.pointers, q[:, 0], k[:, 0]) for q, k in watched]
         limits = [self._pointing(batch, batch.limits, q[:, -1], k[:, -1]) for q, k in watched[:-1]]
         heard = F.rms_norm(seen[0][is_audio[..., 0]].float(), (x.shape[-1],))
-        times = [
-            F.cross_entropy(head(heard).float(), target.flatten(), ignore_index=IGNORED)
-            for head, target in zip(self.time_heads, batch.times, strict=True)
-            if (target != IGNORED).any()
-        ]
-        digits = [
-            F.cross_entropy(head(heard).float(), target.flatten())
-            for head, target in zip(self.heard_heads, (batch.digit_at, *batch.before), strict=True)
-        ]
-        edges = [
-            F.cross_entropy(head(heard).float(), target.flatten())
-            for head, target in zip(self.edge_heads, batch.edges, strict=True)
-        ]
         return {
             "answers": F.cross_entropy(logits, batch.labels[is_asked]),
             "pointing": torch.stack(pointing).mean(),
             "limits": torch.stack(limits).mean(),
-            "times": torch.stack(times).sum(),
-            "heard": torch.stack(digits).sum(),
-            "edges": torch.stack(edges).sum(),
+            "times": _read(self.time_heads, heard, batch.times),
+            "heard": _read(self.heard_heads, heard, torch.stack([batch.digit_at, *batch.before])),
+            "edges": _read(self.edge_heads, heard, batch.edges),
         }
 
     @contextmanager
@@ -272,6 +259,16 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     """`model.safetensors` in bfloat16 with the model's names."""
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read(heads: nn.ModuleList, states: Tensor, targets: Tensor) -> Tensor:
+    """The losses of heads that read states [B * N, D], one target [B, N] each, together."""
+    losses = [
+        F.cross_entropy(head(states).float(), target.flatten(), ignore_index=IGNORED)
+        for head, target in zip(heads, targets, strict=True)
+        if (target != IGNORED).any()
+    ]
+    return torch.stack(losses).sum()
 
 
 def _digit_errors(scores: Tensor, batch: Batch) -> Tensor:

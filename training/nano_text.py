@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from model.moss.checkpoint import byte_level
 from model.moss.prompt import prompt, prompt_names, system_message
-from training.nano_mixtures import SOUNDS, WORDS, Event, Mixture, Word
+from training.nano_mixtures import MIN_HEARD, MIN_SOUND_S, SOUNDS, WORDS, Event, Mixture, Word
 
 NOT_KNOWN = 0.04  # of mixtures, that are asked for what it does not know
 TOKEN_S = 0.08  # of audio
@@ -197,7 +197,7 @@ def heard_words(mixture: Mixture, first_block: int) -> list[Word]:
     return [
         Word(word.text, max(word.start_s, start_s), word.end_s, word.sentence)
         for word in mixture.words
-        if word.end_s - max(word.start_s, start_s) >= 0.6 * (word.end_s - word.start_s)
+        if word.end_s - max(word.start_s, start_s) >= MIN_HEARD * (word.end_s - word.start_s)
     ]
 
 
@@ -207,7 +207,7 @@ def heard_events(mixture: Mixture, first_block: int) -> list[Event]:
     heard = [
         Event(event.kind, max(event.start_s, start_s), event.end_s)
         for event in mixture.events
-        if event.end_s - start_s >= 0.3
+        if event.end_s - start_s >= MIN_SOUND_S
     ]
     return sorted(heard, key=lambda event: (event.start_s, event.kind))
 

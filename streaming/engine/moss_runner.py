@@ -225,13 +225,12 @@ class MossRunner:
         The plan has no times of them. Where the last transcript does not contain them, they are
         taken to be said when the window begins.
         """
+        if not fork.prefix:
+            return ()
         n, known = len(fork.prefix), slot.told
-        found = [
-            first
-            for first in range(len(known) - n + 1)
-            if tuple(told.word.text for told in known[first : first + n]) == fork.prefix
-        ]
-        if n and found:
+        texts = tuple(told.word.text for told in known)
+        found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == fork.prefix]
+        if found:
             # The same words may have been said before the window, too.
             inside = (first for first in found if known[first].middle >= fork.window_start)
             first = next(inside, found[-1])
