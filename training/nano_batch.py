@@ -9,8 +9,8 @@ model once, however much is asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from model.moss.encoder import Block
 from model.moss.hearing import blocks_of
 from model.moss.prompt import TOKENS_PER_MARKER, Layout
 from training.nano_mixtures import SOUNDS, WORDS, Mixture
-from training.nano_text import BLOCK_S, TOKEN_S, Exchange, Place, beginning, end
+from training.nano_text import BLOCK_S, NOWHERE, TOKEN_S, Exchange, Place, beginning, end
 
-_Pointer = tuple[int, int, int]  # a token, and the first and last token of the audio that it is about
+_Pointer = tuple[int, int, int]  # a token, and the first and last token that it is about
 TOKENS_PER_S = 1.0 / TOKEN_S
+N_BEFORE = 3  # digits said before a token, that it is asked for
 IGNORED = -100  # no answer's token follows
 
 
@@ -38,11 +39,13 @@ class Batch:
     mask: Tensor  # [B, 1, T, T] bool: which tokens a token sees
     labels: Tensor  # [B, T], the token that should follow; IGNORED where none is asked for
     pointers: Tensor  # [P, 4]: row, token, and the first and last token that the one after it is about
-    limits: Tensor  # [L, 4]: the same of tokens of answers whose end is decided at a place
+    since: Tensor  # [S, 4]: the same of tokens of answers whose beginning is decided at a place
+    limits: Tensor  # [S, 4]: and whose end is
+    kinds: Tensor  # [K, 3]: row, token, and the kind of sound that its question asks for, 0 to 9
     digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
     n_digits: Tensor  # [B]
     digit_at: Tensor  # [B, N], the digit in the middle of each token, 1 to 10; 0 for none
-    before: Tensor  # [2, B, N], the digit last said before each token, and the one before that
+    before: Tensor  # [N_BEFORE, B, N], the digits said before each token, the last first
     times: Tensor  # [4, B, N]: the token's place in its block, the last two digits of its second, its tenth
     sounds: Tensor  # [B, N, 10], how much of each token each kind fills
     edges: Tensor  # [3, B, N]: the kind that begins around each token, 1 to 10, that ends, that began before
@@ -84,7 +87,7 @@ def make_batch(
     ids, position = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
     labels = torch.full(size, IGNORED)
     mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-    for idx, (row_ids, row_position, row_labels, row_mask, *_) in enumerate(rows):
+    for idx, (row_ids, row_position, row_labels, row_mask, _) in enumerate(rows):
         n = len(row_ids)
         ids[idx, :n], position[idx, :n], labels[idx, :n] = row_ids, row_position, row_labels
         mask[idx, 0, :n, :n] = row_mask
@@ -95,8 +98,10 @@ def make_batch(
         position,
         mask,
         labels,
-        _pointers([row[-2] for row in rows]),
-        _pointers([row[-1] for row in rows]),
+        _by_row((guides.pointers for *_, guides in rows), 3),
+        _by_row((guides.since for *_, guides in rows), 3),
+        _by_row((guides.limits for *_, guides in rows), 3),
+        _by_row((guides.kinds for *_, guides in rows), 2),
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
         torch.stack([_digit_at(mixture, n_audio) for mixture in mixtures]),
@@ -107,9 +112,20 @@ def make_batch(
     )
 
 
-def _pointers(rows: Sequence[Sequence[_Pointer]]) -> Tensor:
-    found = [(idx, *pointer) for idx, row in enumerate(rows) for pointer in row]
-    return torch.tensor(found, dtype=torch.long).view(-1, 4)
+@dataclass(frozen=True, slots=True)
+class _Guides:
+    """What tokens of one mixture's answers are about; a field of `Batch` each, there with the row."""
+
+    pointers: list[_Pointer] = field(default_factory=list)
+    since: list[_Pointer] = field(default_factory=list)
+    limits: list[_Pointer] = field(default_factory=list)
+    kinds: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _by_row(found: Iterable[Sequence[tuple[int, ...]]], width: int) -> Tensor:
+    """What is known of tokens of each row, [n, 1 + width]: the row in front."""
+    rows = [(idx, *what) for idx, row in enumerate(found) for what in row]
+    return torch.tensor(rows, dtype=torch.long).view(-1, 1 + width)
 
 
 def _masked(block: Block, rng: np.random.Generator) -> Block:
@@ -130,18 +146,19 @@ def _masked(block: Block, rng: np.random.Generator) -> Block:
 
 def _row(
     n_audio: int, exchanges: Sequence[Exchange], offset_s: int, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[_Pointer], list[_Pointer]]:
-    """Ids, positions, labels [n], mask [n, n], pointers and limits of one mixture."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, _Guides]:
+    """Ids, positions, labels [n], mask [n, n] and what is known of tokens of one mixture."""
     prefix = layout.prefix
     audio = layout.audio(n_audio, offset_s + 2)
     ids, labels = [*prefix, *audio], [IGNORED] * (len(prefix) + len(audio))
     position = list(range(len(ids)))
     places = [idx for idx, token in enumerate(ids) if token == layout.special.audio]
     branches = []
-    pointers: list[_Pointer] = []
-    limits: list[_Pointer] = []
+    guides = _Guides()
 
     def point(token: int, place: Place) -> _Pointer:
+        if place is NOWHERE:
+            return token, token, token
         first, last = (min(len(places) - 1, int(t * TOKENS_PER_S)) for t in place)
         return token, places[first], places[last]
 
@@ -155,9 +172,13 @@ def _row(
             n_chars += len(layout.tokenizer.decode([token]))
             place = exchange.where[n_chars - 1] if exchange.where else None
             if place is not None:
-                pointers.append(point(before + idx, place))
-        if exchange.limit is not None:
-            limits += [point(before + idx, exchange.limit) for idx in range(len(answer))]
+                guides.pointers.append(point(before + idx, place))
+        said = range(before, before + len(answer))
+        if exchange.since is not None and exchange.limit is not None:
+            guides.since.extend(point(token, exchange.since) for token in said)
+            guides.limits.extend(point(token, exchange.limit) for token in said)
+        if exchange.kind is not None:
+            guides.kinds.extend((token, SOUNDS.index(exchange.kind)) for token in said)
         ids += [*asked, *answer]
         labels += [IGNORED] * (len(asked) - 1) + [*answer, IGNORED]
         position += range(len(prefix) + len(audio), len(prefix) + len(audio) + n)
@@ -168,7 +189,7 @@ def _row(
     for start, stop, first_audio in branches:
         mask[start:stop, len(prefix) : first_audio] = False
         mask[start:stop, shared:start] = False
-    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask, pointers, limits
+    return torch.tensor(ids), torch.tensor(position), torch.tensor(labels), mask, guides
 
 
 def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:
@@ -181,14 +202,14 @@ def _digit_at(mixture: Mixture, n_audio: int) -> Tensor:
 
 
 def _before(mixture: Mixture, n_audio: int) -> Tensor:
-    """The digits that were said last before the middle of each audio token, 0 for none, [2, n_audio].
+    """The digits that were said last before the middle of each audio token, 0 for none, [N_BEFORE, n_audio].
 
     In the middle of a word that is the word before it: what an answer so far ends with.
     """
-    said = [0, 0, *(1 + WORDS.index(word.text) for word in mixture.words)]
+    said = [0] * N_BEFORE + [1 + WORDS.index(word.text) for word in mixture.words]
     ends = np.array([word.end_s for word in mixture.words])
     n_said = np.searchsorted(ends, (np.arange(n_audio) + 0.5) / TOKENS_PER_S, side="right")
-    return torch.tensor([[said[n + 1] for n in n_said], [said[n] for n in n_said]])
+    return torch.tensor([[said[n + idx] for n in n_said] for idx in reversed(range(N_BEFORE))])
 
 
 def _times(n_audio: int, offset_s: int, layout: Layout) -> Tensor:

@@ -18,7 +18,7 @@ from model.layers import EncoderLayer
 from model.moss.config import MossConfig, read_config
 from model.moss.language import DecoderLayer, rotary_angles, rotate
 from model.moss.network import MossAudio
-from training.nano_batch import IGNORED, Batch
+from training.nano_batch import IGNORED, N_BEFORE, Batch
 from training.nano_mixtures import SOUNDS, WORDS
 from training.nano_text import N_TOKENS, UNSEEN_TOKENS
 
@@ -27,11 +27,13 @@ STOP = 2  # <|im_end|>
 CTC_WEIGHT = 0.3
 POINTING_WEIGHT = 1.0
 WITHIN_WEIGHT = 0.3
-WITHIN = ("times", "heard", "edges")  # what audio tokens are asked for in the language model
-# Language layers whose first head is taught to look at what the next token is about; the last head of all
-# but the last of them at where a question says that its answer ends. Left to itself a model of this size
-# finds out late where it is in the audio (docs/decisions.md).
+# What tokens are asked for in the language model: those of audio, and those of answers about a sound.
+WITHIN = ("times", "heard", "edges", "kinds")
+# Language layers whose first head is taught to look at what the next token is about; two other heads of all
+# but the last of them at where a question says that its answer begins and ends. Left to itself a model of
+# this size finds out late where it is in the audio (docs/decisions.md).
 POINTING_LAYERS = (2, 3, 4)
+SINCE_HEAD, LIMIT_HEAD = 2, 3  # of four; they share their keys
 SOUND_WEIGHT = 3.0  # its loss is a tenth of the others
 
 
@@ -115,8 +117,8 @@ class Learner(nn.Module):
     """The model, with heads that are thrown away after training, on its encoder and behind it.
 
     Those behind it read what audio tokens are in the language model: which digit, behind which others,
-    at which time, and at which edge of a sound. A language model of this size is long in finding out
-    that it needs to know any.
+    at which time, and at which edge of a sound; and of which sound an answer is. A language model of
+    this size is long in finding out that it needs to know any.
     """
 
     def __init__(self, config: MossConfig) -> None:
@@ -130,11 +132,12 @@ class Learner(nn.Module):
             nn.Linear(config.language.hidden_size, n) for n in (config.encoder.block_tokens, 10, 10, 10)
         )
         self.heard_heads = nn.ModuleList(
-            nn.Linear(config.language.hidden_size, 1 + len(WORDS)) for _ in range(3)
+            nn.Linear(config.language.hidden_size, 1 + len(WORDS)) for _ in range(1 + N_BEFORE)
         )
         self.edge_heads = nn.ModuleList(
             nn.Linear(config.language.hidden_size, 1 + len(SOUNDS)) for _ in range(3)
         )
+        self.kind_head = nn.Linear(config.language.hidden_size, len(SOUNDS))
         self.apply(_initialise)
         # What a residual path adds begins small, the more so the more of them there are.
         for module in self.modules():
@@ -190,16 +193,22 @@ class Learner(nn.Module):
         is_asked = batch.labels != IGNORED
         logits = self.model.lm_head(states[is_asked]).float()
         watched = list(zip(seen[1::2], seen[2::2], strict=True))
-        pointing = [self._pointing(batch, batch.pointers, q[:, 0], k[:, 0]) for q, k in watched]
-        limits = [self._pointing(batch, batch.limits, q[:, -1], k[:, -1]) for q, k in watched[:-1]]
-        heard = F.rms_norm(seen[0][is_audio[..., 0]].float(), (x.shape[-1],))
+        pointing = [self._pointing(batch, batch.pointers, *_head(0, q, k)) for q, k in watched]
+        since = [self._pointing(batch, batch.since, *_head(SINCE_HEAD, q, k)) for q, k in watched[:-1]]
+        limits = [self._pointing(batch, batch.limits, *_head(LIMIT_HEAD, q, k)) for q, k in watched[:-1]]
+        within = F.rms_norm(seen[0].float(), (x.shape[-1],))
+        heard = within[is_audio[..., 0]]
+        row, token, kind = batch.kinds.unbind(1)
         return {
             "answers": F.cross_entropy(logits, batch.labels[is_asked]),
             "pointing": torch.stack(pointing).mean(),
+            "since": torch.stack(since).mean(),
             "limits": torch.stack(limits).mean(),
             "times": _read(self.time_heads, heard, batch.times),
             "heard": _read(self.heard_heads, heard, torch.stack([batch.digit_at, *batch.before])),
             "edges": _read(self.edge_heads, heard, batch.edges),
+            "kinds": F.cross_entropy(self.kind_head(within[row, token]), kind, reduction="sum")
+            / max(1, len(kind)),
         }
 
     @contextmanager
@@ -250,7 +259,7 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     return (
         aside
         + losses["answers"]
-        + POINTING_WEIGHT * (losses["pointing"] + losses["limits"])
+        + POINTING_WEIGHT * (losses["pointing"] + losses["since"] + losses["limits"])
         + WITHIN_WEIGHT * within
     )
 
@@ -259,6 +268,12 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     """`model.safetensors` in bfloat16 with the model's names."""
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _head(head: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries of one head [B, T, D] out of [B, H, T, D], and the keys it looks at; groups share theirs."""
+    n_shared = q.shape[1] // k.shape[1]
+    return q[:, head], k[:, head // n_shared]
 
 
 def _read(heads: nn.ModuleList, states: Tensor, targets: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from model.moss.checkpoint import byte_level
 from model.moss.prompt import prompt, prompt_names, system_message
 from training.nano_mixtures import MIN_HEARD, MIN_SOUND_S, SOUNDS, WORDS, Event, Mixture, Word
 
+N_KINDS = 2  # of sounds that were heard, and of others, that are asked for
 NOT_KNOWN = 0.04  # of mixtures, that are asked for what it does not know
 TOKEN_S = 0.08  # of audio
 TIME_STEP_S = 0.05
@@ -30,6 +31,7 @@ CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 UNSEEN_TOKENS = 3  # audio, its start and its end: spliced in, so that no text can say them
 
 Place = tuple[float, float]  # seconds
+NOWHERE: Place = (-1.0, -1.0)  # what an answer is about that says that there was nothing
 
 
 class _Told:
@@ -44,11 +46,9 @@ class _Told:
         self.text += text
         self.where += [place] * len(text)
 
-    def exchange(
-        self, question: str, said: str = "", first_block: int = 0, limit: Place | None = None
-    ) -> Exchange:
+    def exchange(self, question: str, said: str = "", first_block: int = 0, **about: Any) -> Exchange:
         """The answer to a question."""
-        return Exchange(question, said, self.text, first_block, tuple(self.where), limit)
+        return Exchange(question, said, self.text, first_block, tuple(self.where), **about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,9 @@ class Exchange:
     answer: str  # what it should say from there on
     first_block: int = 0  # older blocks are not looked at
     where: tuple[Place | None, ...] = ()  # per character of the answer, what of the audio it is about
-    limit: Place | None = None  # where in the audio it is decided that the answer ends
+    since: Place | None = None  # where in the audio it is decided what the answer begins with
+    limit: Place | None = None  # and that it ends
+    kind: str | None = None  # of the sound that is asked for
 
 
 @functools.cache
@@ -153,15 +155,18 @@ def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> E
     told = _Told()
     _words(told, words)
     if not words:
-        told.say(phrases()["said"]["nothing"], None)
-    return told.exchange(question, limit=end(b))
+        told.say(phrases()["said"]["nothing"], NOWHERE)
+    return told.exchange(question, since=end(a), limit=end(b))
 
 
 def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange:
     """When a sound was heard, mostly of a sound that was there."""
     present = sorted({event.kind for event in mixture.events})
     kinds = present if present and rng.random() < 0.75 else list(SOUNDS)
-    kind = kinds[rng.integers(len(kinds))]
+    return _heard_when(mixture, offset_s, kinds[rng.integers(len(kinds))])
+
+
+def _heard_when(mixture: Mixture, offset_s: int, kind: str) -> Exchange:
     told = _Told()
     for event in mixture.events:
         if event.kind == kind:
@@ -169,8 +174,8 @@ def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exc
                 told.say(", ", beginning(event.start_s))
             _span(told, event, offset_s)
     if not told.text:
-        told.say(phrases()["heard"]["nothing"], None)
-    return told.exchange(phrases()["sounds"][kind]["question"])
+        told.say(phrases()["heard"]["nothing"], NOWHERE)
+    return told.exchange(phrases()["sounds"][kind]["question"], kind=kind)
 
 
 def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
@@ -183,12 +188,19 @@ def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list
     asked = [transcript(mixture, offset_s, hidden()), events(mixture, offset_s, hidden())]
     agreed = continued(mixture, offset_s, rng, hidden()) if rng.random() < 0.5 else None
     asked += [e for e in (agreed, said_between(mixture, offset_s, rng)) if e]
-    asked.append(heard_when(mixture, offset_s, rng))
-    if rng.random() < 0.5 and (again := said_between(mixture, offset_s, rng)):
-        asked.append(again)
+    asked += [e for e in (said_between(mixture, offset_s, rng),) if e]
+    asked += _heard_at_all(mixture, offset_s, rng)
     if rng.random() < NOT_KNOWN:  # it was never told how anybody feels
         asked.append(Exchange(prompt("emotion").text, "", ""))
     return asked
+
+
+def _heard_at_all(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
+    """When each of a few sounds was heard: of two that were there at the most, and as many that were not."""
+    present = {event.kind for event in mixture.events}
+    groups = (sorted(present), sorted(set(SOUNDS) - present))
+    kinds = [kind for group in groups for kind in rng.permutation(group)[:N_KINDS]]
+    return [_heard_when(mixture, offset_s, kind) for kind in kinds]
 
 
 def heard_words(mixture: Mixture, first_block: int) -> list[Word]:

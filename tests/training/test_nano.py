@@ -286,7 +286,7 @@ def test_audio_tokens_are_asked_for_what_was_before_them_and_when_they_are(
     batch = make_batch([MIXTURE], [[]], [136], layout, config)
     at = [5, 13, 30, 69, 110]  # 0.4 s: in seven; 1.04: in three; 2.4: the dog; 5.52: in two; 8.8: rain
     assert batch.digit_at[0, at].tolist() == [8, 4, 0, 3, 0]
-    assert batch.before[:, 0, at].tolist() == [[0, 8, 4, 2, 3], [0, 0, 8, 4, 2]]
+    assert batch.before[:, 0, at].tolist() == [[0, 8, 4, 2, 3], [0, 0, 8, 4, 2], [0, 0, 0, 8, 4]]
     place, tens, ones, tenths = batch.times[:, 0]
     assert place[[0, 49, 50]].tolist() == [0, 49, 0]
     assert tens[[24, 25, 50]].tolist() == [IGNORED, 3, 4]  # nothing is known before the first marker
