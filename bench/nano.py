@@ -56,6 +56,7 @@ from training.nano_mixtures import Mixture, Sources, load_sources, mix
 from training.nano_mixtures import Word as Said
 from training.nano_text import (
     Exchange,
+    a_kind,
     events,
     heard_when,
     said_between,
@@ -123,7 +124,8 @@ def judge(checkpoint: Checkpoint, mixtures: Sequence[Mixture]) -> dict[str, Any]
     rng = np.random.default_rng(SEED)
     asked = []
     for mixture in mixtures:
-        exchanges = [transcript(mixture, 0), events(mixture, 0), heard_when(mixture, 0, rng)]
+        when = heard_when(mixture, 0, a_kind(mixture, rng))
+        exchanges = [transcript(mixture, 0), events(mixture, 0), when]
         said = said_between(mixture, 0, rng)
         asked.append([*exchanges, said] if said else exchanges)
     tally = Tally()

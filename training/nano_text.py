@@ -159,14 +159,15 @@ def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> E
     return told.exchange(question, since=end(a), limit=end(b))
 
 
-def heard_when(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> Exchange:
-    """When a sound was heard, mostly of a sound that was there."""
+def a_kind(mixture: Mixture, rng: np.random.Generator) -> str:
+    """A kind of sound to be asked for, mostly one that was there."""
     present = sorted({event.kind for event in mixture.events})
-    kinds = present if present and rng.random() < 0.75 else list(SOUNDS)
-    return _heard_when(mixture, offset_s, kinds[rng.integers(len(kinds))])
+    kinds = present if present and rng.random() < 0.75 else SOUNDS
+    return str(kinds[rng.integers(len(kinds))])
 
 
-def _heard_when(mixture: Mixture, offset_s: int, kind: str) -> Exchange:
+def heard_when(mixture: Mixture, offset_s: int, kind: str) -> Exchange:
+    """When a sound was heard."""
     told = _Told()
     for event in mixture.events:
         if event.kind == kind:
@@ -187,8 +188,8 @@ def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list
 
     asked = [transcript(mixture, offset_s, hidden()), events(mixture, offset_s, hidden())]
     agreed = continued(mixture, offset_s, rng, hidden()) if rng.random() < 0.5 else None
-    asked += [e for e in (agreed, said_between(mixture, offset_s, rng)) if e]
-    asked += [e for e in (said_between(mixture, offset_s, rng),) if e]
+    said = [said_between(mixture, offset_s, rng) for _ in range(2)]
+    asked += [exchange for exchange in (agreed, *said) if exchange]
     asked += _heard_at_all(mixture, offset_s, rng)
     if rng.random() < NOT_KNOWN:  # it was never told how anybody feels
         asked.append(Exchange(prompt("emotion").text, "", ""))
@@ -200,7 +201,7 @@ def _heard_at_all(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> 
     present = {event.kind for event in mixture.events}
     groups = (sorted(present), sorted(set(SOUNDS) - present))
     kinds = [kind for group in groups for kind in rng.permutation(group)[:N_KINDS]]
-    return [_heard_when(mixture, offset_s, kind) for kind in kinds]
+    return [heard_when(mixture, offset_s, kind) for kind in kinds]
 
 
 def heard_words(mixture: Mixture, first_block: int) -> list[Word]:

@@ -21,6 +21,7 @@ from training.nano_mixtures import SOUNDS, WORDS, Event, Mixture, Sound, Sources
 from training.nano_model import AUDIO, STOP, WITHIN, Learner, save_weights, total, write_description
 from training.nano_text import (
     Exchange,
+    a_kind,
     continued,
     events,
     exchanges,
@@ -149,15 +150,24 @@ def test_questions_about_time_cut_no_word() -> None:
 def test_when_a_sound_was_heard() -> None:
     """Every time of it, or that it never was."""
     answers = {
-        exchange.question: exchange.answer
-        for seed in range(300)
-        for exchange in [heard_when(MIXTURE, 0, np.random.default_rng(seed))]
+        exchange.question: exchange.answer for exchange in [heard_when(MIXTURE, 0, kind) for kind in SOUNDS]
     }
     assert answers["When did the dog bark?"] == "2.10 - 4.55"
     assert answers["When did it rain?"] == "3.00 - 9.00"
     assert answers["When was the helicopter heard?"] == "Never."
     assert len(answers) == len(SOUNDS)
     assert len({label_of(kind) for kind in SOUNDS}) == len(SOUNDS)
+
+
+def test_sounds_that_were_there_are_asked_for_as_often_as_others() -> None:
+    """Two of each; a single question is mostly about one that was there."""
+    asked = exchanges(MIXTURE, 0, np.random.default_rng(0))
+    kinds = [exchange.kind for exchange in asked if exchange.kind]
+    assert set(kinds[:2]) == {"dog_bark", "rain"}
+    assert len(set(kinds)) == len(kinds) == 4
+    some = [a_kind(MIXTURE, np.random.default_rng(seed)) for seed in range(200)]
+    assert 0.7 < sum(kind in kinds[:2] for kind in some) / len(some) < 0.9
+    assert set(some) == set(SOUNDS)
 
 
 # --- mixtures ------------------------------------------------------------------------------------
@@ -300,11 +310,11 @@ def test_audio_tokens_are_asked_for_what_was_before_them_and_when_they_are(
 
 
 def test_heads_are_pointed_at_what_the_next_token_is_about(folder: Path, layout: Layout) -> None:
-    """A word's token at the audio tokens of that word; an answer with an end at that end."""
+    """A word's token at the audio tokens of that word; an answer with edges at these edges."""
     config = Learner.of(folder).model.config.encoder
-    asked = [transcript(MIXTURE, 0), said_between(MIXTURE, 0, np.random.default_rng(0))]
-    assert asked[1] is not None
-    batch = make_batch([MIXTURE], [[one for one in asked if one]], [0], layout, config)
+    said = said_between(MIXTURE, 0, np.random.default_rng(0))
+    assert said is not None
+    batch = make_batch([MIXTURE], [[transcript(MIXTURE, 0), said]], [0], layout, config)
     audio = (batch.ids[0] == AUDIO).nonzero().flatten().tolist()
 
     def told(pointer: list[int]) -> tuple[str, int, int]:
@@ -314,11 +324,26 @@ def test_heads_are_pointed_at_what_the_next_token_is_about(folder: Path, layout:
     pointed = [told(pointer) for pointer in batch.pointers.tolist()]
     assert (" three", 10, 17) in pointed  # 0.80 to 1.43 s
     assert (" two", 67, 72) in pointed  # 5.40 to 5.80 s
-    end_s = int(asked[1].question.rstrip("?").split()[-2])
-    limits = batch.limits.tolist()
-    answer = [*layout.tokenizer.encode(asked[1].answer), STOP]
-    assert [int(batch.labels[0, token]) for _, token, _, _ in limits] == answer
-    assert {audio.index(last) for *_, last in limits} == {min(len(audio) - 1, int(end_s * 12.5))}
+    *_, start_s, _, end_s, _ = said.question.rstrip("?").split()
+    answer = [*layout.tokenizer.encode(said.answer), STOP]
+    for edges, edge_s in ((batch.since, start_s), (batch.limits, end_s)):
+        assert [int(batch.labels[0, token]) for _, token, _, _ in edges.tolist()] == answer
+        edge = min(len(audio) - 1, int(int(edge_s) * 12.5))
+        assert {audio.index(last) for *_, last in edges.tolist()} == {edge}
+
+
+def test_an_answer_about_a_sound_knows_of_which(folder: Path, layout: Layout) -> None:
+    """Every token of it; where there was none, it looks at itself."""
+    config = Learner.of(folder).model.config.encoder
+    asked = {kind: heard_when(MIXTURE, 0, kind) for kind in ("rain", "sneeze")}
+    batch = make_batch([MIXTURE], [list(asked.values())], [0], layout, config)
+    said: dict[str, list[int]] = {kind: [] for kind in asked}
+    for _, token, kind in batch.kinds.tolist():
+        said[SOUNDS[kind]].append(int(batch.labels[0, token]))
+    for name, exchange in asked.items():
+        assert said[name] == [*layout.tokenizer.encode(exchange.answer), STOP]
+    itself = [token for _, token, first, last in batch.pointers.tolist() if token == first == last]
+    assert [int(batch.labels[0, token]) for token in itself] == said["sneeze"][:-1]
 
 
 def test_an_answer_of_the_checkpoint_ends(folder: Path, layout: Layout) -> None:
@@ -366,7 +391,7 @@ def test_a_training_goes_on_where_it_was(sources: Sources, folder: Path, tmp_pat
     for batch in batches[2:]:
         losses = whole.take(batch)
         assert again.take(batch) == losses
-        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "limits", *WITHIN}
+        assert set(losses) == {"ctc", "digit_at", "sounds", "answers", "pointing", "since", "limits", *WITHIN}
     for name, tensor in whole.learner.state_dict().items():
         assert torch.equal(tensor, again.learner.state_dict()[name]), name
 
