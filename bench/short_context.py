@@ -56,7 +56,7 @@ from bench.measures import Run, measure, normal_text, pooled_wer, transcript
 from bench.virtual import run
 from clients.sources import SourceError
 from model.errors import CheckpointError
-from streaming.engine.plan import Pcm
+from streaming.engine.plan import HeardWord, Pcm
 from streaming.protocol import SAMPLE_RATE_HZ
 
 MAX_RATIO = 1.05  # of error rates, short to padded
@@ -214,9 +214,9 @@ def measure_edges(material: Material) -> Measures:
     for window in windows:
         end_s = len(window.pcm) / SAMPLE_RATE_HZ - LAST_S
         padded = material.encoders.padded.hear(window.pcm, ENGLISH)
-        prefix: tuple[str, ...] = ()
+        prefix: tuple[HeardWord, ...] = ()
         if window.has_prefix and len(padded) > 1:
-            prefix = tuple(word.text for word in padded[: len(padded) // 2])
+            prefix = padded[: len(padded) // 2]
             padded = material.encoders.padded.hear(window.pcm, ENGLISH, prefix)
         found.append(agreement(padded, material.encoders.short.hear(window.pcm, ENGLISH, prefix), end_s))
     n_words, n_added = sum(a.n_words for a in found), sum(a.n_added for a in found)

@@ -8,6 +8,7 @@ at once takes a call more for each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -220,23 +221,24 @@ class MossRunner:
         return _Due(step, fork, question, window, heard, offset_s, said, agreed, n_said)
 
     def _agreed(self, slot: _Slot, fork: Fork) -> tuple[_Told, ...]:
-        """The agreed words with their times, as the last transcript had them.
+        """The agreed words with the ends of their sentences, as the last transcript had them.
 
-        The plan has no times of them. Where the last transcript does not contain them, they are
-        taken to be said when the window begins.
+        Where it does not contain them (another engine said it), a sentence ends where the next word
+        does not begin at once: inside one, words are spread without a gap.
         """
         if not fork.prefix:
             return ()
         n, known = len(fork.prefix), slot.told
         texts = tuple(told.word.text for told in known)
-        found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == fork.prefix]
+        agreed = tuple(word.text for word in fork.prefix)
+        found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == agreed]
         if found:
             # The same words may have been said before the window, too.
             inside = (first for first in found if known[first].middle >= fork.window_start)
             first = next(inside, found[-1])
             return known[first : first + n]
-        at = max(fork.window_start, slot.origin)
-        return tuple(_Told(HeardWord(text, at, at, 1.0)) for text in fork.prefix)
+        ends = [w.end if after.start > w.end else None for w, after in itertools.pairwise(fork.prefix)]
+        return tuple(map(_Told, fork.prefix, (*ends, None)))
 
     def _said(self, agreed: Sequence[_Told], origin: int, offset_s: float) -> str:
         """The beginning of an answer on the model's clock: the agreed words, the last sentence open.

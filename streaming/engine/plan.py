@@ -61,7 +61,7 @@ class Fork:
     # The audio from this sample on is looked at. That of an `emotion` fork lies inside the window of
     # the `transcript` fork that always stands before it, so that one encoding serves both.
     window_start: int
-    prefix: tuple[str, ...]  # words already agreed on inside the window; the answer goes on from them
+    prefix: tuple[HeardWord, ...]  # agreed on already, inside the window; the answer goes on from them
     context: str  # text before the window, for the model's orientation only
     language: str | None  # None: detect
     max_tokens: int

@@ -35,7 +35,17 @@ from streaming.engine.messages import (
     Result,
     Skipped,
 )
-from streaming.engine.plan import Capabilities, Fork, Hypothesis, Pcm, SlotStep, StepPlan, StepResult, Task
+from streaming.engine.plan import (
+    Capabilities,
+    Fork,
+    HeardWord,
+    Hypothesis,
+    Pcm,
+    SlotStep,
+    StepPlan,
+    StepResult,
+    Task,
+)
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import ends_sentence, join_words
 
@@ -439,7 +449,7 @@ class Scheduler:
         return Fork(
             task="transcript",
             window_start=stream.window_start,
-            prefix=tuple(word.text for word in stream.committed),
+            prefix=tuple(HeardWord(w.text, w.start, w.end, w.score) for w in stream.committed),
             context=stream.context if self._config.use_context else "",
             language=stream.language,
             max_tokens=EXTRA_TOKENS + int(open_s * self._config.max_tokens_per_s),

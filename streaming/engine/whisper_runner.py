@@ -216,15 +216,16 @@ class WhisperRunner:
         vocabulary = self._vocabulary
         n_samples = slot.position - fork.window_start
         draft: list[int] = []
-        agreed = fork.prefix[len(slot.draft_prefix) :]
-        if fork.prefix[: len(slot.draft_prefix)] == slot.draft_prefix and slot.draft[: len(agreed)] == agreed:
+        prefix = tuple(word.text for word in fork.prefix)
+        agreed = prefix[len(slot.draft_prefix) :]
+        if prefix[: len(slot.draft_prefix)] == slot.draft_prefix and slot.draft[: len(agreed)] == agreed:
             rest = slot.draft[len(agreed) :]
             draft = vocabulary.encode(" " + join_words(rest)) if rest else []
         context = vocabulary.encode(" " + fork.context) if fork.context else []
         request = DecodeRequest(
             language=fork.language,
             context=tuple(context[-MAX_CONTEXT_TOKENS:]),
-            prefix=tuple(vocabulary.encode(" " + join_words(fork.prefix))) if fork.prefix else (),
+            prefix=tuple(vocabulary.encode(" " + join_words(prefix))) if prefix else (),
             draft=tuple(draft[: fork.max_tokens]),
             n_positions=max(
                 1, min(-(-n_samples // SAMPLES_PER_POSITION), self._model.config.n_audio_positions)
@@ -322,7 +323,7 @@ class WhisperRunner:
     def _hypothesis(self, due: _Due, decoded: Decoded) -> Hypothesis:
         slot = self._slots[due.step.slot_idx]
         words = () if is_invented(decoded) else self._words(due, decoded)
-        slot.draft_prefix = due.fork.prefix
+        slot.draft_prefix = tuple(word.text for word in due.fork.prefix)
         slot.draft = tuple(word.text for word in words)
         return Hypothesis(
             slot_idx=due.step.slot_idx,

@@ -148,6 +148,12 @@ def heard(*words: tuple[str, float, float]) -> tuple[HeardWord, ...]:
     return tuple(HeardWord(text, round(a * 16_000), round(b * 16_000), 0.5) for text, a, b in words)
 
 
+def going_on_from(agreed: str, window_start: int = 0) -> Fork:
+    """A transcript after words that are all said to be where the window begins."""
+    words = tuple(HeardWord(text, window_start, window_start, 1.0) for text in agreed.split())
+    return Fork("transcript", window_start, words, "", None, 50)
+
+
 def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
     """Times spread over the words of a sentence; the next question opens with what was agreed."""
     runner = make_runner()
@@ -156,7 +162,7 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
     assert result.hypotheses[0].words == heard(("one", 0, 0.3), ("two", 0.3, 0.6), ("six", 1.0, 1.3))
 
     asked = says("and seven[2.00][2.50]eight")
-    fork = Fork("transcript", 0, ("two", "six"), "", None, 10)
+    fork = going_on_from("two six")
     result = runner.step(one(0, 32_000, pcm(1.0), fork))
     assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("<|im_start|>assistant\n[0.30]two[0.60][1.00]six")
     # They begin where the agreed ones end; an open sentence ends with the audio.
@@ -166,23 +172,24 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
 
     # A sentence that was said to end goes on after all.
     position = 48_000
-    for prefix, text in ((("eight",), "[2.90]"), (("eight",), "nine[3.10]"), (("eight", "nine"), "")):
+    for agreed, text in (("eight", "[2.90]"), ("eight", "nine[3.10]"), ("eight nine", "")):
         asked = says(text)
-        runner.step(one(0, position, pcm(0.1), Fork("transcript", 40_000, prefix, "", None, 10)))
+        runner.step(one(0, position, pcm(0.1), going_on_from(agreed, 40_000)))
         position += 1600
     assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("\n[2.50]eight nine")
 
-    # Agreed words that the runner has not said (another engine did): told at the window's start.
+    # Agreed words that the runner has not said (another engine did): a gap between them ends a sentence.
     asked = says("")
-    fork = Fork("transcript", 8_000, ("never", "heard"), "", None, 10)
+    agreed_words = heard(("never", 0.5, 1.0), ("heard", 1.0, 1.5), ("before", 1.75, 2.0))
+    fork = Fork("transcript", 8_000, agreed_words, "", None, 10)
     assert runner.step(one(0, 52_800, pcm(0.1), fork)).hypotheses[0].words == ()
-    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("[0.50]never heard")
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("\n[0.50]never heard[1.50][1.75]before")
 
 
 @pytest.mark.parametrize(
     ("start_s", "turns"),
     [
-        # After an engine's death: words without times, and behind them words with times.
+        # After an engine's death: words that the plan alone knows, and behind them words with times.
         (1.0, [("one two", "[2.00][2.50]six", "[1.00]one two"),
                ("one two six", "", "[1.00]one two[2.00][2.50]six")]),
         # A sentence that was open is told with the end that the model gave it then.
@@ -202,7 +209,7 @@ def test_agreed_words_are_told_with_the_times_they_had(
     position = 0
     for agreed, text, told in turns:
         asked = says(text)
-        fork = Fork("transcript", round(start_s * 16_000), tuple(agreed.split()), "", None, 10)
+        fork = going_on_from(agreed, round(start_s * 16_000))
         chunk = pcm(8.0 if position == 0 else 0.1)
         runner.step(one(0, position, chunk, fork))
         position += len(chunk)
@@ -246,11 +253,11 @@ def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
     sentences = "".join(f"[{k / 100:.2f}]word{k}[{k / 100 + 0.01:.2f}]" for k in range(400))
     says(sentences)
     runner.step(one(0, 0, pcm(6.0), Fork("transcript", 0, (), "", None, 50)))
-    prefix = tuple(f"word{k}" for k in range(400))
+    agreed = " ".join(f"word{k}" for k in range(400))
     told = []
     for position in (96_000, 97_600):
         asked = says("", "")
-        long = Fork("transcript", 0, prefix, "", None, 50)
+        long = going_on_from(agreed)
         question = Fork("answer", 0, (), "", None, 50, question="why " * 1000)
         result = runner.step(one(0, position, pcm(0.1), long, question))
         assert len(result.hypotheses) == len(result.answers) == 1

@@ -277,7 +277,7 @@ def test_a_restart_gets_what_the_scheduler_kept(script: list[Update], pauses: li
             point = step.start + len(step.pcm)
             fork = step.forks[0]
             words, context = timeline.window(fork.window_start)
-            assert fork.prefix == tuple(word.text for word in words)
+            assert [word.text for word in fork.prefix] == [word.text for word in words]
             assert fork.context == context
             where = fork.window_start
             hypothesis = []
@@ -325,7 +325,9 @@ def test_a_window_is_cut_for_both_between_the_same_words(cut: int) -> None:
     timeline.apply(result(80_000, words, "flush"))
     kept, context = timeline.window(step.forks[0].window_start)
     assert 0 < step.forks[0].window_start <= cut
-    assert step.forks[0].prefix == tuple(word.text for word in kept)
+    assert [(w.text, w.start, w.end) for w in step.forks[0].prefix] == [
+        (w.text, w.start, w.end) for w in kept
+    ]
     assert step.forks[0].context == context
 
 

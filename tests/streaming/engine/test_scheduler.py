@@ -311,7 +311,7 @@ def test_context_is_given_only_where_it_is_wanted() -> None:
     stream = alone(script)
     fork = stream.asked[-1][1].fork
     assert len(fork.context) > 100
-    assert " ".join([fork.context, *fork.prefix]) in " ".join(stream.committed)
+    assert " ".join([fork.context, *(word.text for word in fork.prefix)]) in " ".join(stream.committed)
     without = Scheduler(
         CONFIG.model_copy(update={"use_context": False}), n_slots=1, tick=TICK, shed_after_s=0.0, clock=float
     )

@@ -21,7 +21,7 @@ from model.whisper.tokens import Vocabulary
 from streaming.config import EventsConfig
 from streaming.engine import whisper_runner
 from streaming.engine.loader import warm_up
-from streaming.engine.plan import SOUND_FRAME, Fork, Hypothesis, Pcm, SlotStep, StepPlan
+from streaming.engine.plan import SOUND_FRAME, Fork, HeardWord, Hypothesis, Pcm, SlotStep, StepPlan
 from streaming.engine.scheduler import MARGIN
 from streaming.engine.sounds import SoundScorer
 from streaming.engine.whisper_runner import NO_SPEECH, WhisperRunner, is_invented
@@ -133,7 +133,8 @@ def test_what_was_asked_before_changes_nothing() -> None:
 @settings(max_examples=12)
 def test_a_batch_of_slots_says_what_each_says_alone(lengths: list[int], n_words: list[int]) -> None:
     """Windows of any length, with prefixes of their own; times to the sample."""
-    forks = [Fork("transcript", 0, ("the", "day")[:n], "", "en", 12) for n in n_words]
+    agreed = (HeardWord("the", 0, 0, 1.0), HeardWord("day", 0, 0, 1.0))
+    forks = [Fork("transcript", 0, agreed[:n], "", "en", 12) for n in n_words]
     RUNNER.reset(range(N_SLOTS))
     pcms = [chirps(length, seed) for seed, length in enumerate(lengths)]
     together = run(RUNNER, *[step_of(i, pcm, forks[i]) for i, pcm in enumerate(pcms)])
