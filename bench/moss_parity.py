@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,8 +141,12 @@ def streamed_errors(ckpt: Checkpoint, case: Case, seed: int) -> dict[str, float]
         encoded.append(tail)
 
     outputs = [model.audio_encoder.forward([block]) for block in encoded]
-    errors = {"encoder": difference(torch.cat([out.hidden[0] for out in outputs]), stored["encoder"])}
-    taps = [torch.cat([out.taps[k][0] for out in outputs]) for k in range(len(config.tap_layers))]
+
+    def joined(pieces: Iterable[Tensor]) -> Tensor:
+        return torch.cat([x[0, : out.n_tokens[0]] for x, out in zip(pieces, outputs, strict=True)])
+
+    errors = {"encoder": difference(joined(out.hidden for out in outputs), stored["encoder"])}
+    taps = [joined(out.taps[k] for out in outputs) for k in range(len(config.tap_layers))]
     errors["taps"] = max((difference(t, stored[f"deepstack_{k}"]) for k, t in enumerate(taps)), default=0.0)
     question = ckpt.layout.question(case.prompt)
     errors["prompt"] = n_different(cache.ids(0) + question, stored["input_ids"].tolist())

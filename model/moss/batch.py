@@ -19,6 +19,9 @@ from model.moss.network import AudioEmbeddings, MossAudio
 
 MAX_CALL_TOKENS = 4096  # padding included; slots beyond that follow in another call
 ENTRY_MULTIPLE = 16  # attention kernels on a GPU take masks of such widths without copying them
+# Rows are padded to such lengths: for every number of rows that a product has not seen yet, a CPU's
+# library compiles a kernel and keeps it, half a megabyte each (docs/decisions.md).
+TOKEN_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ def _call(
     # Only as far as something is read or written: the scratch is the larger part, and mostly empty.
     n_read = 1 + max(max(run) for segment in every for run in (*segment.visible, segment.entries) if run)
     n_read = min(-(-n_read // ENTRY_MULTIPLE) * ENTRY_MULTIPLE, buffers.k.shape[3])
+    n_tokens = -(-n_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     table = _Table(rows, n_tokens, audio_id, buffers.k.device)
     x = model.language_model.embed_tokens(table.ids)  # [B, T, H]
     deepstack: tuple[Tensor, ...] = ()

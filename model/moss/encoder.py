@@ -19,6 +19,7 @@ from model.layers import EncoderLayer, send
 from model.moss.config import EncoderConfig, n_audio_tokens
 
 STEM_BLOCKS = 16  # blocks whose convolutions run at once: their channels take 50 MB each at full size
+FRAME_MULTIPLE = 64  # growing blocks are padded to such lengths, for the reason of `batch.TOKEN_MULTIPLE`
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class AudioEncoder(nn.Module):
             n if b.is_first else 8 * n_audio_tokens(n) for n, b in zip(frames, blocks, strict=True)
         ]
         # Put together on the host, where the mel is made, and sent at once.
-        mel = torch.zeros(len(blocks), max(conv_frames), self.config.num_mel_bins)
+        n_frames = min(limit, -(-max(conv_frames) // FRAME_MULTIPLE) * FRAME_MULTIPLE)
+        mel = torch.zeros(len(blocks), n_frames, self.config.num_mel_bins)
         for row, block in zip(mel, blocks, strict=True):
             row[: block.mel.shape[0]] = block.mel
         weight = self.stem_proj.weight
