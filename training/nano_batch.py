@@ -41,6 +41,7 @@ class Batch:
     pointers: Tensor  # [P, 4]: row, token, and the first and last token that the one after it is about
     since: Tensor  # [S, 4]: the same of tokens of answers whose beginning is decided at a place
     limits: Tensor  # [S, 4]: and whose end is
+    sounds_told: Tensor  # [U, 4]: and those that tell when a sound was, with all of it
     kinds: Tensor  # [K, 3]: row, token, and the kind of sound that its question asks for, 0 to 9
     digits: Tensor  # [sum of counts], the digits said, for CTC: 1 to 10
     n_digits: Tensor  # [B]
@@ -101,6 +102,7 @@ def make_batch(
         _by_row((guides.pointers for *_, guides in rows), 3),
         _by_row((guides.since for *_, guides in rows), 3),
         _by_row((guides.limits for *_, guides in rows), 3),
+        _by_row((guides.sounds for *_, guides in rows), 3),
         _by_row((guides.kinds for *_, guides in rows), 2),
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
@@ -119,6 +121,7 @@ class _Guides:
     pointers: list[_Pointer] = field(default_factory=list)
     since: list[_Pointer] = field(default_factory=list)
     limits: list[_Pointer] = field(default_factory=list)
+    sounds: list[_Pointer] = field(default_factory=list)
     kinds: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -173,6 +176,8 @@ def _row(
             place = exchange.where[n_chars - 1] if exchange.where else None
             if place is not None:
                 guides.pointers.append(point(before + idx, place))
+            if sound := next((place for n, place in exchange.sounds if n_chars <= n), None):
+                guides.sounds.append(point(before + idx, sound))
         said = range(before, before + len(answer))
         if exchange.since is not None and exchange.limit is not None:
             guides.since.extend(point(token, exchange.since) for token in said)

@@ -26,14 +26,15 @@ AUDIO, AUDIO_START, AUDIO_END = range(N_TOKENS - UNSEEN_TOKENS, N_TOKENS)
 STOP = 2  # <|im_end|>
 CTC_WEIGHT = 0.3
 POINTING_WEIGHT = 1.0
+POINTING = ("pointing", "when", "since", "limits")
 WITHIN_WEIGHT = 0.3
 # What tokens are asked for in the language model: those of audio, and those of answers about a sound.
 WITHIN = ("times", "heard", "edges", "kinds")
-# Language layers whose first head is taught to look at what the next token is about; two other heads of all
-# but the last of them at where a question says that its answer begins and ends. Left to itself a model of
-# this size finds out late where it is in the audio (docs/decisions.md).
+# Language layers whose first head is taught to look at what the next token is about; the others of all but
+# the last of them at all of the sound that is asked for, and at where a question says that its answer begins
+# and ends. Left to itself a model of this size finds out late where it is in the audio (docs/decisions.md).
 POINTING_LAYERS = (2, 3, 4)
-SINCE_HEAD, LIMIT_HEAD = 2, 3  # of four; they share their keys
+ABOUT_HEAD, SOUND_HEAD, SINCE_HEAD, LIMIT_HEAD = range(4)  # two and two share their keys
 SOUND_WEIGHT = 3.0  # its loss is a tenth of the others
 
 
@@ -193,17 +194,23 @@ class Learner(nn.Module):
         is_asked = batch.labels != IGNORED
         logits = self.model.lm_head(states[is_asked]).float()
         watched = list(zip(seen[1::2], seen[2::2], strict=True))
-        pointing = [self._pointing(batch, batch.pointers, *_head(0, q, k)) for q, k in watched]
-        since = [self._pointing(batch, batch.since, *_head(SINCE_HEAD, q, k)) for q, k in watched[:-1]]
-        limits = [self._pointing(batch, batch.limits, *_head(LIMIT_HEAD, q, k)) for q, k in watched[:-1]]
+
+        def looking(head: int, pointers: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+            losses = [self._pointing(batch, pointers, *_head(head, q, k)) for q, k in layers]
+            return torch.stack(losses).mean()
+
         within = F.rms_norm(seen[0].float(), (x.shape[-1],))
         heard = within[is_audio[..., 0]]
         row, token, kind = batch.kinds.unbind(1)
+        guided = (
+            ("when", SOUND_HEAD, batch.sounds_told),
+            ("since", SINCE_HEAD, batch.since),
+            ("limits", LIMIT_HEAD, batch.limits),
+        )
         return {
             "answers": F.cross_entropy(logits, batch.labels[is_asked]),
-            "pointing": torch.stack(pointing).mean(),
-            "since": torch.stack(since).mean(),
-            "limits": torch.stack(limits).mean(),
+            "pointing": looking(ABOUT_HEAD, batch.pointers, watched),
+            **{name: looking(head, pointers, watched[:-1]) for name, head, pointers in guided},
             "times": _read(self.time_heads, heard, batch.times),
             "heard": _read(self.heard_heads, heard, torch.stack([batch.digit_at, *batch.before])),
             "edges": _read(self.edge_heads, heard, batch.edges),
@@ -259,7 +266,7 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     return (
         aside
         + losses["answers"]
-        + POINTING_WEIGHT * (losses["pointing"] + losses["since"] + losses["limits"])
+        + POINTING_WEIGHT * torch.stack([losses[name] for name in POINTING]).sum()
         + WITHIN_WEIGHT * within
     )
 

@@ -21,7 +21,7 @@ from model.moss.checkpoint import byte_level
 from model.moss.prompt import prompt, prompt_names, system_message
 from training.nano_mixtures import MIN_HEARD, MIN_SOUND_S, SOUNDS, WORDS, Event, Mixture, Word
 
-N_KINDS = 2  # of sounds that were heard, and of others, that are asked for
+N_PRESENT, N_ABSENT = 2, 1  # of sounds that were heard, and of others, that are asked for
 NOT_KNOWN = 0.04  # of mixtures, that are asked for what it does not know
 TOKEN_S = 0.08  # of audio
 TIME_STEP_S = 0.05
@@ -63,6 +63,7 @@ class Exchange:
     since: Place | None = None  # where in the audio it is decided what the answer begins with
     limit: Place | None = None  # and that it ends
     kind: str | None = None  # of the sound that is asked for
+    sounds: tuple[tuple[int, Place], ...] = ()  # all of each that is told, and by which character it is
 
 
 @functools.cache
@@ -169,14 +170,17 @@ def a_kind(mixture: Mixture, rng: np.random.Generator) -> str:
 def heard_when(mixture: Mixture, offset_s: int, kind: str) -> Exchange:
     """When a sound was heard."""
     told = _Told()
+    sounds: list[tuple[int, Place]] = []
     for event in mixture.events:
         if event.kind == kind:
             if told.text:
                 told.say(", ", beginning(event.start_s))
             _span(told, event, offset_s)
+            sounds.append((len(told.text), (event.start_s, event.end_s)))
     if not told.text:
         told.say(phrases()["heard"]["nothing"], NOWHERE)
-    return told.exchange(phrases()["sounds"][kind]["question"], kind=kind)
+        sounds.append((len(told.text), NOWHERE))
+    return told.exchange(phrases()["sounds"][kind]["question"], kind=kind, sounds=tuple(sounds))
 
 
 def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
@@ -197,10 +201,10 @@ def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list
 
 
 def _heard_at_all(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
-    """When each of a few sounds was heard: of two that were there at the most, and as many that were not."""
+    """When each of a few sounds was heard, some of which were not."""
     present = {event.kind for event in mixture.events}
-    groups = (sorted(present), sorted(set(SOUNDS) - present))
-    kinds = [kind for group in groups for kind in rng.permutation(group)[:N_KINDS]]
+    kinds = [str(kind) for kind in rng.permutation(sorted(present))[:N_PRESENT]]
+    kinds += [str(kind) for kind in rng.permutation(sorted(set(SOUNDS) - present))[:N_ABSENT]]
     return [heard_when(mixture, offset_s, kind) for kind in kinds]
 
 
