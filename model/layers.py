@@ -24,6 +24,11 @@ def send(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device)
 
 
+def rounded_up(n: int, multiple: int) -> int:
+    """The next multiple, or `n` where it is one."""
+    return -(-n // multiple) * multiple
+
+
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """[B, T, D] to [B, H, T, D / H]."""
     batch, n_steps, width = x.shape

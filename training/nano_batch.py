@@ -38,7 +38,7 @@ class Batch:
     position: Tensor  # [B, T]
     mask: Tensor  # [B, 1, T, T] bool: which tokens a token sees
     labels: Tensor  # [B, T], the token that should follow; IGNORED where none is asked for
-    pointers: Tensor  # [P, 4]: row, token, and the first and last token that the one after it is about
+    pointers: Tensor  # [P, 4]: row, token, and from where to where it should look, which may be at itself
     since: Tensor  # [S, 4]: the same of tokens of answers whose beginning is decided at a place
     limits: Tensor  # [S, 4]: and whose end is
     sounds_told: Tensor  # [U, 4]: and those that tell when a sound was, with all of it
@@ -102,7 +102,7 @@ def make_batch(
         _by_row((guides.pointers for *_, guides in rows), 3),
         _by_row((guides.since for *_, guides in rows), 3),
         _by_row((guides.limits for *_, guides in rows), 3),
-        _by_row((guides.sounds for *_, guides in rows), 3),
+        _by_row((guides.sounds_told for *_, guides in rows), 3),
         _by_row((guides.kinds for *_, guides in rows), 2),
         torch.tensor([digit for row in said for digit in row], dtype=torch.long),
         torch.tensor([len(row) for row in said]),
@@ -121,7 +121,7 @@ class _Guides:
     pointers: list[_Pointer] = field(default_factory=list)
     since: list[_Pointer] = field(default_factory=list)
     limits: list[_Pointer] = field(default_factory=list)
-    sounds: list[_Pointer] = field(default_factory=list)
+    sounds_told: list[_Pointer] = field(default_factory=list)
     kinds: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -160,7 +160,7 @@ def _row(
     guides = _Guides()
 
     def point(token: int, place: Place) -> _Pointer:
-        if place is NOWHERE:
+        if place == NOWHERE:
             return token, token, token
         first, last = (min(len(places) - 1, int(t * TOKENS_PER_S)) for t in place)
         return token, places[first], places[last]
@@ -176,11 +176,12 @@ def _row(
             place = exchange.where[n_chars - 1] if exchange.where else None
             if place is not None:
                 guides.pointers.append(point(before + idx, place))
-            if sound := next((place for n, place in exchange.sounds if n_chars <= n), None):
-                guides.sounds.append(point(before + idx, sound))
+            if sound := next((sound for n_told, sound in exchange.sounds_told if n_chars <= n_told), None):
+                guides.sounds_told.append(point(before + idx, sound))
         said = range(before, before + len(answer))
-        if exchange.since is not None and exchange.limit is not None:
+        if exchange.since is not None:
             guides.since.extend(point(token, exchange.since) for token in said)
+        if exchange.limit is not None:
             guides.limits.extend(point(token, exchange.limit) for token in said)
         if exchange.kind is not None:
             guides.kinds.extend((token, SOUNDS.index(exchange.kind)) for token in said)

@@ -155,7 +155,7 @@ class Learner(nn.Module):
         return Learner(read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
 
     def losses(self, batch: Batch, *, with_answers: bool) -> dict[str, Tensor]:
-        """By name: of the encoder; with answers of their tokens, of attention, of what audio tokens know."""
+        """By name: of the encoder; with answers of their tokens, of attention, of what tokens know."""
         encoded = self.model.audio_encoder.forward(batch.blocks)
         n_rows = batch.ids.shape[0]
         n_blocks = len(batch.blocks) // n_rows

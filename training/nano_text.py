@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ class _Told:
         self.text += text
         self.where += [place] * len(text)
 
-    def exchange(self, question: str, said: str = "", first_block: int = 0, **about: Any) -> Exchange:
+    def exchange(self, question: str, said: str = "", first_block: int = 0) -> Exchange:
         """The answer to a question."""
-        return Exchange(question, said, self.text, first_block, tuple(self.where), **about)
+        return Exchange(question, said, self.text, first_block, tuple(self.where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,8 @@ class Exchange:
     since: Place | None = None  # where in the audio it is decided what the answer begins with
     limit: Place | None = None  # and that it ends
     kind: str | None = None  # of the sound that is asked for
-    sounds: tuple[tuple[int, Place], ...] = ()  # all of each that is told, and by which character it is
+    # Of each sound that is told: with how many characters it has been, and all of it.
+    sounds_told: tuple[tuple[int, Place], ...] = ()
 
 
 @functools.cache
@@ -157,7 +158,7 @@ def said_between(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> E
     _words(told, words)
     if not words:
         told.say(phrases()["said"]["nothing"], NOWHERE)
-    return told.exchange(question, since=end(a), limit=end(b))
+    return replace(told.exchange(question), since=end(a), limit=end(b))
 
 
 def a_kind(mixture: Mixture, rng: np.random.Generator) -> str:
@@ -180,7 +181,8 @@ def heard_when(mixture: Mixture, offset_s: int, kind: str) -> Exchange:
     if not told.text:
         told.say(phrases()["heard"]["nothing"], NOWHERE)
         sounds.append((len(told.text), NOWHERE))
-    return told.exchange(phrases()["sounds"][kind]["question"], kind=kind, sounds=tuple(sounds))
+    exchange = told.exchange(phrases()["sounds"][kind]["question"])
+    return replace(exchange, kind=kind, sounds_told=tuple(sounds))
 
 
 def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
@@ -194,13 +196,13 @@ def exchanges(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list
     agreed = continued(mixture, offset_s, rng, hidden()) if rng.random() < 0.5 else None
     said = [said_between(mixture, offset_s, rng) for _ in range(2)]
     asked += [exchange for exchange in (agreed, *said) if exchange]
-    asked += _heard_at_all(mixture, offset_s, rng)
+    asked += _when_of_some(mixture, offset_s, rng)
     if rng.random() < NOT_KNOWN:  # it was never told how anybody feels
         asked.append(Exchange(prompt("emotion").text, "", ""))
     return asked
 
 
-def _heard_at_all(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
+def _when_of_some(mixture: Mixture, offset_s: int, rng: np.random.Generator) -> list[Exchange]:
     """When each of a few sounds was heard, some of which were not."""
     present = {event.kind for event in mixture.events}
     kinds = [str(kind) for kind in rng.permutation(sorted(present))[:N_PRESENT]]

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.layers import send
+from model.layers import rounded_up, send
 from model.moss.language import Access, KvBuffers, visible_mask
 from model.moss.network import AudioEmbeddings, MossAudio
 
 MAX_CALL_TOKENS = 4096  # padding included; slots beyond that follow in another call
 ENTRY_MULTIPLE = 16  # attention kernels on a GPU take masks of such widths without copying them
-# Rows are padded to such lengths: for every number of rows that a product has not seen yet, a CPU's
-# library compiles a kernel and keeps it, half a megabyte each (docs/decisions.md).
+# Rows are as long as that: for every number of rows that a product has not seen yet, oneDNN compiles a
+# kernel on a CPU and keeps it, a quarter to half a megabyte each (docs/decisions.md, "moss-nano").
 TOKEN_MULTIPLE = 16
 
 
@@ -53,11 +53,12 @@ def compute(model: MossAudio, buffers: KvBuffers, segments: Sequence[Segment], a
         n_tokens = sum(len(segment.ids) for segment in row)
         # On a GPU it would be open which of two tokens an entry keeps.
         assert len({entry for segment in row for entry in segment.entries}) == n_tokens, slot_idx
-        if rows and (len(rows) + 1) * max(width, n_tokens) > MAX_CALL_TOKENS:
+        row_width = rounded_up(n_tokens, TOKEN_MULTIPLE)
+        if rows and (len(rows) + 1) * max(width, row_width) > MAX_CALL_TOKENS:
             hidden |= _call(model, buffers, rows, width, audio_id)
             rows, width = [], 0
         rows.append(row)
-        width = max(width, n_tokens)
+        width = max(width, row_width)
     if rows:
         hidden |= _call(model, buffers, rows, width, audio_id)
     return [hidden[id(segment)] for segment in segments]
@@ -70,8 +71,7 @@ def _call(
     every = [segment for row in rows for segment in row]
     # Only as far as something is read or written: the scratch is the larger part, and mostly empty.
     n_read = 1 + max(max(run) for segment in every for run in (*segment.visible, segment.entries) if run)
-    n_read = min(-(-n_read // ENTRY_MULTIPLE) * ENTRY_MULTIPLE, buffers.k.shape[3])
-    n_tokens = -(-n_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    n_read = min(rounded_up(n_read, ENTRY_MULTIPLE), buffers.k.shape[3])
     table = _Table(rows, n_tokens, audio_id, buffers.k.device)
     x = model.language_model.embed_tokens(table.ids)  # [B, T, H]
     deepstack: tuple[Tensor, ...] = ()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.layers import send
+from model.layers import rounded_up, send
 from model.moss.language import Access, KvBuffers, visible_mask
 from model.moss.network import MossAudio
 
@@ -180,7 +180,7 @@ class Decoder:
     def _reads(self) -> list[int]:
         """How far a step may read: a quarter of the scratch, where most answers end, or all of it."""
         short = self._scratch_at + (self._n_entries - self._scratch_at) // 4
-        return sorted({min(-(-short // 16) * 16, self._n_entries), self._n_entries})
+        return sorted({min(rounded_up(short, 16), self._n_entries), self._n_entries})
 
     def _bucket(self) -> Bucket:
         """The smallest size that covers the open lanes."""

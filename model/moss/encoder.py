@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import EncoderLayer, send
+from model.layers import EncoderLayer, rounded_up, send
 from model.moss.config import EncoderConfig, n_audio_tokens
 
 STEM_BLOCKS = 16  # blocks whose convolutions run at once: their channels take 50 MB each at full size
@@ -89,12 +89,13 @@ class AudioEncoder(nn.Module):
         assert all(1 <= n <= limit for n in frames), frames
         # The published code pads a tail with zeros to 400 frames before the convolutions, but leaves
         # a clip of less than a block as it is. What lies beyond the last token's own 8 frames cannot
-        # reach it, so a padded tail needs only the next multiple of 8.
+        # reach it, so a padded tail ends at the next multiple of 8; what its row has behind that is
+        # masked after every convolution.
         conv_frames = [
             n if b.is_first else 8 * n_audio_tokens(n) for n, b in zip(frames, blocks, strict=True)
         ]
         # Put together on the host, where the mel is made, and sent at once.
-        n_frames = min(limit, -(-max(conv_frames) // FRAME_MULTIPLE) * FRAME_MULTIPLE)
+        n_frames = min(limit, rounded_up(max(conv_frames), FRAME_MULTIPLE))
         mel = torch.zeros(len(blocks), n_frames, self.config.num_mel_bins)
         for row, block in zip(mel, blocks, strict=True):
             row[: block.mel.shape[0]] = block.mel

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.layers import send
+from model.layers import rounded_up, send
 from model.moss.batch import ENTRY_MULTIPLE, Segment, compute
 from model.moss.config import MossConfig
 from model.moss.decode import Decoder
@@ -106,7 +106,7 @@ class Remembered:
 def n_entries(config: MossConfig, settings: WindowSettings, n_prefix: int) -> int:
     """Entries of one slot: spare, prompt of `n_prefix` tokens, cells, scratch; and a few to round it up."""
     n = 1 + n_prefix + (settings.n_blocks + 1) * _cell_size(config) + settings.scratch_tokens
-    return -(-n // ENTRY_MULTIPLE) * ENTRY_MULTIPLE
+    return rounded_up(n, ENTRY_MULTIPLE)
 
 
 def slot_bytes(config: MossConfig, settings: WindowSettings, n_prefix: int, dtype: torch.dtype) -> int:

@@ -43,7 +43,7 @@ from streaming.engine.plan import (
     StepResult,
 )
 from streaming.protocol import SAMPLE_RATE_HZ
-from streaming.text import join_words, split_words
+from streaming.text import ends_sentence, join_words, split_words
 
 SAMPLES_PER_TOKEN = 1280  # 80 ms
 MIN_ANSWER_TOKENS = 48  # two sentences with times; what a long question or prefix must leave of the scratch
@@ -223,8 +223,8 @@ class MossRunner:
     def _agreed(self, slot: _Slot, fork: Fork) -> tuple[_Told, ...]:
         """The agreed words with the ends of their sentences, as the last transcript had them.
 
-        Where it does not contain them (another engine said it), a sentence ends where the next word
-        does not begin at once: inside one, words are spread without a gap.
+        Where it does not contain them (another engine said it), a sentence ends with its full stop,
+        and where the next word does not begin at once: inside one, words are spread without a gap.
         """
         if not fork.prefix:
             return ()
@@ -233,11 +233,13 @@ class MossRunner:
         agreed = tuple(word.text for word in fork.prefix)
         found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == agreed]
         if found:
-            # The same words may have been said before the window, too.
-            inside = (first for first in found if known[first].middle >= fork.window_start)
-            first = next(inside, found[-1])
+            # The same words may have been said before, too.
+            first = min(found, key=lambda first: abs(known[first].word.start - fork.prefix[0].start))
             return known[first : first + n]
-        ends = [w.end if after.start > w.end else None for w, after in itertools.pairwise(fork.prefix)]
+        ends = [
+            word.end if after.start > word.end or ends_sentence(word.text) else None
+            for word, after in itertools.pairwise(fork.prefix)
+        ]
         return tuple(map(_Told, fork.prefix, (*ends, None)))
 
     def _said(self, agreed: Sequence[_Told], origin: int, offset_s: float) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bench.moss_parity import greedy_uncached, joined
 from model.mel import log_mel
+from model.moss import batch
 from model.moss.checkpoint import Checkpoint, memory_need
-from model.moss.encoder import split_blocks
+from model.moss.encoder import FRAME_MULTIPLE, split_blocks
 from model.moss.fork import Question, ask
 from model.moss.language import Access, KvBuffers, rotary_angles, rotate
 from model.moss.network import AudioEmbeddings, MossAudio
@@ -446,3 +447,31 @@ def test_other_dtypes_run_and_stay_close(dtype: torch.dtype) -> None:
     assert cache.buffers.k.dtype == dtype
     a, b = logits_of(cache, 0).float(), logits_of(exact, 0)
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.99
+
+
+def test_calls_have_round_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a stream's growing block and the questions: few shapes, and no call beyond its bound."""
+    monkeypatch.setattr(batch, "MAX_CALL_TOKENS", 160)
+    cache = RollingCache(MODEL, LAYOUT, SMALL, n_slots=4)
+    cache.flush()  # the prompt alone
+    frames: set[int] = set()
+    calls: set[tuple[int, int]] = set()
+    conv, layer = MODEL.audio_encoder.conv1, MODEL.language_model.layers[0]
+    handles = [
+        conv.register_forward_pre_hook(lambda _module, inputs: frames.add(inputs[0].shape[-1])),
+        layer.register_forward_pre_hook(lambda _module, inputs: calls.add(tuple(inputs[0].shape[:2]))),
+    ]
+    try:
+        for n_samples in range(700, 64_000, 3100):
+            streams = [Stream(MODEL, slot_idx) for slot_idx in range(4)]
+            feed(cache, [(stream, random_pcm(n_samples + 160 * stream.slot_idx, 0)) for stream in streams])
+            feed_tails(cache, streams)
+            ask(cache, [Question(slot_idx, QUESTION, 1) for slot_idx in range(4)])
+            cache.reset(range(4))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert frames == {*range(FRAME_MULTIPLE, 400, FRAME_MULTIPLE), 400}
+    assert {width % batch.TOKEN_MULTIPLE for _, width in calls} == {0}
+    assert max(n_rows for n_rows, _ in calls) > 1
+    assert all(n_rows * width <= 160 for n_rows, width in calls if n_rows > 1)

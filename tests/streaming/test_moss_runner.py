@@ -178,12 +178,16 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
         position += 1600
     assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("\n[2.50]eight nine")
 
-    # Agreed words that the runner has not said (another engine did): a gap between them ends a sentence.
+    # Agreed words that the runner has not said (another engine did): gaps and full stops end sentences.
     asked = says("")
-    agreed_words = heard(("never", 0.5, 1.0), ("heard", 1.0, 1.5), ("before", 1.75, 2.0))
+    agreed_words = heard(
+        ("Never", 0.5, 1.0), ("heard.", 1.0, 1.5), ("Gone", 1.5, 1.75), ("before", 2.0, 2.25)
+    )
     fork = Fork("transcript", 8_000, agreed_words, "", None, 10)
     assert runner.step(one(0, 52_800, pcm(0.1), fork)).hypotheses[0].words == ()
-    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("\n[0.50]never heard[1.50][1.75]before")
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith(
+        "\n[0.50]Never heard.[1.50][1.50]Gone[1.75][2.00]before"
+    )
 
 
 @pytest.mark.parametrize(
