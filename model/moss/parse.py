@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 VOICE_KEYS = (
     "gender",
@@ -117,34 +117,79 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
         Sentences whose starts, and whose ends, never go back. One with no time before it begins
         where the one before it ends. What is said to begin after the window, behind what was not, was
         not heard and is left out; so are the same words at the same time once more, for a model that
-        repeats itself.
+        repeats itself. With other words it is that sentence told anew: the model went astray in the
+        first telling, which is left out with all that follows it. Of a sentence that ends after the
+        window those words are left out that would lie behind it, were all spread evenly.
     """
-    sentences: list[Sentence] = []
     text = _CUT_TIME.sub("", " ".join(text.split()))
+    sentences: list[Sentence] = []
     at = window.start_s  # nothing begins before this
-    start = at
+    for told in _heard(_told(text, window.start_s, offset_s), window):
+        start_s = max(at, window.clamp(told.start_s))
+        end_s = window.end_s if told.end_s is None else window.clamp(told.end_s)
+        at = max(start_s, end_s)
+        sentences.append(Sentence(told.text, Span(start_s, at), is_closed=told.end_s is not None))
+    return tuple(sentences)
+
+
+@dataclass(frozen=True, slots=True)
+class _ToldSentence:
+    """As the model told it, on the caller's clock."""
+
+    text: str
+    start_s: float
+    end_s: float | None
+
+
+def _told(text: str, start_s: float, offset_s: float) -> list[_ToldSentence]:
+    """Sentences with the times before and behind them."""
+    told = []
     before = 0
-    began_s = at  # as the model told it
+    for match in _TAG.finditer(text):
+        end_s = seconds(match[1] or match[2]) + offset_s
+        if words := _clean(text[before : match.start()]):
+            told.append(_ToldSentence(words, start_s, end_s))
+        before, start_s = match.end(), end_s
+    if words := _clean(text[before:]):
+        told.append(_ToldSentence(words, start_s, None))
+    return told
+
+
+def _heard(told: Iterable[_ToldSentence], window: Span) -> list[_ToldSentence]:
+    """What of it the model can have heard, each once."""
+    heard: list[_ToldSentence] = []
     known: set[tuple[str, float]] = set()
     is_clock_right = False  # where no time lies in the window, it is the times that are wrong
+    for one in told:
+        begins_inside = one.start_s < window.end_s
+        if (is_clock_right and not begins_inside) or (one.text, one.start_s) in known:
+            continue
+        known.add((one.text, one.start_s))
+        is_clock_right |= begins_inside
+        anew = (idx for idx, other in enumerate(heard) if _is_told_anew(other, one))
+        del heard[next(anew, len(heard)) :]
+        heard.append(_begun(one, window.end_s) if begins_inside else one)
+    return heard
 
-    def is_new(words: str) -> bool:
-        was_heard = began_s < window.end_s or not is_clock_right
-        return bool(words) and was_heard and (words, began_s) not in known
 
-    for match in _TAG.finditer(text):
-        told_s = seconds(match[1] or match[2]) + offset_s
-        time_s = window.clamp(told_s)
-        if is_new(words := _clean(text[before : match.start()])):
-            at = max(start, time_s)
-            sentences.append(Sentence(words, Span(start, at), is_closed=True))
-            known.add((words, began_s))
-            is_clock_right |= began_s < window.end_s
-        start = max(at, time_s)
-        before, began_s = match.end(), told_s
-    if is_new(words := _clean(text[before:])):
-        sentences.append(Sentence(words, Span(start, window.end_s), is_closed=False))
-    return tuple(sentences)
+def _is_told_anew(told: _ToldSentence, later: _ToldSentence) -> bool:
+    """Whether a later one begins where this one does, and so goes back in time."""
+    return told.end_s is not None and told.end_s > told.start_s == later.start_s
+
+
+def _begun(told: _ToldSentence, before_s: float) -> _ToldSentence:
+    """Its first word, and those whose middle is before a time if all are spread over the sentence."""
+    if told.end_s is None or told.end_s <= before_s:
+        return told
+    words = told.text.split()
+    n_chars = sum(map(len, words))
+    n = 0
+    for idx, word in enumerate(words):
+        middle_s = told.start_s + (told.end_s - told.start_s) * (n + len(word) / 2) / n_chars
+        if idx and middle_s >= before_s:
+            return replace(told, text=" ".join(words[:idx]))
+        n += len(word)
+    return told
 
 
 def parse_events(text: str, window: Span, offset_s: float = 0.0) -> tuple[SoundEvent, ...]:

@@ -45,6 +45,13 @@ def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) ->
         ("[29.00]late[99.00]", [sentence("late", 29, 30)]),
         ("[28.00]last[29.00][30.50]more[31.00][32.00]and more", [sentence("last", 28, 29)]),
         ("[1.00]again[2.00][3.00]so[4.00][1.00]again[2.00]", [sentence("again", 1, 2), sentence("so", 3, 4)]),
+        (
+            "[0.00]a[1.00][2.00]b c[20.00][21.00]d[22.00][2.00]b e[3.00]",
+            [sentence("a", 0, 1), sentence("b e", 2, 3)],
+        ),
+        ("[1.00]one[1.00]two[2.00]", [sentence("one", 1, 1), sentence("two", 1, 2)]),
+        ("[28.00]one two six[34.00]", [sentence("one", 28, 30)]),
+        ("[29.00]much too long[35.00]", [sentence("much", 29, 30)]),
         ("[1.00]no[2.00][3.00]no[4.00]", [sentence("no", 1, 2), sentence("no", 3, 4)]),
         ("[99.00]one[100.00][101.00]two[102.00]", [sentence("one", 30, 30), sentence("two", 30, 30)]),
         ("[1:02]minutes[1:03.5]", [sentence("minutes", 30, 30)]),
