@@ -68,11 +68,11 @@ def test_it_hears_what_it_never_learned_from() -> None:
     """Digits, times, sounds and answers, on unheard takes and sounds: no worse than when it was made."""
     mixtures = make_mixtures(load_sources(DATA, "heard"), 16, 12.0)
     found = judge(load("moss-nano"), mixtures)
-    assert found["digit_error_rate"] < 0.1  # 0.068 of these 16 when it was made
+    assert found["digit_error_rate"] < 0.04  # 0.011 of these 16 when it was made
     assert found["sentence_time_error_s"] < 0.05
     assert found["event_f1"] > 0.6
     assert found["onset_error_s"] < 0.1
-    assert found["questions_right"] > 0.5  # 0.625; 0.125 is to say nothing to all
+    assert found["questions_right"] > 0.7  # 0.844; 0.125 is to say nothing to all
 
 
 @needs_data
@@ -87,5 +87,5 @@ def test_streams_say_what_clips_say(
     assert nano.main() == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["encoder"]["max_difference"] < 1e-5
-    assert report["live"]["same_words"] > 0.95
+    assert report["live"]["same_words"] > 0.97
     assert report["together"]["same_words"] > 0.98
