@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 VOICE_KEYS = (
     "gender",
@@ -117,9 +117,8 @@ def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sen
         Sentences whose starts, and whose ends, never go back. One with no time before it begins
         where the one before it ends. What is said to begin after the window, behind what was not, was
         not heard and is left out; so are the same words at the same time once more, for a model that
-        repeats itself. With other words it is that sentence told anew: the model went astray in the
-        first telling, which is left out with all that follows it. Of a sentence that ends after the
-        window those words are left out that would lie behind it, were all spread evenly.
+        repeats itself. With other words, told to their end, it is that sentence told anew: the model
+        went astray in the first telling, which is left out with all that follows it.
     """
     text = _CUT_TIME.sub("", " ".join(text.split()))
     sentences: list[Sentence] = []
@@ -166,30 +165,15 @@ def _heard(told: Iterable[_ToldSentence], window: Span) -> list[_ToldSentence]:
             continue
         known.add((one.text, one.start_s))
         is_clock_right |= begins_inside
-        anew = (idx for idx, other in enumerate(heard) if _is_told_anew(other, one))
-        del heard[next(anew, len(heard)) :]
-        heard.append(_begun(one, window.end_s) if begins_inside else one)
+        first = next((idx for idx, other in enumerate(heard) if _is_told_anew(other, one)), len(heard))
+        if first == len(heard) or one.end_s is not None:  # a telling that was cut short replaces none
+            heard[first:] = [one]
     return heard
 
 
 def _is_told_anew(told: _ToldSentence, later: _ToldSentence) -> bool:
     """Whether a later one begins where this one does, and so goes back in time."""
     return told.end_s is not None and told.end_s > told.start_s == later.start_s
-
-
-def _begun(told: _ToldSentence, before_s: float) -> _ToldSentence:
-    """Its first word, and those whose middle is before a time if all are spread over the sentence."""
-    if told.end_s is None or told.end_s <= before_s:
-        return told
-    words = told.text.split()
-    n_chars = sum(map(len, words))
-    n = 0
-    for idx, word in enumerate(words):
-        middle_s = told.start_s + (told.end_s - told.start_s) * (n + len(word) / 2) / n_chars
-        if idx and middle_s >= before_s:
-            return replace(told, text=" ".join(words[:idx]))
-        n += len(word)
-    return told
 
 
 def parse_events(text: str, window: Span, offset_s: float = 0.0) -> tuple[SoundEvent, ...]:
