@@ -229,8 +229,7 @@ class MossRunner:
         if not fork.prefix:
             return ()
         n, known = len(fork.prefix), slot.told
-        texts = tuple(told.word.text for told in known)
-        agreed = tuple(word.text for word in fork.prefix)
+        texts, agreed = tuple(told.word.text for told in known), fork.agreed
         found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == agreed]
         if found:
             # The same words may have been said before, too.

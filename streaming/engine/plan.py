@@ -67,6 +67,11 @@ class Fork:
     max_tokens: int
     question: str = ""  # of an `answer` fork, in the asker's words
 
+    @property
+    def agreed(self) -> tuple[str, ...]:
+        """The texts of `prefix`."""
+        return tuple(word.text for word in self.prefix)
+
 
 @dataclass(frozen=True, slots=True)
 class SlotStep:

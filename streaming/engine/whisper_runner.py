@@ -216,7 +216,7 @@ class WhisperRunner:
         vocabulary = self._vocabulary
         n_samples = slot.position - fork.window_start
         draft: list[int] = []
-        prefix = tuple(word.text for word in fork.prefix)
+        prefix = fork.agreed
         agreed = prefix[len(slot.draft_prefix) :]
         if prefix[: len(slot.draft_prefix)] == slot.draft_prefix and slot.draft[: len(agreed)] == agreed:
             rest = slot.draft[len(agreed) :]
@@ -323,7 +323,7 @@ class WhisperRunner:
     def _hypothesis(self, due: _Due, decoded: Decoded) -> Hypothesis:
         slot = self._slots[due.step.slot_idx]
         words = () if is_invented(decoded) else self._words(due, decoded)
-        slot.draft_prefix = tuple(word.text for word in due.fork.prefix)
+        slot.draft_prefix = due.fork.agreed
         slot.draft = tuple(word.text for word in words)
         return Hypothesis(
             slot_idx=due.step.slot_idx,
