@@ -25,11 +25,11 @@ from streaming.engine.messages import (
     MAX_CONTEXT_CHARS,
     Emotion,
     Events,
-    Heard,
     Result,
     Sound,
     Sounds,
 )
+from streaming.engine.plan import HeardWord
 from streaming.events import EventTracker
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
@@ -61,8 +61,8 @@ class TimelineState(msgspec.Struct, frozen=True):
 
     guesses: tuple[tuple[str, ...], ...] = ()
     interim: str = ""
-    segment: tuple[Heard, ...] = ()
-    kept: tuple[Heard, ...] = ()
+    segment: tuple[HeardWord, ...] = ()
+    kept: tuple[HeardWord, ...] = ()
     context: str = ""
     language: str | None = None
     speech_edge: int = 0
@@ -241,7 +241,7 @@ class Timeline:
         sounds = [] if self._sounds is None else self._sounds.finish(end)
         return [*self._show((), end), *self._close(len(self._segment)), *sounds]
 
-    def window(self, window_start: int) -> tuple[tuple[Heard, ...], str]:
+    def window(self, window_start: int) -> tuple[tuple[HeardWord, ...], str]:
         """The committed words inside a window, and the end of the committed text before it.
 
         A word belongs to the window that holds its middle.
@@ -251,7 +251,7 @@ class Timeline:
         context = join_words([self._context, *before] if self._context else before)
         return tuple(inside), context[-MAX_CONTEXT_CHARS:]
 
-    def _n_sure(self, words: Sequence[Heard], point: int) -> int:
+    def _n_sure(self, words: Sequence[HeardWord], point: int) -> int:
         """How many words may be committed at a tick. Never the last: it may have been cut in two."""
         if len(self._guesses) < self._config.agreement - 1:
             return 0
@@ -265,7 +265,7 @@ class Timeline:
             n += 1
         return n
 
-    def _commit(self, words: Sequence[Heard]) -> Message:
+    def _commit(self, words: Sequence[HeardWord]) -> Message:
         self._segment.extend(words)
         self._kept.extend(words)
         self.n_words += len(words)
@@ -278,7 +278,7 @@ class Timeline:
             join_words(word.text for word in words), _wire(words), ms_of(words[0].start), ms_of(words[-1].end)
         )
 
-    def _show(self, words: Sequence[Heard], point: int) -> list[Message]:
+    def _show(self, words: Sequence[HeardWord], point: int) -> list[Message]:
         """An interim message, if what is shown changes."""
         text = join_words(word.text for word in words)
         if text == self._interim:
@@ -307,6 +307,6 @@ class Timeline:
         return [TranscriptFinal(text, _wire(words), self._language, None, start, end)]
 
 
-def _wire(words: Sequence[Heard]) -> tuple[Word, ...]:
+def _wire(words: Sequence[HeardWord]) -> tuple[Word, ...]:
     """Words as they are sent."""
     return tuple(Word(w.text, ms_of(w.start), ms_of(w.end), round(w.score, 3)) for w in words)

@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from streaming.engine.plan import HeardWord
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
 _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size
@@ -33,20 +35,6 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
 MAX_CONTEXT_CHARS = 224  # of the committed text before a window
 
 
-class Heard(msgspec.Struct, frozen=True, array_like=True):
-    """A word of a hypothesis or of the committed text."""
-
-    text: str
-    start: int
-    end: int
-    score: float
-
-    @property
-    def middle(self) -> int:
-        """Which window the word belongs to: scheduler and timeline must agree on it."""
-        return (self.start + self.end) // 2
-
-
 # --- server to engine --------------------------------------------------------------------
 
 
@@ -63,7 +51,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     start: int = 0
     consumed: int = 0
     window_start: int = 0  # the window as the dead engine had it
-    committed: tuple[Heard, ...] = ()  # committed words that end after `window_start`
+    committed: tuple[HeardWord, ...] = ()  # committed words that end after `window_start`
     context: str = ""  # the end of the committed text before the window
     is_speech: bool = False  # endpointing state at `consumed`, after the marks that were answered
     speech_edge: int = 0  # where the running speech began, if `is_speech`
@@ -190,7 +178,7 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     stream: int
     point: int  # the audio before this sample was heard
     kind: PointKind
-    words: tuple[Heard, ...]  # what follows the committed words
+    words: tuple[HeardWord, ...]  # what follows the committed words
     stable_end: int
     language: str | None
     no_speech: float

@@ -56,11 +56,6 @@ class _Told:
     word: HeardWord
     sentence_end: int | None = None  # a sample of the stream; None: the sentence goes on, or is open
 
-    @property
-    def middle(self) -> int:
-        """What decides whether it lies in a window, here as in the scheduler."""
-        return (self.word.start + self.word.end) // 2
-
 
 class _Slot:
     """What is kept of one stream beside the cache. Positions are samples of the stream."""
@@ -331,7 +326,7 @@ class MossRunner:
             found += [_Told(word, end if word is words[-1] else None) for word in words]
         # The block the window begins in was looked at from its start: those words are older ones.
         first = self._sample(due.step.slot_idx, due.window.start_s)
-        return (*agreed, *(one for one in found if one.middle >= first))
+        return (*agreed, *(one for one in found if one.word.middle >= first))
 
     def _spread(self, due: _Due, texts: Sequence[str], span: Span, score: float) -> list[HeardWord]:
         n_chars = sum(len(text) for text in texts)

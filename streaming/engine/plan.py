@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,14 +44,21 @@ class Capabilities:
     emotions: tuple[str, ...] = ()  # labels of `HeardEmotion`; empty where the model uses its own words
 
 
-@dataclass(frozen=True, slots=True)
-class HeardWord:
-    """A piece of a hypothesis: a word with its place on the stream's clock."""
+class HeardWord(msgspec.Struct, frozen=True, array_like=True):
+    """A word of a hypothesis or of the committed text, with its place on the stream's clock.
+
+    The one type here that also goes between server and engine process as it is.
+    """
 
     text: str  # as it is joined to the text before it with a space
     start: int  # samples
     end: int  # samples
     score: float  # probability, 0 to 1
+
+    @property
+    def middle(self) -> int:
+        """Which window the word belongs to: runner, scheduler and timeline must agree on it."""
+        return (self.start + self.end) // 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from streaming.engine.messages import (
     Audio,
     Commit,
     Configure,
-    Heard,
     Mark,
     Open,
     PointKind,
@@ -135,7 +134,7 @@ class _Stream:
     answered: int  # ... and the timeline has what was found before this
     given: int  # the runner has the audio before this
     window_start: int
-    committed: deque[Heard]  # words inside the window
+    committed: deque[HeardWord]  # words inside the window
     context: str
     is_speech: bool
     speech_edge: int
@@ -144,7 +143,7 @@ class _Stream:
     marks: deque[Mark] = field(default_factory=deque)
     arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, `due` there
     awaiting: _Point | None = None
-    hypothesis: tuple[Heard, ...] = ()  # of the awaited point
+    hypothesis: tuple[HeardWord, ...] = ()  # of the awaited point
     findings: Findings = field(default_factory=Findings)  # of a point that is decoded again
     next_language: Configure | None = None  # takes effect at the first point after its position
     retry: _Point | None = None  # decode this point again, in a shorter window
@@ -449,7 +448,7 @@ class Scheduler:
         return Fork(
             task="transcript",
             window_start=stream.window_start,
-            prefix=tuple(HeardWord(w.text, w.start, w.end, w.score) for w in stream.committed),
+            prefix=tuple(stream.committed),
             context=stream.context if self._config.use_context else "",
             language=stream.language,
             max_tokens=EXTRA_TOKENS + int(open_s * self._config.max_tokens_per_s),
@@ -568,7 +567,7 @@ def _lost_its_place(stream: _Stream, at: int, kind: PointKind) -> bool:
     return at - begin >= LOST_AT_TICK
 
 
-def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:
+def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[HeardWord, ...]:
     """The hypothesis' words, none of them before what is committed or before anybody spoke.
 
     What a model hears after a pause it likes to begin inside the pause: endpointing knows better.
@@ -576,9 +575,9 @@ def _words_after(stream: _Stream, hypothesis: Hypothesis) -> tuple[Heard, ...]:
     floor = max(stream.window_start, stream.speech_edge)
     if stream.committed:
         floor = max(floor, stream.committed[-1].end)
-    words: list[Heard] = []
+    words: list[HeardWord] = []
     for word in hypothesis.words:
         start = max(word.start, floor)
-        words.append(Heard(word.text, start, max(word.end, start), word.score))
+        words.append(HeardWord(word.text, start, max(word.end, start), word.score))
         floor = start
     return tuple(words)

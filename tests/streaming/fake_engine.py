@@ -16,7 +16,8 @@ import zlib
 from dataclasses import dataclass, field
 
 from streaming.engine import messages
-from streaming.engine.messages import Heard, Mark, PointKind
+from streaming.engine.messages import Mark, PointKind
+from streaming.engine.plan import HeardWord
 
 TICK = 10_240  # samples between decode points
 WORD = 5_120  # samples of a word
@@ -46,7 +47,7 @@ class Stream:
         """Position after the audio that came."""
         return self.start + len(self.audio) // BYTES
 
-    def words(self, point: int, *, is_last: bool) -> tuple[Heard, ...]:
+    def words(self, point: int, *, is_last: bool) -> tuple[HeardWord, ...]:
         """What is heard up to a point, after the committed words; at the end, also a last short one."""
         found = []
         at = self.next_word
@@ -54,7 +55,7 @@ class Stream:
             stop = min(at + WORD, point)
             pcm = bytes(self.audio[(at - self.start) * BYTES : (stop - self.start) * BYTES])
             assert len(pcm) == (stop - at) * BYTES, (self.start, at, stop)
-            found.append(Heard(word_text(pcm), at, stop, 1.0))
+            found.append(HeardWord(word_text(pcm), at, stop, 1.0))
             at = stop
         return tuple(found)
 

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streaming.engine import messages
+from streaming.engine.plan import HeardWord
 from streaming.metrics import Metrics, Observed
 from streaming.protocol import Close, Refusal, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
@@ -70,7 +71,7 @@ def test_a_step_that_takes_longer_than_a_tick_is_an_overrun() -> None:
 def test_loops_silences_and_skipped_points_are_counted() -> None:
     """A silence is a window that was decoded and in which nobody was heard."""
     metrics = Metrics()
-    heard = messages.Heard("a", 0, 100, 1.0)
+    heard = HeardWord("a", 0, 100, 1.0)
     for result in (
         replace_result(n_loops_cut=2),  # a silence too
         replace_result(words=(heard,)),

@@ -240,6 +240,25 @@ def test_times_after_eviction_are_the_streams(markers: MarkerMode, says: Script)
     assert (result.events[0].window_start, result.events[0].window_end) == (start, origin + 480_000)
 
 
+@pytest.mark.parametrize("markers", ["absolute", "restart"])
+def test_agreed_words_of_another_engine_are_told_on_the_models_clock(
+    markers: MarkerMode, says: Script
+) -> None:
+    """As above, and the words come with the plan alone: nothing was said here before."""
+    runner = make_runner(markers=markers)
+    origin = 160_000
+    runner.step(one(0, origin, pcm(30.0)))
+    zero = 16.0 if markers == "restart" else 0.0
+    asked = says(f"seven[{23 - zero:.2f}]")
+    fork = Fork(
+        "transcript", origin + 320_000, heard(("Gone.", 30.5, 31.0), ("six", 31.5, 32.0)), "", None, 10
+    )
+    result = runner.step(one(0, origin + 480_000, pcm(0.0), fork))
+    told = f"\n[{20.5 - zero:.2f}]Gone.[{21 - zero:.2f}][{21.5 - zero:.2f}]six"
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith(told)
+    assert result.hypotheses[0].words == heard(("seven", 32.0, 33.0))
+
+
 def test_emotion_and_answers_are_read(says: Script) -> None:
     """The voice's JSON with its label, and a free answer."""
     asked = says('```json\n{"emotion": "Sounds rather cheerful", "tone": "warm"}\n```', "A dog barked.")

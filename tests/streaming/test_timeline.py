@@ -16,7 +16,6 @@ from streaming.engine.messages import (
     Commit,
     Emotion,
     Events,
-    Heard,
     Mark,
     Open,
     PointKind,
@@ -55,16 +54,18 @@ CONFIG = TranscriptConfig(
 )
 
 
-def result(point: int, words: tuple[Heard, ...], kind: PointKind = "tick", language: str = "en") -> Result:
+def result(
+    point: int, words: tuple[HeardWord, ...], kind: PointKind = "tick", language: str = "en"
+) -> Result:
     """What an engine says at a point."""
     return Result(1, point, kind, words, point, language, 0.0, 0, 0.0)
 
 
-def heard(text: str, at: float = 0.0, word_s: float = 0.3) -> tuple[Heard, ...]:
+def heard(text: str, at: float = 0.0, word_s: float = 0.3) -> tuple[HeardWord, ...]:
     """The words of a text, one after another from second `at` on."""
     starts = itertools.count(int(at * SECOND), int(word_s * SECOND))
     return tuple(
-        Heard(word, start, start + int(word_s * SECOND), 0.9)
+        HeardWord(word, start, start + int(word_s * SECOND), 0.9)
         for word, start in zip(text.split(), starts, strict=False)
     )
 
@@ -106,7 +107,7 @@ def play(timeline: Timeline, script: list[Update]) -> tuple[list[Message], list[
         at = floor
         for text, length, gap in parts:
             end = min(at + length, point)
-            words.append(Heard(text, at, end, 0.5))
+            words.append(HeardWord(text, at, end, 0.5))
             at = min(end + gap, point)
         update = result(point, tuple(words), kind)
         applied = timeline.apply(update)
@@ -178,7 +179,7 @@ def test_interim_text_is_sent_when_it_changes(script: list[Update]) -> None:
     timeline = Timeline(CONFIG)
     on_screen = ""
     for i, (kind, parts) in enumerate(script):
-        words = tuple(Heard(text, 0, length, 0.5) for text, length, _ in parts)
+        words = tuple(HeardWord(text, 0, length, 0.5) for text, length, _ in parts)
         applied = timeline.apply(result((i + 1) * TICK, words, kind))
         expected = join_words(word.text for word in words[applied.n_committed :])
         assert shown(list(applied.messages)) == ([expected] if expected != on_screen else [])
@@ -302,7 +303,9 @@ def test_a_word_belongs_to_the_window_of_its_middle(middle: int) -> None:
     timeline = Timeline(CONFIG)
     start = 16_000 + middle - 100
     timeline.apply(
-        result(5 * SECOND, (Heard("before", 0, 100, 1.0), Heard("x", start, start + 200, 1.0)), "flush")
+        result(
+            5 * SECOND, (HeardWord("before", 0, 100, 1.0), HeardWord("x", start, start + 200, 1.0)), "flush"
+        )
     )
     words, context = timeline.window(16_000)
     assert [word.text for word in words] == (["x"] if middle >= 0 else [])
@@ -313,9 +316,9 @@ def test_a_word_belongs_to_the_window_of_its_middle(middle: int) -> None:
 def test_a_window_is_cut_for_both_between_the_same_words(cut: int) -> None:
     """Where a very short word ends at the cut, which is moved back to the grid."""
     words = (
-        Heard("long", 0, cut - 100, 1.0),
-        Heard("I.", cut - 100, cut, 1.0),
-        Heard("so", cut, 60_000, 1.0),
+        HeardWord("long", 0, cut - 100, 1.0),
+        HeardWord("I.", cut - 100, cut, 1.0),
+        HeardWord("so", cut, 60_000, 1.0),
     )
     scheduler = Scheduler(CONFIG, n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0)
     scheduler.open(Open(1, "en", committed=words, consumed=80_000, is_speech=True))
@@ -409,7 +412,7 @@ class Told:
 
 
 EMOTION = Emotion(0, SECOND, "happy", 0.9, {"happy": 0.9}, None, None, {})
-HEARD = (Heard("Hello", 0, SECOND, 1.0),)
+HEARD = (HeardWord("Hello", 0, SECOND, 1.0),)
 
 
 def types_of(messages: Sequence[Message]) -> list[str]:
@@ -436,7 +439,7 @@ def test_sounds_come_before_words_and_emotion_after() -> None:
 def test_a_sound_point_leaves_the_words_alone() -> None:
     """Agreement, interim and segment are as if it had not been."""
     timeline = Timeline(CONFIG, Told(), Told())
-    tick = result(2 * SECOND, (*HEARD, Heard("there", SECOND, SECOND + 100, 1.0)), "tick")
+    tick = result(2 * SECOND, (*HEARD, HeardWord("there", SECOND, SECOND + 100, 1.0)), "tick")
     timeline.apply(tick)
     named = Events(0, SECOND, SECOND, ())
     point = msgspec.structs.replace(result(2 * SECOND, (), "sound"), sounds=Sounds(0, b"\0"), events=named)
