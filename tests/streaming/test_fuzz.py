@@ -277,3 +277,42 @@ def test_garbage_in_a_request_stays_there(tmp_path: Path) -> None:
         # A stranger's request among them, which chance alone does not always make.
         fuzz(case, access=access, strategy=st.just("GET /v1/subscribe HTTP/1.1\r\n\r\n") | requests)
     assert answers >= {b"101", b"200", b"401", b"403", b"404", b"405", b"426"}
+
+
+pages = st.one_of(
+    st.just("bystander/events"),
+    st.sampled_from(["bystander/transcript.json", "bystander/transcript.srt", "bystander/live.vtt"]),
+    values,
+    values.map("bystander/{}".format),
+)
+parameters = st.tuples(
+    st.sampled_from(["after", "limit", "types", "from"]),
+    st.sampled_from(["0", "2", "-1", "9" * 16, "9" * 99, "transcript.delta,ack", ",,"]) | values,
+).map("=".join)
+targets = st.builds(
+    lambda page, query: f"/v1/streams/{page}" + (f"?{query}" if query else ""),
+    pages,
+    st.lists(parameters, max_size=2).map("&".join) | values,
+)
+
+
+@pytest.mark.slow
+def test_garbage_in_a_request_for_history_stays_there() -> None:
+    """Any page and query get what they ask for, or what is wrong with them; a stream lives beside them."""
+    statuses: set[int] = set()
+
+    async def case(running: Running, target: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        async with asyncio.timeout(TIMEOUT_S):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+        if not head:  # the target was no HTTP
+            return
+        statuses.add(status := int(head.split()[1]))
+        assert status in STATUSES, head
+        if b"application/json" in head:
+            json.loads(body)
+
+    fuzz(case, strategy=targets)
+    assert statuses >= {200, 400, 404}
