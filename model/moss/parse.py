@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 VOICE_KEYS = (
@@ -105,25 +105,28 @@ def seconds(text: str) -> float:
     return total
 
 
-def parse_sentences(text: str, window: Span, offset_s: float = 0.0) -> tuple[Sentence, ...]:
+def parse_sentences(text: str, window: Span, offset_s: float = 0.0, said: str = "") -> tuple[Sentence, ...]:
     """Read `[0.00]hello there[2.01][2.01]the weather[4.32]`.
 
     Args:
         text: What the model said.
         window: The stretch the model heard, on the caller's clock.
         offset_s: What to add to the model's times to get the caller's.
+        said: The beginning of the answer, which was put in the model's mouth: sentences with times,
+            the last of them open. Its words stay, whatever the model says after them.
 
     Returns:
-        Sentences whose starts, and whose ends, never go back. One with no time before it begins
-        where the one before it ends. What is said to begin after the window, behind what was not, was
-        not heard and is left out; so are the same words at the same time once more, for a model that
-        repeats itself. With other words, told to their end, it is that sentence told anew: the model
-        went astray in the first telling, which is left out with all that follows it.
+        Sentences whose starts, and whose ends, never go back, those of `said` first. One with no time
+        before it begins where the one before it ends. What is said to begin after the window, behind
+        what was not, was not heard and is left out; so are the same words at the same time once more,
+        for a model that repeats itself. With other words, told to their end, it is that sentence told
+        anew: the model went astray in the first telling, which is left out with all that follows it.
     """
-    text = _CUT_TIME.sub("", " ".join(text.split()))
+    text = _CUT_TIME.sub("", " ".join(f"{said} {text}".split()))
+    given = _told(said, window.start_s, offset_s)
     sentences: list[Sentence] = []
     at = window.start_s  # nothing begins before this
-    for told in _heard(_told(text, window.start_s, offset_s), window):
+    for told in _heard(_told(text, window.start_s, offset_s), given, window):
         start_s = max(at, window.clamp(told.start_s))
         end_s = window.end_s if told.end_s is None else window.clamp(told.end_s)
         at = max(start_s, end_s)
@@ -136,44 +139,59 @@ class _ToldSentence:
     """As the model told it, on the caller's clock."""
 
     text: str
+    bare: str  # `text` without what a model writes differently each time: case, spaces, punctuation
     start_s: float
     end_s: float | None
 
 
 def _told(text: str, start_s: float, offset_s: float) -> list[_ToldSentence]:
     """Sentences with the times before and behind them."""
-    told = []
-    before = 0
-    for match in _TAG.finditer(text):
-        end_s = seconds(match[1] or match[2]) + offset_s
-        if words := _clean(text[before : match.start()]):
-            told.append(_ToldSentence(words, start_s, end_s))
-        before, start_s = match.end(), end_s
-    if words := _clean(text[before:]):
-        told.append(_ToldSentence(words, start_s, None))
+    ends = [(match.start(), match.end(), match[1] or match[2]) for match in _TAG.finditer(text)]
+    told, before = [], 0
+    for behind, after, time in (*ends, (len(text), len(text), None)):
+        end_s = None if time is None else seconds(time) + offset_s
+        if words := _clean(text[before:behind]):
+            bare = "".join(filter(str.isalnum, words.casefold())) or words
+            told.append(_ToldSentence(words, bare, start_s, end_s))
+        before, start_s = after, start_s if end_s is None else end_s
     return told
 
 
-def _heard(told: Iterable[_ToldSentence], window: Span) -> list[_ToldSentence]:
-    """What of it the model can have heard, each once."""
-    heard: list[_ToldSentence] = []
-    known: set[tuple[str, float]] = set()
-    is_clock_right = False  # where no time lies in the window, it is the times that are wrong
-    for one in told:
+def _heard(
+    told: Sequence[_ToldSentence], given: Sequence[_ToldSentence], window: Span
+) -> list[_ToldSentence]:
+    """What of it the model can have heard, each once; it begins with the sentences that were given."""
+    heard = list(told[: len(given)])
+    # Where no time lies in the window, it is the times that are wrong.
+    is_clock_right = any(one.start_s < window.end_s for one in heard)
+    for one in told[len(given) :]:
         begins_inside = one.start_s < window.end_s
-        if (is_clock_right and not begins_inside) or (one.text, one.start_s) in known:
+        is_repeat = any((one.bare, one.start_s) == (other.bare, other.start_s) for other in heard)
+        if is_repeat or (is_clock_right and not begins_inside):
             continue
-        known.add((one.text, one.start_s))
         is_clock_right |= begins_inside
         first = next((idx for idx, other in enumerate(heard) if _is_told_anew(other, one)), len(heard))
-        if first == len(heard) or one.end_s is not None:  # a telling that was cut short replaces none
+        if first == len(heard) or _replaces(one, heard, first, given):
             heard[first:] = [one]
     return heard
 
 
 def _is_told_anew(told: _ToldSentence, later: _ToldSentence) -> bool:
-    """Whether a later one begins where this one does, and so goes back in time."""
-    return told.end_s is not None and told.end_s > told.start_s == later.start_s
+    """Whether a later one begins where this one does, and goes back in time or over its words."""
+    if told.end_s is None or told.start_s != later.start_s:
+        return False
+    return told.end_s > told.start_s or later.bare.startswith(told.bare)
+
+
+def _replaces(
+    one: _ToldSentence, heard: Sequence[_ToldSentence], first: int, given: Sequence[_ToldSentence]
+) -> bool:
+    """Whether a sentence told anew is to be believed, and not the telling that is `heard[first]`."""
+    if one.end_s is None:  # cut short, or just begun: it may add to the last one, and replaces no other
+        return first == len(heard) - 1 and one.bare.startswith(heard[first].bare)
+    if first < len(given):  # of what was given the last is open, from its words on
+        return first == len(given) - 1 and one.bare.startswith(given[-1].bare)
+    return True
 
 
 def parse_events(text: str, window: Span, offset_s: float = 0.0) -> tuple[SoundEvent, ...]:

@@ -311,8 +311,7 @@ class MossRunner:
         agreed, n_agreed = list(due.agreed), due.n_said
         agreed_end_s = (agreed[-1].word.end - origin) / SAMPLE_RATE_HZ if agreed else 0.0
         found: list[_Told] = []
-        # The space keeps what is said from growing onto the last agreed word.
-        for sentence in parse_sentences(f"{due.said} {answer.text}", due.heard, due.offset_s):
+        for sentence in parse_sentences(answer.text, due.heard, due.offset_s, due.said):
             texts, span = split_words(sentence.text), sentence.span
             end = self._sample(due.step.slot_idx, span.end_s) if sentence.is_closed else None
             if n_agreed:

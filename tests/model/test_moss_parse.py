@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from model.moss.parse import (
@@ -50,6 +50,16 @@ def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) ->
             [sentence("a", 0, 1), sentence("b e", 2, 3)],
         ),
         ("[0.00]a b[1.00][2.00]c[3.00][0.00]a", [sentence("a b", 0, 1), sentence("c", 2, 3)]),
+        ("[0.00]a b[1.00][2.00]c[3.00][0.00]a b d", [sentence("a b", 0, 1), sentence("c", 2, 3)]),
+        ("[2.00]a b[9.00][2.00]a b c", [sentence("a b c", 2, 30, False)]),
+        ("[1.00]a b[1.00]a b c[4.00]", [sentence("a b c", 1, 4)]),
+        ("[1.00]a[2.00][1.00]b[2.00][1.00]a[2.00]", [sentence("a", 1, 2)]),
+        (
+            "[0.00]A, b.[1.00][2.00]c[3.00][0.00]a b[1.00][2.00]C?[3.00][4.00]d[5.00]",
+            [sentence("A, b.", 0, 1), sentence("c", 2, 3), sentence("d", 4, 5)],
+        ),
+        ("[3.00]a[4.00][0.50]b[1.00]", [sentence("a", 3, 4), sentence("b", 4, 4)]),
+        ("[29.00]a[30.00][30.00]b[30.50]", [sentence("a", 29, 30)]),
         ("[1.00]one[1.00]two[2.00]", [sentence("one", 1, 1), sentence("two", 1, 2)]),
         ("[1.00]no[2.00][3.00]no[4.00]", [sentence("no", 1, 2), sentence("no", 3, 4)]),
         ("[99.00]one[100.00][101.00]two[102.00]", [sentence("one", 30, 30), sentence("two", 30, 30)]),
@@ -64,6 +74,57 @@ def sentence(text: str, start_s: float, end_s: float, is_closed: bool = True) ->
 def test_sentences(text: str, expected: list[Sentence]) -> None:
     """Good answers and the ways in which they go wrong."""
     assert list(parse_sentences(text, WINDOW)) == expected
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=6),
+    st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=6),
+    st.integers(0, 5),
+)
+def test_what_is_told_anew_is_told_to_its_end(first: list[str], anew: list[str], at: int) -> None:
+    """From the sentence that it begins with all is as in the second telling, whatever came before."""
+    at = min(at, len(first) - 1)
+    assume(first[at] != anew[0])
+    told = [*enumerate(first), *enumerate(anew, at)]
+    answer = "".join(f"[{2 * idx}.00]{words}[{2 * idx + 1}.00]" for idx, words in told)
+    assert [s.text for s in parse_sentences(answer, WINDOW)] == first[:at] + anew
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "expected"),
+    [
+        # All of it again, and then on.
+        (
+            "[1.00]one[1.50][3.00]six five",
+            "two[4.00][1.00]one[1.50][3.00]six five two[4.00][5.00]seven[6.00]",
+            [sentence("one", 1, 1.5), sentence("six five two", 3, 4), sentence("seven", 5, 6)],
+        ),
+        # Astray; then from the words on that were given.
+        ("[1.00]six five", "two[17.15][1.00]six five nine[4.00]", [sentence("six five nine", 1, 4)]),
+        ("[1.00]six five", "[1.00]six five two[4.00]", [sentence("six five two", 1, 4)]),
+        ("[1.00]six five", "[2.00][1.00]six five two", [sentence("six five two", 1, 30, False)]),
+        # Other or fewer words than those that were given.
+        (
+            "[1.00]six five",
+            "[2.00][1.00]six[1.50][5.00]seven[6.00]",
+            [sentence("six five", 1, 2), sentence("seven", 5, 6)],
+        ),
+        (
+            "[1.00]six five[2.00][3.00]one",
+            "[3.50][1.00]six[2.00][5.00]seven[6.00]",
+            [sentence("six five", 1, 2), sentence("one", 3, 3.5), sentence("seven", 5, 6)],
+        ),
+        # Given twice: they were agreed, whatever their times.
+        (
+            "[3.00]no[3.00][3.00]no",
+            "[4.00][6.00]then[7.00]",
+            [sentence("no", 3, 3), sentence("no", 3, 4), sentence("then", 6, 7)],
+        ),
+    ],
+)
+def test_what_was_put_in_its_mouth_stays(said: str, text: str, expected: list[Sentence]) -> None:
+    """The model goes on from it; it does not take it back."""
+    assert list(parse_sentences(text, WINDOW, said=said)) == expected
 
 
 def test_sentences_of_a_restarted_window() -> None:

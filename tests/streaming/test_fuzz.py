@@ -280,17 +280,17 @@ def test_garbage_in_a_request_stays_there(tmp_path: Path) -> None:
 
 
 pages = st.one_of(
-    st.just("bystander/events"),
-    st.sampled_from(["bystander/transcript.json", "bystander/transcript.srt", "bystander/live.vtt"]),
-    values,
-    values.map("bystander/{}".format),
+    st.just("/bystander/events"),
+    st.sampled_from(["", "/bystander/transcript.json", "/bystander/transcript.srt", "/bystander/live.vtt"]),
+    values.map("/{}".format),
+    values.map("/bystander/{}".format),
 )
 parameters = st.tuples(
     st.sampled_from(["after", "limit", "types", "from"]),
     st.sampled_from(["0", "2", "-1", "9" * 16, "9" * 99, "transcript.delta,ack", ",,"]) | values,
 ).map("=".join)
 targets = st.builds(
-    lambda page, query: f"/v1/streams/{page}" + (f"?{query}" if query else ""),
+    lambda page, query: f"/v1/streams{page}" + (f"?{query}" if query else ""),
     pages,
     st.lists(parameters, max_size=2).map("&".join) | values,
 )
@@ -305,8 +305,11 @@ def test_garbage_in_a_request_for_history_stays_there() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         async with asyncio.timeout(TIMEOUT_S):
-            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            answer = b""
+            with suppress(ConnectionError):
+                answer = await reader.read()
             writer.close()
+        head, _, body = answer.partition(b"\r\n\r\n")
         if not head:  # the target was no HTTP
             return
         statuses.add(status := int(head.split()[1]))

@@ -157,8 +157,11 @@ def going_on_from(agreed: str, window_start: int = 0) -> Fork:
 def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
     """Times spread over the words of a sentence; the next question opens with what was agreed."""
     runner = make_runner()
-    says("[0.00]one two[0.60][1.00]six[1.30]")
+    asked = says("[0.00]one two[0.60][1.00]six[1.30]")
     result = runner.step(one(0, 0, pcm(2.0), TRANSCRIPT))
+    # The budget is for words; the times of a sentence a second come on top.
+    times = "[2.00][2.00]" * 3
+    assert asked[0].max_tokens == TRANSCRIPT.max_tokens + len(LAYOUT.tokenizer.encode(times))
     assert result.hypotheses[0].words == heard(("one", 0, 0.3), ("two", 0.3, 0.6), ("six", 1.0, 1.3))
 
     asked = says("and seven[2.00][2.50]eight")
@@ -201,6 +204,12 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
                ("one two three", "", "[1.00]one two[1.80][2.50]three")]),
         # The same word twice, the first of them before the window.
         (5.0, [("", "[4.01]seven seven[6.01]", ""), ("seven", "", "[5.01]seven")]),
+        # The same word twice, the second of them not agreed.
+        (1.0, [("", "[1.00]seven[2.00][5.00]seven[6.00]", ""), ("seven", "", "[1.00]seven")]),
+        # The end of a sentence of two words that were agreed.
+        (1.0, [("", "[1.00]one two[2.00][3.00]six[4.00]", ""),
+               ("one two", "[2.10][3.00]six[4.00]", "[1.00]one two"),
+               ("one two six", "", "[1.00]one two[2.10][3.00]six")]),
         # A word without a length where the window begins.
         (5.0, [("", "[5.00]two[5.00][6.00]six[6.50]", ""), ("two six", "", "[5.00]two[5.00][6.00]six")]),
     ],
@@ -218,6 +227,25 @@ def test_agreed_words_are_told_with_the_times_they_had(
         runner.step(one(0, position, chunk, fork))
         position += len(chunk)
         assert LAYOUT.tokenizer.decode(asked[0].ids).endswith(f"\n{told}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "new"),
+    [
+        ("[3.40][1.00]six[2.00][5.00]seven eight[6.00]", "seven eight"),
+        ("[3.40][3.00]two[3.40][5.00]seven eight[6.00]", "seven eight"),
+        ("[3.40][1.00]six five[2.00][3.00]one nine[4.00]", "nine"),
+        ("two[17.15][3.00]one nine[4.00]", "nine"),
+        ("two[17.15][3.00]one nine", "two"),
+    ],
+)
+def test_no_word_is_lost_where_agreed_ones_are_told_anew(answer: str, new: str, says: Script) -> None:
+    """However the model tells them, what follows them is all that is new."""
+    asked = says(answer)
+    agreed = heard(("six", 1.0, 1.5), ("five", 1.5, 2.0), ("one", 3.0, 3.4))
+    result = make_runner().step(one(0, 0, pcm(8.0), Fork("transcript", 0, agreed, "", None, 50)))
+    assert LAYOUT.tokenizer.decode(asked[0].ids).endswith("\n[1.00]six five[2.00][3.00]one")
+    assert join_words(word.text for word in result.hypotheses[0].words) == new
 
 
 @pytest.mark.parametrize("markers", ["absolute", "restart"])
@@ -279,11 +307,12 @@ def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
     agreed = " ".join(f"word{k}" for k in range(400))
     told = []
     for position in (96_000, 97_600):
-        asked = says("", "")
+        asked = says("[4.05]and on[5.00]", "")
         long = going_on_from(agreed)
         question = Fork("answer", 0, (), "", None, 50, question="why " * 1000)
         result = runner.step(one(0, position, pcm(0.1), long, question))
-        assert len(result.hypotheses) == len(result.answers) == 1
+        assert [word.text for word in result.hypotheses[0].words] == ["and", "on"]
+        assert len(result.answers) == 1
         told.append(LAYOUT.tokenizer.decode(asked[0].ids).rpartition("\n")[2])
     assert told[0] == told[1] != ""
     assert sentences.removesuffix("[4.00]").endswith(told[0])
