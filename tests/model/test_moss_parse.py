@@ -114,6 +114,12 @@ def test_what_is_told_anew_is_told_to_its_end(first: list[str], anew: list[str],
             "[3.50][1.00]six[2.00][5.00]seven[6.00]",
             [sentence("six five", 1, 2), sentence("one", 3, 3.5), sentence("seven", 5, 6)],
         ),
+        # An earlier one again in the place of the open one.
+        (
+            "[1.00]one two[1.00][1.00]one",
+            "two[2.00][3.00]six[4.00]",
+            [sentence("one two", 1, 1), sentence("one", 1, 2), sentence("six", 3, 4)],
+        ),
         # Given twice: they were agreed, whatever their times.
         (
             "[3.00]no[3.00][3.00]no",
