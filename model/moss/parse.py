@@ -139,21 +139,36 @@ class _ToldSentence:
     """As the model told it, on the caller's clock."""
 
     text: str
-    bare: str  # `text` without what a model writes differently each time: case, spaces, punctuation
     start_s: float
     end_s: float | None
+
+    @property
+    def bare(self) -> str:
+        """`text` without what a model writes differently each time: case, spaces, punctuation."""
+        return "".join(filter(str.isalnum, self.text.casefold())) or self.text
+
+    def repeats(self, other: _ToldSentence) -> bool:
+        """Whether it says the same of the same time."""
+        return self.start_s == other.start_s and self.bare == other.bare
+
+    def tells_anew(self, other: _ToldSentence) -> bool:
+        """Whether it begins where one before it did, and goes back in time or over its words."""
+        if other.end_s is None or self.start_s != other.start_s:
+            return False
+        return other.end_s > other.start_s or self.bare.startswith(other.bare)
 
 
 def _told(text: str, start_s: float, offset_s: float) -> list[_ToldSentence]:
     """Sentences with the times before and behind them."""
-    ends = [(match.start(), match.end(), match[1] or match[2]) for match in _TAG.finditer(text)]
-    told, before = [], 0
-    for behind, after, time in (*ends, (len(text), len(text), None)):
-        end_s = None if time is None else seconds(time) + offset_s
-        if words := _clean(text[before:behind]):
-            bare = "".join(filter(str.isalnum, words.casefold())) or words
-            told.append(_ToldSentence(words, bare, start_s, end_s))
-        before, start_s = after, start_s if end_s is None else end_s
+    told = []
+    before = 0
+    for match in _TAG.finditer(text):
+        end_s = seconds(match[1] or match[2]) + offset_s
+        if words := _clean(text[before : match.start()]):
+            told.append(_ToldSentence(words, start_s, end_s))
+        before, start_s = match.end(), end_s
+    if words := _clean(text[before:]):
+        told.append(_ToldSentence(words, start_s, None))
     return told
 
 
@@ -162,28 +177,20 @@ def _heard(
 ) -> list[_ToldSentence]:
     """What of it the model can have heard, each once; it begins with the sentences that were given."""
     heard = list(told[: len(given)])
-    if any((one.bare, one.start_s) == (heard[-1].bare, heard[-1].start_s) for one in heard[:-1]):
+    if any(heard[-1].repeats(one) for one in heard[:-1]):
         # With what the model put behind the open one it tells an earlier one again: that was not heard.
-        heard[-1] = replace(heard[-1], text=given[-1].text, bare=given[-1].bare)
+        heard[-1] = replace(heard[-1], text=given[-1].text)
     # Where no time lies in the window, it is the times that are wrong.
     is_clock_right = any(one.start_s < window.end_s for one in heard)
     for one in told[len(given) :]:
         begins_inside = one.start_s < window.end_s
-        is_repeat = any((one.bare, one.start_s) == (other.bare, other.start_s) for other in heard)
-        if is_repeat or (is_clock_right and not begins_inside):
+        if any(one.repeats(other) for other in heard) or (is_clock_right and not begins_inside):
             continue
         is_clock_right |= begins_inside
-        first = next((idx for idx, other in enumerate(heard) if _is_told_anew(other, one)), len(heard))
+        first = next((idx for idx, other in enumerate(heard) if one.tells_anew(other)), len(heard))
         if first == len(heard) or _replaces(one, heard, first, given):
             heard[first:] = [one]
     return heard
-
-
-def _is_told_anew(told: _ToldSentence, later: _ToldSentence) -> bool:
-    """Whether a later one begins where this one does, and goes back in time or over its words."""
-    if told.end_s is None or told.start_s != later.start_s:
-        return False
-    return told.end_s > told.start_s or later.bare.startswith(told.bare)
 
 
 def _replaces(
