@@ -20,10 +20,10 @@ from rapidfuzz.distance import Levenshtein
 from bench.manifest import Clip, join, load_manifest, read_audio
 from bench.measures import normal_words
 from streaming.config import Config, EmotionConfig, EngineConfig, EventsConfig, ModelConfig
-from streaming.engine.loader import load_runner, warm_up
-from streaming.engine.plan import Fork, HeardWord, Pcm, Runner, SlotStep, StepPlan
+from streaming.engine.contract import Fork, HeardWord, Pcm, Runner, SlotStep, StepPlan
+from streaming.engine.runners.loader import load_runner, warm_up
+from streaming.engine.runners.whisper import GUARD_POSITIONS
 from streaming.engine.scheduler import EXTRA_TOKENS
-from streaming.engine.whisper_runner import GUARD_POSITIONS
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words
 

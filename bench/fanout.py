@@ -33,8 +33,7 @@ from clients.producer import stream_audio, stream_url
 from scripts.demo import HOST, free_port
 from streaming.app import run as run_server
 from streaming.config import load_config
-from streaming.guard import GuardedConnection
-from streaming.hub import Hub
+from streaming.log.hub import Hub
 from streaming.protocol import (
     UNLOGGED,
     CloseCode,
@@ -45,6 +44,7 @@ from streaming.protocol import (
     encode,
     encode_client,
 )
+from streaming.server.admission import GuardedConnection
 from tests.streaming.support import FAKE_ENGINE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,7 +241,7 @@ async def stop_reading(port: int, ready: asyncio.Barrier, is_over: asyncio.Event
     """Subscribe, then read nothing any more; whether it was closed, and as too slow if that can be seen.
 
     What the kernel's buffers hold would serve a quiet stream for hours, so it asks for many things
-    whose answers it does not read, as tests/streaming/test_server.py does.
+    whose answers it does not read, as tests/streaming/server/test_endpoints.py does.
     """
     much = encode_client(Subscribe((STREAM, *(f"{i:064}" for i in range(63)))))
     async with connect(f"ws://{HOST}:{port}/v1/subscribe", compression=None, open_timeout=60) as connection:

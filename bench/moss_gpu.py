@@ -26,17 +26,17 @@ import numpy as np
 import torch
 
 from bench.measures import percentiles
-from model.moss.batch import compute
 from model.moss.checkpoint import Checkpoint, config_of, empty_model, layout_of, load_weights
 from model.moss.config import EncoderConfig, LanguageConfig, MossConfig, SpecialTokens
-from model.moss.fork import ask
+from model.moss.forward import compute
+from model.moss.generate import ask
 from model.moss.memory import DoesNotFit, MemoryPlan, gb, plan_memory
 from model.moss.prompt import Layout
 from model.moss.window import WindowSettings
-from streaming.engine.loader import device_of, dtype_of
+from streaming.engine.contract import Fork, SlotStep, StepPlan
 from streaming.engine.memory import memory_of
-from streaming.engine.moss_runner import MossRunner
-from streaming.engine.plan import Fork, SlotStep, StepPlan
+from streaming.engine.runners.loader import device_of, dtype_of
+from streaming.engine.runners.moss import MossRunner
 
 TICK_S = 0.64
 RATE_HZ = 16_000
@@ -128,7 +128,7 @@ def watched(runner: MossRunner, watch: Stopwatch, *, has_words: bool) -> Iterato
         stack.enter_context(patch.object(decoder, "step", watch.timed("decode", decoder.step)))
         if not has_words:
             unguarded = functools.partial(ask, guard=None)
-            stack.enter_context(patch("streaming.engine.moss_runner.ask", unguarded))
+            stack.enter_context(patch("streaming.engine.runners.moss.ask", unguarded))
         yield
 
 

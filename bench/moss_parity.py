@@ -22,11 +22,11 @@ from torch import Tensor
 from model.mel import DYNAMIC_RANGE, SILENCE, StreamingMel, log_mel
 from model.moss import checkpoint
 from model.moss.checkpoint import Checkpoint
-from model.moss.decode import CudaGraphs
 from model.moss.encoder import Block, split_blocks
-from model.moss.fork import Question, ask
-from model.moss.hearing import Ear
+from model.moss.frontend import Ear
+from model.moss.generate import Question, ask
 from model.moss.network import AudioEmbeddings
+from model.moss.step_graph import CudaGraphs
 from model.moss.window import RollingCache, WindowSettings
 
 TOLERANCE = {"mel": 1e-5, "encoder": 1e-5, "taps": 1e-5, "logits": 1e-4, "prompt": 0.0, "greedy": 0.0}

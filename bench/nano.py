@@ -41,16 +41,16 @@ from rapidfuzz.distance import Levenshtein
 from bench.nano_measures import Tally, same_words
 from bench.virtual import VirtualRun, run
 from clients.producer import stream_audio, stream_url
-from model.hub import find
+from model.hf_hub import find
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
-from model.moss.fork import Question, ask
-from model.moss.hearing import Ear, blocks_of
+from model.moss.frontend import Ear, blocks_of
+from model.moss.generate import Question, ask
 from model.moss.parse import Span, parse_sentences
 from model.moss.window import RollingCache, WindowSettings
 from scripts.demo import HOST, DemoError, running_server, tail
 from streaming.config import Config, parse_config
-from streaming.engine.loader import device_of, dtype_of, load_runner
-from streaming.engine.plan import Runner, StepPlan, StepResult
+from streaming.engine.contract import Runner, StepPlan, StepResult
+from streaming.engine.runners.loader import device_of, dtype_of, load_runner
 from streaming.protocol import SAMPLE_RATE_HZ, Envelope, TranscriptDelta, Word
 from training.nano_mixtures import Mixture, Sources, load_sources, mix
 from training.nano_mixtures import Word as Said

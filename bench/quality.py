@@ -29,8 +29,8 @@ from bench.measures import Report, Run, measure, percentiles, pooled_wer
 from bench.virtual import VirtualRuns, run
 from model.errors import CheckpointError
 from streaming.config import Config, ConfigError, load_config
-from streaming.engine.loader import load_runner, warm_up
-from streaming.engine.plan import Fork, Runner, SlotStep, StepPlan
+from streaming.engine.contract import Fork, Runner, SlotStep, StepPlan
+from streaming.engine.runners.loader import load_runner, warm_up
 
 OFFLINE_TOKENS = 220  # half of Whisper's text positions, its own limit for one window
 

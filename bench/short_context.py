@@ -56,7 +56,7 @@ from bench.measures import Run, measure, normal_text, pooled_wer, transcript
 from bench.virtual import run
 from clients.sources import SourceError
 from model.errors import CheckpointError
-from streaming.engine.plan import HeardWord, Pcm
+from streaming.engine.contract import HeardWord, Pcm
 from streaming.protocol import SAMPLE_RATE_HZ
 
 MAX_RATIO = 1.05  # of error rates, short to padded

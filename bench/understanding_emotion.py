@@ -21,8 +21,8 @@ import numpy as np
 from bench.manifest import read_audio
 from bench.virtual import VirtualRun, run
 from streaming.config import Config
-from streaming.engine.loader import load_runner, warm_up
-from streaming.engine.plan import Fork, Pcm, Runner, SlotStep, StepPlan
+from streaming.engine.contract import Fork, Pcm, Runner, SlotStep, StepPlan
+from streaming.engine.runners.loader import load_runner, warm_up
 from streaming.protocol import SAMPLE_RATE_HZ, EmotionUpdate, TranscriptFinal
 
 TAIL = SAMPLE_RATE_HZ  # samples of silence after a clip, so that its speech stops

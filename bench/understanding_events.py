@@ -31,8 +31,7 @@ from model.sounds.head import WEIGHTS, HeadWeights, load_weights
 from model.sounds.stream import CONTEXT, SoundStream
 from model.sounds.yamnet import Yamnet
 from streaming.config import Config
-from streaming.engine.loader import load_runner, warm_up
-from streaming.engine.plan import (
+from streaming.engine.contract import (
     SOUND_FRAME,
     Capabilities,
     Hypothesis,
@@ -42,7 +41,8 @@ from streaming.engine.plan import (
     StepPlan,
     StepResult,
 )
-from streaming.engine.sounds import SoundScorer
+from streaming.engine.runners.loader import load_runner, warm_up
+from streaming.engine.runners.sounds import SoundScorer
 from streaming.protocol import SAMPLE_RATE_HZ, EventEnded, EventStarted
 
 # What the manifests call a sound, and which of AudioSet's labels are it; the first is the plain one.

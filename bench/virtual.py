@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming.audio.vad import Vad
 from streaming.config import Config
+from streaming.engine.contract import Capabilities, Runner
 from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result, Sound
-from streaming.engine.plan import Capabilities, Runner
 from streaming.engine.scheduler import Listening, Scheduler
 from streaming.protocol import SAMPLE_RATE_HZ, Flushed, Message, ms_of
-from streaming.timeline import new_timeline
-from streaming.vad import Vad
+from streaming.timeline.transcript import new_timeline
 
 CHUNK = SAMPLE_RATE_HZ // 50  # samples that arrive at a time, 20 ms
 

@@ -48,8 +48,8 @@ def ingest() -> Callable[[bytes], None]:
     """Any bytes in any format, cut anywhere: finite samples in range, however many were declared."""
     import numpy as np
 
+    from streaming.audio.ingest import BYTES_PER_SAMPLE, AudioFormat, Ingest
     from streaming.errors import BadAudio
-    from streaming.ingest import BYTES_PER_SAMPLE, AudioFormat, Ingest
 
     encodings = tuple(BYTES_PER_SAMPLE)
 
@@ -79,7 +79,7 @@ def g711() -> Callable[[bytes], None]:
     """Every byte is a sample of both laws, whatever stands beside it."""
     import numpy as np
 
-    from streaming.ingest import AudioFormat, Ingest
+    from streaming.audio.ingest import AudioFormat, Ingest
 
     def target(data: bytes) -> None:
         for encoding in ("mulaw", "alaw"):
@@ -94,7 +94,7 @@ def g711() -> Callable[[bytes], None]:
 def container() -> Callable[[bytes], None]:
     """Valid containers with bytes changed, cut and put together: audio or `BadAudio`, and an end."""
     from streaming.errors import BadAudio
-    from tests.streaming.test_container import KINDS, contained, decoded
+    from tests.streaming.audio.test_container import KINDS, contained, decoded
 
     seeds = [contained(kind) for kind in KINDS]
 

@@ -8,10 +8,10 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from streaming.aio import race, until
 from streaming.config import Config
-from streaming.connection import race, until
-from streaming.engine_client import ENGINE_COMMAND, EngineClient, engine_settings
-from streaming.server import Server
+from streaming.engine.client import ENGINE_COMMAND, EngineClient, engine_settings
+from streaming.server.endpoints import Server
 
 logger = logging.getLogger(__name__)
 

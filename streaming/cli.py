@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 
-from streaming.access import Scope, entry_text, new_token, parse_tokens
 from streaming.app import run
 from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, with_overrides
 from streaming.errors import EngineLost, LogError
-from streaming.logs import configure
+from streaming.logging_setup import configure
+from streaming.server.auth import Scope, entry_text, new_token, parse_tokens
 
 logger = logging.getLogger(__name__)
 

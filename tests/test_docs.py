@@ -12,10 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.make_protocol_schema import page_text, schema_text
 from streaming import protocol
-from streaming.access import parse_tokens
 from streaming.config import Config
 from streaming.metrics import Metrics, Observed
 from streaming.protocol import Close, Envelope, Flush, Lag, SessionClosed, encode, encode_client
+from streaming.server.auth import parse_tokens
 from tests.protocol_schema import SchemaCheck
 from tests.streaming.support import receive_until, running_server, s16, utterances
 

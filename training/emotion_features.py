@@ -24,12 +24,12 @@ from torch import Tensor
 from bench.manifest import read_audio
 from model.emotion import EmotionHead
 from model.whisper.checkpoint import load_embedded
+from streaming.audio.vad import Vad
 from streaming.config import Config
-from streaming.engine.plan import Fork, Pcm, SlotStep, StepPlan
+from streaming.engine.contract import Fork, Pcm, SlotStep, StepPlan
+from streaming.engine.runners.whisper import WhisperRunner
 from streaming.engine.scheduler import EMOTION_WINDOW, GRID, MARGIN, MIN_EMOTION
-from streaming.engine.whisper_runner import WhisperRunner
 from streaming.protocol import SAMPLE_RATE_HZ
-from streaming.vad import Vad
 
 SHARD = 100  # clips a file
 MAX_CLIP = 8 * SAMPLE_RATE_HZ  # of a clip, from its beginning

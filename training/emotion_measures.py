@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming.emotion import SHARE_POWER, UNSURE
 from streaming.protocol import SAMPLE_RATE_HZ
+from streaming.timeline.emotion import SHARE_POWER, UNSURE
 from training.emotion_features import Features
 
 N_BINS = 10  # of the calibration error

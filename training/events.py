@@ -25,8 +25,8 @@ from model.sounds import yamnet as yamnet_module
 from model.sounds.head import AROUND, WEIGHTS
 from model.sounds.stream import CONTEXT, LOOK_AHEAD, SoundStream
 from model.sounds.yamnet import N_CLASSES, Yamnet
-from streaming.engine.plan import SOUND_FRAME
-from streaming.engine.sounds import Catalogue, load_catalogue
+from streaming.engine.contract import SOUND_FRAME
+from streaming.engine.runners.sounds import Catalogue, load_catalogue
 from streaming.protocol import SAMPLE_RATE_HZ
 from training.mixtures import SCENE_S, Audio, Occurrence, Sources, load_sources, make_scene, stem
 from training.sound_head import Examples, finish, save, train

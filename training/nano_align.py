@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.moss.hearing import blocks_of
+from model.moss.frontend import blocks_of
 from streaming.protocol import SAMPLE_RATE_HZ
 from training.nano_batch import TOKENS_PER_S
 from training.nano_mixtures import WORDS, Spoken

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.moss.config import EncoderConfig, n_audio_tokens
 from model.moss.encoder import Block
-from model.moss.hearing import blocks_of
+from model.moss.frontend import blocks_of
 from model.moss.prompt import TOKENS_PER_MARKER, Layout
 from training.nano_mixtures import SOUNDS, WORDS, Mixture
 from training.nano_text import BLOCK_S, NOWHERE, TOKEN_S, Exchange, Place, beginning, end

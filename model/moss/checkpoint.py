@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import CheckpointError
-from model.hub import find
+from model.hf_hub import find
 from model.moss.config import MossConfig, SpecialTokens, read_config, read_special_tokens
 from model.moss.network import MossAudio
 from model.moss.prompt import ByteTokenizer, Layout

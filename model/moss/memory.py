@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from model.errors import CheckpointError
-from model.moss.batch import MAX_CALL_TOKENS
 from model.moss.checkpoint import memory_need
 from model.moss.config import MossConfig
-from model.moss.decode import LANES, decoder_bytes
 from model.moss.encoder import STEM_BLOCKS
+from model.moss.forward import MAX_CALL_TOKENS
 from model.moss.network import MAX_BLOCKS
+from model.moss.step_graph import LANES, decoder_bytes
 from model.moss.window import WindowSettings, n_entries, slot_bytes
 
 N_PREFIX = 32  # tokens of the prompt before the audio, where no tokenizer is at hand to count them

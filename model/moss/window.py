@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from model.layers import rounded_up, send
-from model.moss.batch import ENTRY_MULTIPLE, Segment, compute
 from model.moss.config import MossConfig
-from model.moss.decode import Decoder
+from model.moss.forward import ENTRY_MULTIPLE, Segment, compute
 from model.moss.language import KvBuffers, rotary_angles, rotate
 from model.moss.network import AudioEmbeddings, MossAudio
 from model.moss.prompt import MAX_MARKER_DIGITS, SECONDS_PER_MARKER, TOKENS_PER_MARKER, Layout
+from model.moss.step_graph import Decoder
 
 MarkerMode = Literal["absolute", "restart"]
 PrefixMode = Literal["follows", "stays"]

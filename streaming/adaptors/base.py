@@ -19,9 +19,10 @@ from typing import Any, Protocol
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
-from streaming import connection as wire
+from streaming import aio
+from streaming.audio.ingest import AudioFormat, Ingest
 from streaming.config import VadConfig
-from streaming.engine.plan import Pcm
+from streaming.engine.contract import Pcm
 from streaming.errors import (
     BadMessages,
     ConnectionOver,
@@ -30,12 +31,12 @@ from streaming.errors import (
     ServerStopping,
     SlowReader,
 )
-from streaming.hub import Subscription
-from streaming.ingest import AudioFormat, Ingest
-from streaming.log import Log
-from streaming.producer import ProducerLimits
+from streaming.log.hub import Subscription
+from streaming.log.log import Log
 from streaming.protocol import SAMPLE_RATE_HZ, Envelope
-from streaming.session import SLICE_S, Session
+from streaming.server import ws
+from streaming.server.producer import ProducerLimits
+from streaming.stream.session import SLICE_S, Session
 
 logger = logging.getLogger(__name__)
 
@@ -140,20 +141,20 @@ class Conversation:
         discarding: asyncio.Task[None] | None = None
         try:
             over, reason = await self._converse(taking, sender)
-            discarding = asyncio.create_task(wire.discard(self._connection), name=f"discard {name}")
+            discarding = asyncio.create_task(ws.discard(self._connection), name=f"discard {name}")
             if isinstance(over, SlowReader):
-                await wire.cancel(sender)
+                await aio.cancel(sender)
             await self._finish(reason, taking)
             await self._log.settled()  # else the reader would be closed before it has the last messages
             if not sender.done():
-                await wire.send_rest(self._connection, self._reader, sender)
+                await ws.send_rest(self._connection, self._reader, sender)
             closing = self._adaptor.closing(over)
             # A close frame holds 123 bytes.
             reason = closing.reason.encode("ascii", "replace")[:120].decode()
             await self._connection.close(closing.code, reason)
         finally:
             self._adaptor.stop()
-            await wire.cancel(sender, taking, *([] if discarding is None else [discarding]))
+            await aio.cancel(sender, taking, *([] if discarding is None else [discarding]))
 
     async def decode(self, ingest: Ingest, audio_format: AudioFormat, data: bytes) -> None:
         """Take bytes of the client's, however many, through the ingest for their format.
@@ -204,14 +205,14 @@ class Conversation:
     ) -> tuple[ConnectionOver | None, str]:
         """What ended it, if not the client, and the reason for `session.closed`."""
         try:
-            await wire.race(
+            await aio.race(
                 self._receive(),
                 self._adaptor.work(self),
-                wire.ended(taking),
-                wire.ended(sender),
-                wire.raise_when(self.session.is_lost, EngineLost("the engine could not be brought back")),
-                wire.raise_when(self._stopping, ServerStopping("the server is stopping")),
-                wire.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),
+                aio.ended(taking),
+                aio.ended(sender),
+                aio.raise_when(self.session.is_lost, EngineLost("the engine could not be brought back")),
+                aio.raise_when(self._stopping, ServerStopping("the server is stopping")),
+                aio.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),
             )
         except ConnectionClosed:
             return None, "disconnected"
@@ -219,7 +220,7 @@ class Conversation:
             name = self.session.name
             level = logging.INFO if isinstance(over, ServerStopping) else logging.WARNING
             logger.log(level, "stream %s: ends: %s", name, over.reason)  # the text may hold what came
-            for envelope in wire.fatal_error(name, self._log.last_seq(name), over):
+            for envelope in ws.fatal_error(name, self._log.last_seq(name), over):
                 self._reader.put(envelope)
             return over, over.reason
         return None, "closed"
@@ -227,7 +228,7 @@ class Conversation:
     async def _finish(self, reason: str, taking: asyncio.Task[None]) -> None:
         """Finalise; a server that stops waits for the engine no longer than its stop timeout."""
         try:
-            await wire.race(self._finalise(reason), wire.ended(taking), self._stop_deadline())
+            await aio.race(self._finalise(reason), aio.ended(taking), self._stop_deadline())
         finally:
             self.session.abandon(reason)
 

@@ -20,12 +20,12 @@ from uuid import uuid4
 
 from websockets.http11 import Request
 
-from streaming import connection as wire
+from streaming import aio
 from streaming.adaptors.base import BadMessage, Closing, Conversation, Event, shown
-from streaming.adaptors.container import ContainerDecoder
+from streaming.audio.container import ContainerDecoder
+from streaming.audio.ingest import AudioFormat, Encoding, Ingest
 from streaming.config import VadConfig
 from streaming.errors import BadAudio, BadMessages, BadQuery, ConnectionOver, IdleConnection
-from streaming.ingest import AudioFormat, Encoding, Ingest
 from streaming.protocol import (
     DEEPGRAM_STREAMS,
     MAX_CHANNELS,
@@ -212,7 +212,7 @@ class Deepgram:
         """Feed what the container holds."""
         if self._container is not None:
             self._feeding = asyncio.create_task(self._feed_container(talk), name=f"decode {self.stream}")
-            await wire.ended(self._feeding)
+            await aio.ended(self._feeding)
         await asyncio.Event().wait()
 
     async def _feed_container(self, talk: Conversation) -> None:
@@ -266,7 +266,7 @@ class Deepgram:
         """
         if self._container is not None and self._feeding is not None:
             self._container.end()
-            await wire.ended(self._feeding)
+            await aio.ended(self._feeding)
         elif self._ingest is not None:
             await talk.feed(self._ingest.flush())
 

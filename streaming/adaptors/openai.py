@@ -30,9 +30,9 @@ from streaming.adaptors.openai_session import (
     updated,
     updated_beta,
 )
+from streaming.audio.ingest import Ingest
 from streaming.config import VadConfig
 from streaming.errors import BadQuery, ConnectionOver
-from streaming.ingest import Ingest
 from streaming.protocol import (
     OPENAI_STREAMS,
     Ack,

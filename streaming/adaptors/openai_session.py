@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streaming.adaptors.base import BadMessage, Event, shown
+from streaming.audio.ingest import AudioFormat
 from streaming.config import VadConfig
-from streaming.ingest import AudioFormat
 
 PCM_RATE_HZ = 24_000  # the only one the API has for pcm16
 G711_RATE_HZ = 8_000

@@ -19,8 +19,8 @@ import msgspec
 from model.errors import CheckpointError
 from streaming.config import ConfigError, EngineSettings
 from streaming.engine import messages
-from streaming.engine.loader import load_runner, warm_up
-from streaming.engine.plan import Runner
+from streaming.engine.contract import Runner
+from streaming.engine.runners.loader import load_runner, warm_up
 from streaming.engine.scheduler import Listening, Scheduler
 from streaming.protocol import SAMPLE_RATE_HZ
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streaming.engine import messages
-from streaming.engine.plan import (
+from streaming.engine.contract import (
     HeardEmotion,
     HeardEvents,
     Hypothesis,

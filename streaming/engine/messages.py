@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from streaming.engine.plan import HeardWord
+from streaming.engine.contract import HeardWord
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
 _LENGTH = struct.Struct("<I")

@@ -21,6 +21,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from streaming.config import EmotionConfig, EventsConfig, TranscriptConfig
+from streaming.engine.contract import (
+    Capabilities,
+    Fork,
+    HeardWord,
+    Hypothesis,
+    Pcm,
+    SlotStep,
+    StepPlan,
+    StepResult,
+    Task,
+)
 from streaming.engine.findings import Findings, by_slot
 from streaming.engine.messages import (
     MAX_CONTEXT_CHARS,
@@ -33,17 +44,6 @@ from streaming.engine.messages import (
     Progress,
     Result,
     Skipped,
-)
-from streaming.engine.plan import (
-    Capabilities,
-    Fork,
-    HeardWord,
-    Hypothesis,
-    Pcm,
-    SlotStep,
-    StepPlan,
-    StepResult,
-    Task,
 )
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import ends_sentence, join_words

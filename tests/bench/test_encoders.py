@@ -28,8 +28,8 @@ from bench.encoders import (
 )
 from bench.manifest import Clip, RefWord
 from streaming.config import Config, EngineConfig
-from streaming.engine.plan import HeardWord, Pcm
-from streaming.engine.whisper_runner import WhisperRunner
+from streaming.engine.contract import HeardWord, Pcm
+from streaming.engine.runners.whisper import WhisperRunner
 from tests.tiny_whisper import tiny_checkpoint
 
 SECOND = 16_000

@@ -9,7 +9,7 @@ import torch
 
 from bench.moss_gpu import lags_of, main, shapes_of
 from model.moss.checkpoint import memory_need
-from tests.model.moss_tiny import TINY
+from tests.model.moss.tiny import TINY
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

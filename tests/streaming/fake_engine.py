@@ -16,8 +16,8 @@ import zlib
 from dataclasses import dataclass, field
 
 from streaming.engine import messages
+from streaming.engine.contract import HeardWord
 from streaming.engine.messages import Mark, PointKind
-from streaming.engine.plan import HeardWord
 
 TICK = 10_240  # samples between decode points
 WORD = 5_120  # samples of a word

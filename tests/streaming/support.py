@@ -14,11 +14,11 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 
 from streaming.config import Config, parse_config
-from streaming.engine.plan import Pcm
-from streaming.engine_client import EngineClient, EngineState, engine_settings
+from streaming.engine.client import EngineClient, EngineState, engine_settings
+from streaming.engine.contract import Pcm
 from streaming.errors import EngineLost
 from streaming.protocol import UNLOGGED, Envelope, Message, SessionCreated, TranscriptDelta, decode
-from streaming.server import Server
+from streaming.server.endpoints import Server
 
 TIMEOUT_S = 20.0  # for anything that a test waits for; only a broken one takes so long
 FAKE_ENGINE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))

@@ -10,11 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streaming.engine import messages
-from streaming.engine.plan import HeardWord
+from streaming.engine.contract import HeardWord
 from streaming.metrics import Metrics, Observed
 from streaming.protocol import Close, Refusal, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
+from tests.streaming.server.test_admission import ask
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
-from tests.streaming.test_guard import ask
 
 NOTHING = Observed(0, 0, 0, 0, False, 0, 0, ())
 RESULT = messages.Result(1, 10_240, "tick", (), 10_240, "en", 0.9, 0, 0.1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.moss.checkpoint import HubTokenizer, layout_of
-from model.moss.fork import Question, ask
+from model.moss.generate import Question, ask
 from model.moss.network import AudioEmbeddings
 from model.moss.prompt import Layout, prompt, prompt_names
 from model.moss.window import RollingCache, WindowSettings

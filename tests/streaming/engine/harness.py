@@ -1,6 +1,6 @@
 """The scheduler's surroundings without a model.
 
-A runner that reads words off the samples, and the server's side of a stream as `streaming.session`
+A runner that reads words off the samples, and the server's side of a stream as `streaming.stream.session`
 has it, crashes of the engine included. Speech is runs of a constant sample value, one run a word;
 the value is the word's number. Sounds, emotions and answers are checksums of the audio they are
 about, so that they show what was looked at.
@@ -19,21 +19,7 @@ from hypothesis import strategies as st
 
 from streaming.config import TranscriptConfig
 from streaming.engine import messages
-from streaming.engine.messages import (
-    Audio,
-    CloseStream,
-    Commit,
-    Emotion,
-    Events,
-    Mark,
-    Open,
-    PointKind,
-    Progress,
-    Result,
-    Skipped,
-    Sounds,
-)
-from streaming.engine.plan import (
+from streaming.engine.contract import (
     SOUND_FRAME,
     Capabilities,
     Fork,
@@ -49,6 +35,20 @@ from streaming.engine.plan import (
     StepPlan,
     StepResult,
 )
+from streaming.engine.messages import (
+    Audio,
+    CloseStream,
+    Commit,
+    Emotion,
+    Events,
+    Mark,
+    Open,
+    PointKind,
+    Progress,
+    Result,
+    Skipped,
+    Sounds,
+)
 from streaming.engine.scheduler import MARGIN, WORDS_ALONE, Listening, Scheduler
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
@@ -59,7 +59,7 @@ from streaming.protocol import (
     Message,
     TranscriptDelta,
 )
-from streaming.timeline import Timeline
+from streaming.timeline.transcript import Timeline
 
 GRID = 320  # samples; endpointing decides on it
 HOP = 160  # samples; a runner can begin on no finer grid
@@ -327,7 +327,7 @@ def make_timeline() -> Timeline:
 
 @dataclass
 class Stream:
-    """The server's side of one stream, as `streaming.session.Session` has it."""
+    """The server's side of one stream, as `streaming.stream.session.Session` has it."""
 
     number: int
     script: Script

@@ -15,8 +15,8 @@ import pytest
 
 from streaming.config import Config, parse_config
 from streaming.engine import messages
+from streaming.engine.client import EngineClient, EngineState, engine_settings
 from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open
-from streaming.engine_client import EngineClient, EngineState, engine_settings
 from streaming.errors import EngineLost
 from tests.tiny_whisper import LANGUAGES, save_hugging_face
 

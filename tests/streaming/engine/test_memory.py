@@ -12,10 +12,10 @@ from model.errors import CheckpointError
 from model.moss.window import WindowSettings
 from streaming.config import EngineConfig, EngineSettings, ModelConfig, MossConfig
 from streaming.engine import memory
-from streaming.engine.loader import load_runner, window_of
 from streaming.engine.memory import Memory, machine_memory
-from streaming.engine.moss_runner import MossRunner
-from tests.model.moss_tiny import TINY
+from streaming.engine.runners.loader import load_runner, window_of
+from streaming.engine.runners.moss import MossRunner
+from tests.model.moss.tiny import TINY
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
 

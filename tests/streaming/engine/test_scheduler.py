@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streaming.config import EmotionConfig, EventsConfig
-from streaming.engine.messages import Audio, Commit, Configure, Mark, Open
-from streaming.engine.plan import (
+from streaming.engine.contract import (
     SOUND_FRAME,
     Capabilities,
     HeardWord,
@@ -20,6 +19,7 @@ from streaming.engine.plan import (
     SoundLabel,
     StepResult,
 )
+from streaming.engine.messages import Audio, Commit, Configure, Mark, Open
 from streaming.engine.scheduler import WORDS_ALONE, EngineFull, Listening, Scheduler
 from streaming.protocol import (
     SAMPLE_RATE_HZ,

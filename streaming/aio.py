@@ -1,0 +1,45 @@
+"""Task helpers: race coroutines, cancel and await tasks, wait for an event.
+
+Knows asyncio alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+async def until(event: asyncio.Event) -> None:
+    """Wait until an event is set."""
+    await event.wait()
+
+
+async def raise_when(event: asyncio.Event, exc: Exception) -> None:
+    """Raise `exc` once the event is set."""
+    await event.wait()
+    raise exc
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """Wait for a task, leaving it alone when this wait is cancelled, and raise what it raised."""
+    await asyncio.shield(task)
+
+
+async def race(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Wait until the first of them ends, cancel the others, and raise what it raised."""
+    tasks = [asyncio.create_task(coroutine, name=str(coroutine)) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await cancel(*tasks)
+    for task in tasks:
+        if task in done:
+            task.result()
+
+
+async def cancel(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait until they have ended, whatever they ended with."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

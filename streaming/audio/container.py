@@ -1,0 +1,256 @@
+"""A live container's bytes, in pieces as they come, to 16 kHz mono float32.
+
+FFmpeg reads as from a file that is never complete, so it runs on a thread of its own and waits there.
+Both sides are bounded: bytes wait in `push` once `MAX_WAITING_BYTES` are not read, and the thread
+waits once `MAX_DECODED_S` of audio are not taken. Knows nothing of sockets or of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import av
+import numpy as np
+from av.audio.resampler import AudioResampler
+
+from streaming.engine.contract import Pcm
+from streaming.errors import BadAudio
+from streaming.protocol import SAMPLE_RATE_HZ
+
+MAX_WAITING_BYTES = 256 * 1024
+PIECE_BYTES = 64 * 1024  # of a longer frame, at a time
+MAX_DECODED_S = 2.0
+SNIFF_BYTES = 12  # that tell one container from another
+
+# The container is chosen here, by its first bytes, and never by FFmpeg: some of its formats (playlists)
+# would have it open other files and addresses.
+KNOWN = "Ogg, WebM or Matroska, FLAC, WAV, MP3, AAC (ADTS), MP4 (fragmented)"
+CODECS = ("opus", "libopus", "vorbis", "libvorbis", "flac", "mp3", "mp3float", "aac", "alac")  # and pcm_*
+_OPTIONS = {
+    "probesize": "4096",  # bytes looked at before audio comes out
+    "analyzeduration": "200000",  # microseconds
+}
+
+
+def container_of(head: bytes) -> str:
+    """FFmpeg's name of the container that begins with these bytes.
+
+    Raises:
+        BadAudio: none that this server reads.
+    """
+    if head.startswith(b"OggS"):
+        return "ogg"
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if head.startswith(b"fLaC"):
+        return "flac"
+    if head.startswith(b"RIFF") and head[8:12] == b"WAVE":
+        return "wav"
+    if head[4:8] == b"ftyp":
+        return "mp4"
+    if head.startswith(b"ID3"):
+        return "mp3"
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
+        is_adts = head[1] & 0x06 == 0  # the layer that MPEG audio has no use for
+        return "aac" if is_adts else "mp3"
+    raise BadAudio(
+        f"the audio begins with {head.hex(' ') or 'nothing'}, which is no container known here; "
+        f"expected {KNOWN}, or `encoding` in the URL"
+    )
+
+
+class ContainerDecoder:
+    """One stream's container. Belongs to the event loop, but for its thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()  # anything below, as the loop's side sees it
+        self._decoded: deque[Pcm] = deque()  # not taken yet
+        self._is_taking = False  # the block that was taken last is still being worked on
+        self._n_pushed = 0  # bytes
+        self._starved_at = 0  # of them, when the thread had used all and waited for more
+        self._is_over = False  # the thread gives no more
+        self._error: BadAudio | None = None
+        self._thread: threading.Thread | None = None
+        # Shared with the thread, under its lock.
+        self._shared = threading.Condition()  # re-entrant
+        self._bytes = bytearray()
+        self._is_ended = False  # no more bytes come
+        self._is_stopped = False  # nobody wants any more audio
+        self._n_decoded = 0  # samples given to the loop's side and not taken
+
+    async def push(self, data: bytes) -> None:
+        """Take bytes, however cut; waits while too many are not decoded.
+
+        What follows the end of a container is no audio, and is dropped.
+
+        Raises:
+            BadAudio: what came before cannot be decoded.
+        """
+        for at in range(0, len(data), PIECE_BYTES):
+            await self._until(lambda: len(self._bytes) < MAX_WAITING_BYTES or self._is_over)
+            if self._error is not None:
+                raise self._error
+            if self._is_over:
+                return  # nobody reads any more: what is kept would only grow
+            with self._shared:
+                self._bytes += data[at : at + PIECE_BYTES]
+                self._n_pushed += len(data[at : at + PIECE_BYTES])
+                self._shared.notify()
+            self._start()
+
+    async def pull(self) -> Pcm | None:
+        """The next audio; None at its end. Asking again says that the last was dealt with.
+
+        Raises:
+            BadAudio: the bytes cannot be decoded.
+        """
+        self._is_taking = False
+        self._changed.set()
+        await self._until(lambda: bool(self._decoded) or self._is_over)
+        if self._decoded:
+            pcm = self._decoded.popleft()
+            self._is_taking = True
+            with self._shared:
+                self._n_decoded -= len(pcm)
+                self._shared.notify()
+            return pcm
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def drained(self) -> None:
+        """Wait until everything that can be decoded of the pushed bytes was pulled and dealt with."""
+
+        def is_idle() -> bool:
+            return not self._decoded and not self._is_taking
+
+        await self._until(lambda: is_idle() and (self._is_over or self._starved_at == self._n_pushed))
+
+    def end(self) -> None:
+        """No more bytes come; `pull` gives what is left, then None."""
+        if self._thread is None:
+            self._is_over = True  # nothing ever came
+        with self._shared:
+            self._is_ended = True
+            self._shared.notify()
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Nobody wants any more audio: the thread ends by itself, soon."""
+        with self._shared:
+            self._is_stopped = True
+            self._shared.notify()
+
+    async def _until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # A daemon: a decoder that hangs must not keep the process.
+            self._thread = threading.Thread(target=self._run, name="container", daemon=True)
+            self._thread.start()
+
+    # --- on the thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: BadAudio | None = BadAudio("the container's decoder failed")
+        try:
+            for pcm in self._decode():
+                if not self._give(pcm):
+                    break
+            error = None
+        except BadAudio as exc:
+            error = exc
+        except (av.FFmpegError, ValueError, OSError, MemoryError) as exc:
+            error = BadAudio(f"the container cannot be decoded: {exc}")
+        finally:
+            self._tell(lambda: self._on_over(error))
+
+    def _decode(self) -> Iterator[Pcm]:
+        name = container_of(self._peek())
+        with av.open(self, format=name, mode="r", buffer_size=4096, options=_OPTIONS) as container:
+            if not container.streams.audio:
+                raise BadAudio(f"the {name} container has no audio")
+            stream = container.streams.audio[0]
+            # PyAV gives None for a codec that FFmpeg cannot decode, though its types say otherwise.
+            context: av.AudioCodecContext | None = stream.codec_context
+            codec = "an unknown codec" if context is None else context.name
+            if codec not in CODECS and not codec.startswith("pcm_"):
+                raise BadAudio(
+                    f"the {name} container holds {codec}; expected one of {', '.join(CODECS)} or PCM"
+                )
+            resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
+            for packet in container.demux(stream):
+                for frame in packet.decode():
+                    yield from _blocks(resampler, frame)
+            yield from _blocks(resampler, None)
+
+    def read(self, n_bytes: int) -> bytes:
+        """What FFmpeg reads: at most so many bytes, none at the end. Called on the thread."""
+        with self._shared:
+            while not (self._bytes or self._is_ended or self._is_stopped):
+                self._starve()
+            if self._is_stopped:
+                return b""
+            piece = bytes(self._bytes[:n_bytes])
+            del self._bytes[: len(piece)]
+            self._tell(self._changed.set)
+            return piece
+
+    def _starve(self) -> None:
+        """Wait for more bytes, the lock being held."""
+        n_pushed = self._n_pushed
+        self._tell(lambda: self._on_starved(n_pushed))  # after all that was decoded before
+        self._shared.wait()
+
+    def _peek(self) -> bytes:
+        with self._shared:
+            while len(self._bytes) < SNIFF_BYTES and not (self._is_ended or self._is_stopped):
+                self._starve()
+            return bytes(self._bytes[:SNIFF_BYTES])
+
+    def _give(self, pcm: Pcm) -> bool:
+        """Hand over audio once there is room; False when nobody wants it."""
+        with self._shared:
+            while self._n_decoded > MAX_DECODED_S * SAMPLE_RATE_HZ and not self._is_stopped:
+                self._shared.wait()
+            self._n_decoded += len(pcm)
+        return self._tell(lambda: self._on_decoded(pcm))
+
+    def _tell(self, call: Callable[[], None]) -> bool:
+        """Call on the event loop, unless it may be gone."""
+        with self._shared:
+            if not self._is_stopped:
+                self._loop.call_soon_threadsafe(call)
+            return not self._is_stopped
+
+    # --- on the loop, from the thread ----------------------------------------------------
+
+    def _on_decoded(self, pcm: Pcm) -> None:
+        self._decoded.append(pcm)
+        self._changed.set()
+
+    def _on_starved(self, n_pushed: int) -> None:
+        self._starved_at = n_pushed
+        self._changed.set()
+
+    def _on_over(self, error: BadAudio | None) -> None:
+        self._error = error
+        self._is_over = True
+        self._bytes.clear()  # the thread reads no more
+        self._changed.set()
+
+
+def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[Pcm]:
+    """A frame at 16 kHz, mono; None gives the rest."""
+    for out in resampler.resample(frame):
+        pcm: Pcm = out.to_ndarray()[0].astype(np.float32, copy=False)
+        if not np.isfinite(pcm).all():
+            raise BadAudio("a decoded sample is infinite or not a number")
+        yield pcm.clip(-1, 1)

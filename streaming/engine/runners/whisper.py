@@ -1,0 +1,359 @@
+"""Whisper behind the runner's contract: per slot a window of mel frames, per tick one encode.
+
+Decides nothing: which slot is due, with which window and prefix, is in the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.emotion import EmotionHead, affect, pool
+from model.mel import HOP, SILENCE, StreamingMel, normalise
+from model.whisper.checkpoint import Checkpoint
+from model.whisper.decoding import Decoded, Decoder, DecodeRequest
+from model.whisper.modeling import FRAMES_PER_POSITION
+from model.whisper.padding import Padding
+from model.whisper.tokens import Vocabulary, is_punctuation, split_words
+from streaming.engine.contract import (
+    Capabilities,
+    Fork,
+    HeardEmotion,
+    HeardWord,
+    Hypothesis,
+    Pcm,
+    SlotStep,
+    StepPlan,
+    StepResult,
+    Task,
+)
+from streaming.engine.runners.sounds import SoundScorer
+from streaming.protocol import SAMPLE_RATE_HZ
+from streaming.text import join_words
+
+SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
+GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
+PADDING_LEVEL = -0.8  # normalised log-mel of silence
+# A detected language that is no surer is detected, and its words are heard, with the window padded in
+# full: the short encoder decides near-ties otherwise (docs/short_context.md). Before so much audio was
+# heard no language settles, and the next update hears more.
+UNSURE_LANGUAGE = 0.7
+UNSURE_SAMPLES = 3 * SAMPLE_RATE_HZ
+MAX_CONTEXT_TOKENS = 100
+MAX_BATCH = 16  # windows encoded at once; more would only take more memory
+
+# A hypothesis is taken for invented when the model itself doubts that anybody spoke.
+# Source of the two limits: openai/whisper, whisper/transcribe.py, `no_speech_threshold`, `logprob_threshold`.
+NO_SPEECH = 0.6
+LOW_SCORE = -1.0
+
+
+class _Slot:
+    """What is kept of one stream: the log power of the last window's mel frames, and the last words.
+
+    Positions are on the stream's clock. Frame 0 of `frames` is centred at `origin`.
+    """
+
+    def __init__(self, n_mels: int, n_frames: int) -> None:
+        self.owner = -1
+        self._n_mels = n_mels
+        self.frames = torch.empty(2 * n_frames, n_mels)  # written in place; moved down when it is full
+        self.start_at(0)
+
+    def start_at(self, position: int) -> None:
+        """Forget everything and go on from `position`, a multiple of a hop."""
+        assert position % HOP == 0, position
+        self.mel = StreamingMel(self._n_mels)
+        self.n_frames = 0
+        self.origin = position
+        self.position = position  # the next sample to come
+        self.draft: tuple[str, ...] = ()  # what the last hypothesis said after `draft_prefix`
+        self.draft_prefix: tuple[str, ...] = ()
+
+    def push(self, pcm: Pcm) -> None:
+        """Append audio."""
+        new = self.mel.push(torch.from_numpy(pcm))
+        self.position += len(pcm)
+        keep = self.frames.shape[0] // 2
+        while new.shape[0]:
+            n_free = self.frames.shape[0] - self.n_frames
+            if n_free == 0:  # keep the newest half: a full window
+                self.frames[:keep] = self.frames[-keep:].clone()
+                self.origin += (self.n_frames - keep) * HOP
+                self.n_frames, n_free = keep, self.frames.shape[0] - keep
+            part, new = new[:n_free], new[n_free:]
+            self.frames[self.n_frames : self.n_frames + part.shape[0]] = part
+            self.n_frames += part.shape[0]
+
+    def window(self, start: int) -> Tensor:
+        """Log power of the frames from sample `start` to the live edge, [T, M]; silence follows."""
+        first = (start - self.origin) // HOP
+        assert 0 <= first <= self.n_frames, (start, self.origin, self.n_frames)
+        return torch.cat([self.frames[first : self.n_frames], self.mel.tail()])
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """One transcript fork, ready to run, and the emotion fork that follows it."""
+
+    step: SlotStep
+    fork: Fork
+    emotion: Fork | None
+    frames: Tensor  # [T, M] log power
+    n_samples: int  # audio in the window
+    request: DecodeRequest
+
+
+class WhisperRunner:
+    """One Whisper checkpoint on one device, serving `n_slots` live streams."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        n_slots: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        pads_fully: bool,
+        sounds: SoundScorer | None = None,
+        emotion: EmotionHead | None = None,
+        guard_positions: int = GUARD_POSITIONS,
+    ) -> None:
+        """Move the model to its device.
+
+        Args:
+            checkpoint: Float32 on the CPU; its model is moved, not copied.
+            n_slots: Streams at once.
+            device: Where to run.
+            dtype: Arithmetic of the model; mel and alignment stay float32.
+            pads_fully: Encode 30 s each time instead of remembering what padding becomes.
+            sounds: Scores the sounds of every slot; None: no sounds are looked for.
+            emotion: A head of this checkpoint's encoder; None: no emotion is answered.
+            guard_positions: Silence computed behind the audio before remembered padding takes over.
+        """
+        self._model = checkpoint.model.to(device=device, dtype=dtype)
+        self._vocabulary = Vocabulary(checkpoint.tokenizer)
+        self._decoder = Decoder(self._model, self._vocabulary)
+        self._device, self._dtype = device, dtype
+        self._emotion = None if emotion is None else emotion.to(device)
+        self._guard_positions = guard_positions
+        config = self._model.config
+        self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
+        self._sounds = sounds
+        self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
+        tasks: list[Task] = ["transcript"]
+        tasks += [] if sounds is None else ["events"]
+        tasks += [] if emotion is None else ["emotion"]
+        self.capabilities = Capabilities(
+            model=checkpoint.name,
+            tasks=tuple(tasks),
+            languages=self._vocabulary.languages,
+            max_window_s=config.n_frames / 100,
+            min_tick_s=0.08,
+            sounds=() if sounds is None else sounds.labels,
+            emotions=() if emotion is None else emotion.labels,
+        )
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Forget; the other slots are untouched."""
+        for slot_idx in slots:
+            self._slots[slot_idx].start_at(0)
+            self._slots[slot_idx].owner = -1
+        if self._sounds is not None:
+            self._sounds.reset(slots)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Take all new audio, score its sounds, answer every fork: one encode and one decode loop a batch."""
+        due = []
+        for step in plan.slots:
+            slot = self._slots[step.slot_idx]
+            if step.start != slot.position or step.owner != slot.owner:
+                slot.start_at(step.start)
+                slot.owner = step.owner
+            slot.push(step.pcm)
+            due += self._dues(step, slot)
+        # Windows of like length together: a batch costs what its longest costs.
+        order = sorted(range(len(due)), key=lambda i: due[i].n_samples)
+        answers: dict[int, Hypothesis] = {}
+        emotions: dict[int, HeardEmotion] = {}
+        for first in range(0, len(order), MAX_BATCH):
+            batch = order[first : first + MAX_BATCH]
+            taps: list[Tensor] = []
+            decoded = self._decode([due[i] for i in batch], taps, self._padding)
+            decoded = self._surer([due[i] for i in batch], decoded)
+            for i, answer in zip(batch, decoded, strict=True):
+                answers[i] = self._hypothesis(due[i], answer)
+            felt = [row for row, i in enumerate(batch) if due[i].emotion is not None]
+            for row, heard in zip(
+                felt, self._feel([due[batch[row]] for row in felt], felt, taps), strict=True
+            ):
+                emotions[batch[row]] = heard
+        return StepResult(
+            tuple(answers[i] for i in range(len(due))),
+            emotions=tuple(emotions[i] for i in sorted(emotions)),
+            sounds=() if self._sounds is None else self._sounds.step(plan.slots),
+        )
+
+    def _dues(self, step: SlotStep, slot: _Slot) -> list[_Due]:
+        """The transcript forks of a slot, each with the emotion fork that may stand behind it."""
+        due: list[_Due] = []
+        for i, fork in enumerate(step.forks):
+            if fork.task == "emotion":
+                continue
+            assert fork.task == "transcript", fork.task
+            after = step.forks[i + 1] if i + 1 < len(step.forks) else None
+            due.append(self._due(step, fork, after if after and after.task == "emotion" else None, slot))
+        assert sum(item.emotion is not None for item in due) + len(due) == len(step.forks), step.forks
+        return due
+
+    def _due(self, step: SlotStep, fork: Fork, emotion: Fork | None, slot: _Slot) -> _Due:
+        vocabulary = self._vocabulary
+        n_samples = slot.position - fork.window_start
+        draft: list[int] = []
+        prefix = fork.agreed
+        agreed = prefix[len(slot.draft_prefix) :]
+        if prefix[: len(slot.draft_prefix)] == slot.draft_prefix and slot.draft[: len(agreed)] == agreed:
+            rest = slot.draft[len(agreed) :]
+            draft = vocabulary.encode(" " + join_words(rest)) if rest else []
+        context = vocabulary.encode(" " + fork.context) if fork.context else []
+        request = DecodeRequest(
+            language=fork.language,
+            context=tuple(context[-MAX_CONTEXT_TOKENS:]),
+            prefix=tuple(vocabulary.encode(" " + join_words(prefix))) if prefix else (),
+            draft=tuple(draft[: fork.max_tokens]),
+            n_positions=max(
+                1, min(-(-n_samples // SAMPLES_PER_POSITION), self._model.config.n_audio_positions)
+            ),
+            max_tokens=fork.max_tokens,
+        )
+        return _Due(step, fork, emotion, slot.window(fork.window_start), n_samples, request)
+
+    @torch.inference_mode()
+    def _decode(self, due: Sequence[_Due], taps: list[Tensor], padding: Padding | None) -> list[Decoded]:
+        """One encode and one decode loop over windows [T, M] of different lengths.
+
+        The encoder's taps are appended to `taps`, [B, T, D] each, if an emotion fork wants them.
+        Without `padding` every window is encoded in full.
+        """
+        wanted = taps if any(item.emotion for item in due) else None
+        config = self._model.config
+        requests = [item.request for item in due]
+        n_heard = [min(r.n_positions + self._guard_positions, config.n_audio_positions) for r in requests]
+        n_frames = config.n_frames
+        if padding is not None:
+            # One position more: the convolutions of the longest window too must see silence behind it,
+            # as those of the others do, or what a stream says would depend on its neighbours.
+            n_frames = min(n_frames, (max(n_heard) + 1) * FRAMES_PER_POSITION)
+        mel = torch.full((len(due), n_frames, config.n_mels), SILENCE)
+        for row, item in enumerate(due):
+            part = item.frames[:n_frames]
+            mel[row, : part.shape[0]] = part
+            mel[row] = normalise(mel[row], part.max() if part.shape[0] else SILENCE)
+        mel = mel.transpose(1, 2).to(device=self._device, dtype=self._dtype)
+        n_tokens = self._decoder.n_tokens(requests)
+        if padding is None:
+            cache = self._model.decoder.new_cache(self._model.encoder(mel, wanted), n_tokens)
+        else:
+            heard = torch.tensor(n_heard, device=self._device)
+            encoded = self._model.encoder.forward_heard(mel, heard, padding, wanted)
+            cache = self._model.decoder.new_cache_heard(encoded, heard, padding, n_tokens)
+        return self._decoder.decode(cache, requests)
+
+    def _surer(self, due: Sequence[_Due], decoded: Sequence[Decoded]) -> list[Decoded]:
+        """The answers, of which those in a language that is not sure are heard again, padded in full."""
+        answers = list(decoded)
+        if self._padding is None:
+            return answers
+        unsure = [
+            row
+            for row, item in enumerate(due)
+            if item.request.language is None
+            and item.n_samples >= UNSURE_SAMPLES
+            and answers[row].language_score < UNSURE_LANGUAGE
+        ]
+        if unsure:
+            for row, answer in zip(unsure, self._decode([due[row] for row in unsure], [], None), strict=True):
+                answers[row] = answer
+        return answers
+
+    @torch.inference_mode()
+    def _feel(self, due: Sequence[_Due], rows: Sequence[int], taps: Sequence[Tensor]) -> list[HeardEmotion]:
+        """What the emotion forks of `due` hear in their rows of the encoder's taps [B, T, D]."""
+        if not due:
+            return []
+        head = self._emotion
+        assert head is not None, "an emotion fork for a runner without an emotion head"
+        spans = []
+        for item in due:
+            assert item.emotion is not None, item.fork
+            offset = item.emotion.window_start - item.fork.window_start
+            assert 0 <= offset < item.n_samples, (item.emotion.window_start, item.fork, item.n_samples)
+            last = item.request.n_positions
+            spans.append((min(offset // SAMPLES_PER_POSITION, last - 1), last))
+        idx = torch.tensor(rows, device=self._device)
+        first, last_positions = torch.tensor(spans, device=self._device).T
+        features = pool([taps[tap].index_select(0, idx) for tap in head.taps], first, last_positions)
+        probabilities = head(features).tolist()
+        return [self._heard_emotion(item, row) for item, row in zip(due, probabilities, strict=True)]
+
+    def _heard_emotion(self, due: _Due, probabilities: Sequence[float]) -> HeardEmotion:
+        assert due.emotion is not None, due.fork
+        assert self._emotion is not None
+        labels = self._emotion.labels
+        score, label = max(zip(probabilities, labels, strict=True))
+        valence, arousal = affect(labels, probabilities)
+        return HeardEmotion(
+            slot_idx=due.step.slot_idx,
+            owner=due.step.owner,
+            window_start=due.emotion.window_start,
+            window_end=due.fork.window_start + due.n_samples,
+            label=label,
+            score=score,
+            scores=tuple(zip(labels, probabilities, strict=True)),
+            valence=valence,
+            arousal=arousal,
+        )
+
+    def _hypothesis(self, due: _Due, decoded: Decoded) -> Hypothesis:
+        slot = self._slots[due.step.slot_idx]
+        words = () if is_invented(decoded) else self._words(due, decoded)
+        slot.draft_prefix = due.fork.agreed
+        slot.draft = tuple(word.text for word in words)
+        return Hypothesis(
+            slot_idx=due.step.slot_idx,
+            owner=due.step.owner,
+            words=words,
+            stable_end=due.fork.window_start,  # a bidirectional encoder: more audio can change all of it
+            language=decoded.language,
+            language_score=decoded.language_score,
+            no_speech=decoded.no_speech,
+            n_loops_cut=decoded.n_loops_cut,
+        )
+
+    def _words(self, due: _Due, decoded: Decoded) -> tuple[HeardWord, ...]:
+        words = []
+        end = due.fork.window_start + due.n_samples
+        for word in split_words(self._vocabulary, decoded.tokens, decoded.language):
+            if is_punctuation(word.text):  # what hangs on the agreed prefix came too late to be said
+                continue
+            start = due.fork.window_start + decoded.starts[word.first] * SAMPLES_PER_POSITION
+            stop = due.fork.window_start + decoded.starts[word.last] * SAMPLES_PER_POSITION
+            score = math.exp(float(np.mean(decoded.scores[word.first : word.last])))
+            text = word.text
+            if word.is_continuation:  # "-source" after an agreed "open": the hyphen came too late as well
+                text = text.lstrip(string.punctuation)
+            words.append(HeardWord(text, min(start, end), min(max(stop, start), end), score))
+        return tuple(words)
+
+
+def is_invented(decoded: Decoded) -> bool:
+    """Whether the text was probably made up over sound that is no speech."""
+    if not decoded.scores:
+        return True
+    return decoded.no_speech > NO_SPEECH and float(np.mean(decoded.scores)) < LOW_SCORE

@@ -1,0 +1,1 @@
+"""The log: numbers, keeps, replays and fans out every message."""

@@ -1,0 +1,1 @@
+"""Sockets and HTTP: who is admitted, where, and how a connection ends."""

@@ -1,0 +1,1 @@
+"""One live stream: its dialogue with the engine, its lifetime across connections, its saved state."""

@@ -1,0 +1,312 @@
+"""From hypotheses to messages: what is shown, what is committed, when a segment closes.
+
+Sound events and emotion have trackers of their own; here they take their place among the words.
+
+Pure: no socket, no tensor, no clock but the sample count. Interim text may be replaced; committed
+words never change and are never taken back.
+
+A word is committed when enough updates in a row agree on it and on all before it, and its end lies
+far enough behind the live edge; everything is committed when speech stops or a client flushes.
+What was measured to choose this is in docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from streaming.config import EngineSettings, TranscriptConfig
+from streaming.engine.contract import HeardWord
+from streaming.engine.messages import (
+    MAX_CONTEXT_CHARS,
+    Emotion,
+    Events,
+    Result,
+    Sound,
+    Sounds,
+)
+from streaming.protocol import (
+    SAMPLE_RATE_HZ,
+    Message,
+    SpeechStarted,
+    SpeechStopped,
+    TranscriptDelta,
+    TranscriptFinal,
+    TranscriptInterim,
+    Word,
+    ms_of,
+)
+from streaming.text import comparable, ends_sentence, join_words
+from streaming.timeline.emotion import EmotionState, EmotionTracker
+from streaming.timeline.scored_events import EventTracker
+
+STALE = 8 * SAMPLE_RATE_HZ  # a word so far behind the live edge is committed as it was last heard
+KEPT = 120 * SAMPLE_RATE_HZ  # committed words stay so long, for a restart's window; longer than any window
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a result led to."""
+
+    messages: tuple[Message, ...]
+    n_committed: int  # of the result's words, from the first on
+
+
+class TimelineState(msgspec.Struct, frozen=True):
+    """All that a timeline remembers; one that is given it goes on as the other would."""
+
+    guesses: tuple[tuple[str, ...], ...] = ()
+    interim: str = ""
+    segment: tuple[HeardWord, ...] = ()
+    kept: tuple[HeardWord, ...] = ()
+    context: str = ""
+    language: str | None = None
+    speech_edge: int = 0
+    n_words: int = 0
+    n_segments: int = 0
+    sounds: Any = None  # of the trackers, as plain data
+    voice: Any = None
+
+
+class SoundTracker(Protocol):
+    """From scores or names of sounds to events that begin and end."""
+
+    def state(self) -> Any:
+        """What a tracker needs to go on from here: plain data, or a msgspec struct of it."""
+
+    def push(self, sounds: Sounds) -> list[Message]:
+        """Take rows of scores; rows already taken change nothing."""
+
+    def named(self, events: Events) -> list[Message]:
+        """Take what the model named in a window."""
+
+    def finish(self, end: int) -> list[Message]:
+        """End what is open: nothing follows after sample `end`."""
+
+
+class VoiceTracker(Protocol):
+    """From what each window sounds like to how the speaker feels."""
+
+    def state(self) -> Any:
+        """As of a `SoundTracker`."""
+
+    def speech_started(self, edge: int) -> None:
+        """Somebody speaks since sample `edge`."""
+
+    def push(self, emotion: Emotion) -> list[Message]:
+        """Take what a window sounds like."""
+
+    def final(self, start_ms: int, end_ms: int) -> list[Message]:
+        """A segment was closed: what it sounded like."""
+
+
+def new_timeline(
+    settings: EngineSettings,
+    tasks: Sequence[str],
+    sounds: Sequence[Sound],
+    state: TimelineState | None = None,
+) -> Timeline:
+    """A timeline with the trackers of what is wanted and what the model does.
+
+    Args:
+        settings: What is wanted.
+        tasks: What the model does.
+        sounds: Columns of its scores; empty where it names sounds itself or hears none.
+        state: Of the timeline that this one goes on from; None: of a new stream.
+    """
+    state = state or TimelineState()
+    voice = None if state.voice is None else msgspec.convert(state.voice, EmotionState)
+    has_events = settings.events.enabled and "events" in tasks
+    has_emotion = settings.emotion.enabled and "emotion" in tasks
+    return Timeline(
+        settings.transcript,
+        EventTracker(settings.events, sounds, state.sounds) if has_events else None,
+        EmotionTracker(settings.emotion, voice) if has_emotion else None,
+        state,
+    )
+
+
+class Timeline:
+    """One stream's text, sounds and emotion, from its first sample to its last."""
+
+    def __init__(
+        self,
+        config: TranscriptConfig,
+        sounds: SoundTracker | None = None,
+        voice: VoiceTracker | None = None,
+        state: TimelineState = TimelineState(),  # noqa: B008  frozen
+    ) -> None:
+        """A timeline of a new stream, or one that goes on from a `state()`; so do its trackers."""
+        self._config = config
+        self._sounds = sounds  # None: no events are wanted
+        self._voice = voice  # None: no emotion is wanted
+        self._edge = int(config.edge_s * SAMPLE_RATE_HZ)
+        self._patience = max(self._edge, int(config.patience_s * SAMPLE_RATE_HZ))
+        self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
+        self._guesses: deque[list[str]] = deque(  # of the last updates, uncommitted
+            map(list, state.guesses), maxlen=config.agreement - 1
+        )
+        self._interim = state.interim  # as last sent
+        self._segment = list(state.segment)  # committed words of the open segment
+        self._kept = deque(state.kept)  # committed words of the last KEPT samples
+        self._context = state.context  # the end of the committed text before them
+        self._language = state.language
+        self._speech_edge = state.speech_edge
+        self.n_words = state.n_words  # committed
+        self.n_segments = state.n_segments  # closed
+
+    def state(self) -> TimelineState:
+        """What a timeline needs to go on from here."""
+        return TimelineState(
+            guesses=tuple(map(tuple, self._guesses)),
+            interim=self._interim,
+            segment=tuple(self._segment),
+            kept=tuple(self._kept),
+            context=self._context,
+            language=self._language,
+            speech_edge=self._speech_edge,
+            n_words=self.n_words,
+            n_segments=self.n_segments,
+            sounds=None if self._sounds is None else self._sounds.state(),
+            voice=None if self._voice is None else self._voice.state(),
+        )
+
+    def speech_started(self, edge: int) -> list[Message]:
+        """Somebody speaks since sample `edge`."""
+        self._speech_edge = edge
+        if self._voice is not None:
+            self._voice.speech_started(edge)
+        return [SpeechStarted(ms_of(edge))]
+
+    def speech_stopped(self, edge: int) -> list[Message]:
+        """Nobody speaks since sample `edge`."""
+        return [SpeechStopped(ms_of(self._speech_edge), ms_of(edge))]
+
+    def apply(self, result: Result) -> Applied:
+        """Take what was found at a point: show it, commit of it what is sure."""
+        heard = self._hear(result)
+        if result.kind in ("sound", "ask"):
+            return Applied(tuple(heard), 0)
+        words = self._apply_words(result)
+        felt = self._feel(result, words.messages)
+        return Applied((*heard, *words.messages, *felt), words.n_committed)
+
+    def _hear(self, result: Result) -> list[Message]:
+        """The sound events that begin or end."""
+        if self._sounds is None:
+            return []
+        messages = [] if result.sounds is None else self._sounds.push(result.sounds)
+        return messages if result.events is None else messages + self._sounds.named(result.events)
+
+    def _feel(self, result: Result, said: Sequence[Message]) -> list[Message]:
+        """How the speaker sounds: of each segment that was closed, else as it is now.
+
+        Endpointing takes some sounds for a voice; where no word was heard, nobody has an emotion.
+        """
+        finals = [message for message in said if isinstance(message, TranscriptFinal)]
+        if self._voice is None or not (result.words or self._segment or finals):
+            return []
+        now = [] if result.emotion is None else self._voice.push(result.emotion)
+        if not finals:
+            return now
+        return [message for final in finals for message in self._voice.final(final.start_ms, final.end_ms)]
+
+    def _apply_words(self, result: Result) -> Applied:
+        self._language = result.language or self._language
+        words = result.words
+        n_committed = len(words) if result.kind != "tick" else self._n_sure(words, result.point)
+        messages: list[Message] = []
+        if n_committed:
+            messages.append(self._commit(words[:n_committed]))
+        rest = words[n_committed:]
+        guesses = [[comparable(word.text) for word in words], *self._guesses]
+        self._guesses.clear()
+        if result.kind == "tick":
+            # Every guess now goes on from the words just committed.
+            self._guesses.extend(guess[n_committed:] for guess in guesses[: self._config.agreement - 1])
+        messages += self._show(rest, result.point)
+        if result.kind != "tick":
+            messages += self._close(len(self._segment))
+        else:
+            messages += self._close_long(result.point)
+        return Applied(tuple(messages), n_committed)
+
+    def finish(self, end: int) -> list[Message]:
+        """Nothing follows after sample `end`: what is not committed is dropped, the segment closed."""
+        self._guesses.clear()
+        sounds = [] if self._sounds is None else self._sounds.finish(end)
+        return [*self._show((), end), *self._close(len(self._segment)), *sounds]
+
+    def window(self, window_start: int) -> tuple[tuple[HeardWord, ...], str]:
+        """The committed words inside a window, and the end of the committed text before it.
+
+        A word belongs to the window that holds its middle.
+        """
+        inside = [word for word in self._kept if word.middle >= window_start]
+        before = [word.text for word in self._kept][: len(self._kept) - len(inside)]
+        context = join_words([self._context, *before] if self._context else before)
+        return tuple(inside), context[-MAX_CONTEXT_CHARS:]
+
+    def _n_sure(self, words: Sequence[HeardWord], point: int) -> int:
+        """How many words may be committed at a tick. Never the last: it may have been cut in two."""
+        if len(self._guesses) < self._config.agreement - 1:
+            return 0
+        n = 0
+        for word in words[:-1]:
+            agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
+            edge = self._edge if agree and word.score >= self._config.sure_score else self._patience
+            # A word that flips at every update must not hold up for ever what comes after it.
+            if word.end > point - edge or not (agree or word.end <= point - STALE):
+                break
+            n += 1
+        return n
+
+    def _commit(self, words: Sequence[HeardWord]) -> Message:
+        self._segment.extend(words)
+        self._kept.extend(words)
+        self.n_words += len(words)
+        gone = []
+        while self._kept[-1].end - self._kept[0].end > KEPT:
+            gone.append(self._kept.popleft().text)
+        if gone:
+            self._context = join_words([self._context, *gone] if self._context else gone)[-MAX_CONTEXT_CHARS:]
+        return TranscriptDelta(
+            join_words(word.text for word in words), _wire(words), ms_of(words[0].start), ms_of(words[-1].end)
+        )
+
+    def _show(self, words: Sequence[HeardWord], point: int) -> list[Message]:
+        """An interim message, if what is shown changes."""
+        text = join_words(word.text for word in words)
+        if text == self._interim:
+            return []
+        self._interim = text
+        start = words[0].start if words else point
+        return [TranscriptInterim(text, ms_of(start), ms_of(point))]
+
+    def _close_long(self, point: int) -> list[Message]:
+        """Close a segment that goes on and on: at its last sentence, or, much later, wherever it is."""
+        if not self._segment or point - self._segment[0].start <= self._max_segment:
+            return []
+        n_words = max((i + 1 for i, word in enumerate(self._segment) if ends_sentence(word.text)), default=0)
+        if not n_words and point - self._segment[0].start > self._max_segment * 3 // 2:
+            n_words = len(self._segment)
+        return self._close(n_words)
+
+    def _close(self, n_words: int) -> list[Message]:
+        """Close a segment of the first words of the open one."""
+        words, self._segment = self._segment[:n_words], self._segment[n_words:]
+        if not words:
+            return []
+        self.n_segments += 1
+        text = join_words(word.text for word in words)
+        start, end = ms_of(words[0].start), ms_of(words[-1].end)
+        return [TranscriptFinal(text, _wire(words), self._language, None, start, end)]
+
+
+def _wire(words: Sequence[HeardWord]) -> tuple[Word, ...]:
+    """Words as they are sent."""
+    return tuple(Word(w.text, ms_of(w.start), ms_of(w.end), round(w.score, 3)) for w in words)

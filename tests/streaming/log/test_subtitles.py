@@ -1,0 +1,92 @@
+"""Cues that can be read, in files that players can."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streaming.log.subtitles import MAX_CHARS, MAX_CUE_MS, MAX_LINES, MIN_CUE_MS, cues_of, subrip, webvtt
+from streaming.protocol import Word
+
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
+    lambda text: text.split() == [text]
+)
+
+
+@st.composite
+def spoken(draw: st.DrawFn) -> list[list[Word]]:
+    """Segments of words that go forward in time and may touch."""
+    at = draw(st.integers(0, 4_000_000))
+    segments: list[list[Word]] = []
+    for _ in range(draw(st.integers(0, 4))):
+        words = []
+        for _ in range(draw(st.integers(1, 12))):
+            start = at + draw(st.integers(0, 3000))
+            at = start + draw(st.integers(0, 2000))
+            words.append(Word(draw(texts), start, at, 1.0))
+        segments.append(words)
+    return segments
+
+
+@given(spoken())
+def test_cues_hold_every_word_once_and_never_overlap(segments: list[list[Word]]) -> None:
+    """In order, each of a bounded length, the next one at its first word."""
+    cues = cues_of(segments)
+    shown = "".join("".join(cue.lines) for cue in cues)
+    assert "".join(shown.split()) == "".join("".join(w.text.split()) for words in segments for w in words)
+    assert all(0 <= cue.start_ms < cue.end_ms for cue in cues)
+    assert all(a.end_ms <= b.start_ms for a, b in pairwise(cues))
+    for cue in cues:
+        assert all(len(line) <= MAX_CHARS or " " not in line for line in cue.lines)
+        assert len(cue.lines) <= MAX_LINES
+
+
+@given(spoken())
+def test_files_have_the_form_that_players_read(segments: list[list[Word]]) -> None:
+    """Whatever was said: one block a cue, times with hours; no markup, arrow or empty line in a text."""
+    cues = cues_of(segments)
+    head, *blocks = webvtt(cues).rstrip("\n").split("\n\n")
+    assert head == "WEBVTT"
+    assert len(blocks) == len(cues)
+    for block in blocks:
+        timing, *lines = block.split("\n")
+        assert re.fullmatch(r"\d{2,}:[0-5]\d:[0-5]\d\.\d{3} --> \d{2,}:[0-5]\d:[0-5]\d\.\d{3}", timing)
+        assert lines
+        assert not any("<" in line or "-->" in line or not line for line in lines)
+    found = re.findall(r"(?m)^\d{2,}:\d\d:\d\d,\d{3} --> ", subrip(cues))
+    assert len(found) == len(cues)
+
+
+def words(text: str, start_ms: int, word_ms: int = 300) -> list[Word]:
+    """The words of a text, one after another."""
+    parts = text.split()
+    return [
+        Word(part, start_ms + i * word_ms, start_ms + (i + 1) * word_ms, 1.0) for i, part in enumerate(parts)
+    ]
+
+
+def test_a_file_as_a_player_sees_it() -> None:
+    """Over an hour, with characters that mean something, cut at a sentence and at a pause."""
+    hour = 3_600_000
+    said = [words("Salt & pepper <b>. Then", hour + 1, 500) + words("more", hour + 5_000)]
+    assert webvtt(cues_of(said)) == (
+        "WEBVTT\n\n"
+        "01:00:00.001 --> 01:00:02.001\nSalt &amp; pepper &lt;b&gt;.\n\n"
+        "01:00:02.001 --> 01:00:02.801\nThen\n\n"
+        "01:00:05.000 --> 01:00:05.800\nmore\n"
+    )
+    assert subrip(cues_of(said)).startswith("1\n01:00:00,001 --> 01:00:02,001\nSalt & pepper <b>.\n\n2\n")
+    assert webvtt([]) == "WEBVTT\n"
+    assert subrip([]) == ""
+
+
+def test_long_speech_is_cut_to_what_can_be_read() -> None:
+    """No cue is longer than its words allow, none too short to be seen where there is room."""
+    cues = cues_of([words(" ".join(f"word{i}" for i in range(200)), 0)])
+    assert len(cues) > 10
+    assert all(cue.end_ms - cue.start_ms <= MAX_CUE_MS for cue in cues)
+    (short,) = cues_of([words("Yes.", 0, 100)])
+    assert short.end_ms == MIN_CUE_MS
