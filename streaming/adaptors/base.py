@@ -26,7 +26,6 @@ from streaming.engine.contract import Pcm
 from streaming.errors import (
     BadMessages,
     ConnectionOver,
-    EngineLost,
     IdleConnection,
     ServerStopping,
     SlowReader,
@@ -217,7 +216,7 @@ class Conversation:
                 self._adaptor.work(self),
                 aio.ended(taking),
                 aio.ended(sender),
-                aio.raise_when(self.session.is_lost, EngineLost("the engine could not be brought back")),
+                self.session.watch_engine(),
                 aio.raise_when(self._stopping, ServerStopping("the server is stopping")),
                 aio.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),
             )

@@ -70,7 +70,7 @@ def parse_query(query: str) -> AudioFormat:
 
 
 class IngestState(msgspec.Struct, frozen=True, array_like=True):
-    """What the audio path of a stream goes on from."""
+    """What the audio path of a stream continues from."""
 
     n_bytes: int  # received
     buffer: bytes  # of them, less than a block that was not worked on yet
@@ -101,12 +101,12 @@ class Ingest:
         self._n_skip = 0  # samples that the resampler before this one gave already
         self._early: Pcm = np.zeros(0, np.float32)  # samples that this one gave too early
 
-    def state(self) -> IngestState:
-        """What `restore` goes on from."""
+    def snapshot(self) -> IngestState:
+        """What `restore` continues from."""
         return IngestState(self._n_bytes, bytes(self._buffer), self._n_blocks, self._n_out, bytes(self._kept))
 
     def restore(self, state: IngestState) -> None:
-        """Go on where another was; called before the first `push`.
+        """Continue where another was; called before the first `push`.
 
         Bit for bit at 16 kHz and in the first half second; else the resampler, begun anew on the
         kept blocks, rounds differently in the last place of a float32.

@@ -88,12 +88,12 @@ class Vad:
         """Position of the oldest sample that `restore` needs for a state."""
         return max(0, state.n_frames // PERIOD * PERIOD - WARM_UP) * FRAME
 
-    def state(self) -> VadState:
-        """What `restore` goes on from, with the audio from `needed_from` to now."""
+    def snapshot(self) -> VadState:
+        """What `restore` continues from, with the audio from `needed_from` to now."""
         return VadState(self.is_speech, self._n_frames, self._n_run, self._speech_end, self._last_stop)
 
     def restore(self, state: VadState, pcm: Pcm) -> None:
-        """Go on where another was; called before the first `push`.
+        """Continue where another was; called before the first `push`.
 
         Args:
             state: Of the other.

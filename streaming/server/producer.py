@@ -18,7 +18,6 @@ from streaming.config import LimitsConfig, ServerConfig
 from streaming.errors import (
     BadMessages,
     ConnectionOver,
-    EngineLost,
     IdleConnection,
     Replaced,
     ServerStopping,
@@ -160,7 +159,7 @@ class Producer:
                 aio.raise_when(
                     self._live.seat.is_wanted, Replaced("the stream goes on over a newer connection")
                 ),
-                aio.raise_when(self._session.is_lost, EngineLost("the engine could not be brought back")),
+                self._session.watch_engine(),
                 aio.raise_when(self._stopping, ServerStopping("the server is stopping")),
                 aio.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),
             )

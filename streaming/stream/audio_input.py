@@ -112,7 +112,7 @@ class AudioInput:
             rate_hz=self.format.rate_hz,
             channels=self.format.channels,
             asked_language=self.format.language,
-            ingest=self._ingest.state(),
+            ingest=self._ingest.snapshot(),
         )
 
     def seconds_of(self, n_bytes: int) -> float:

@@ -11,18 +11,19 @@ import hashlib
 import hmac
 import logging
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode
 
 from streaming import aio
-from streaming.errors import BadQuery, StreamFault
+from streaming.errors import BadQuery, EngineLost, StreamFault
 from streaming.log.hub import Subscription
 from streaming.log.log import Log
 from streaming.log.store import Saved
 from streaming.protocol import AFTER_PARAMETER, MAX_SEQ, RESUME_PARAMETER, Ack, Envelope, Message
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.session import Session
-from streaming.stream.snapshot import StreamState, encode_state
+from streaming.stream.snapshot import SavedStream, encode_stream
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class LiveStream:
         """What the stream continues from after the server's death, and its audio since the last call."""
         session = self.session.snapshot()
         unsaved = self.session.take_unsaved()
-        state = encode_state(StreamState(session, self.audio.snapshot()))
+        state = encode_stream(SavedStream(session, self.audio.snapshot()))
         return Saved(stream, state, unsaved.start, unsaved.stop, unsaved.pcm, session.needed_from)
 
     def end(self, reason: str) -> None:
@@ -214,7 +215,7 @@ class LiveStream:
             await aio.cancel(taking)
 
     async def _finalise(self, reason: str) -> None:
-        if not self.session.is_lost.is_set():
+        if not self.session.is_lost:
             await self.audio.end()
         await self.session.finish(reason)
 
@@ -237,7 +238,8 @@ class LiveStream:
 
     async def _watch_engine(self) -> None:
         """End the stream with a lost engine. A connected producer is told first, and ends it itself."""
-        await self.session.is_lost.wait()
+        with suppress(EngineLost):
+            await self.session.watch_engine()
         while self.seat.reader is not None:
             self.seat.changed.clear()
             await self.seat.changed.wait()

@@ -15,13 +15,16 @@ import numpy as np
 
 from streaming import aio
 from streaming.audio.ingest import AudioFormat
+from streaming.audio.vad import Vad
 from streaming.config import Config, VadConfig
 from streaming.engine.client import EngineClient, EngineState
+from streaming.engine.contract import Pcm
 from streaming.errors import LogError
 from streaming.log.log import Left, Log
 from streaming.logging_setup import where_raised
 from streaming.metrics import Metrics
 from streaming.protocol import (
+    SAMPLE_RATE_HZ,
     Error,
     Message,
     ProtocolError,
@@ -31,10 +34,11 @@ from streaming.protocol import (
     decode,
 )
 from streaming.stream.audio_input import AudioInput
+from streaming.stream.feed import Feed
 from streaming.stream.lifetime import LiveStream, Seat, digest_of, new_token
 from streaming.stream.session import Outlets, Session
-from streaming.stream.snapshot import InputState, decode_state, for_model
-from streaming.timeline.transcript import TimelineState, new_timeline
+from streaming.stream.snapshot import InputState, SessionState, decode_stream, for_model
+from streaming.timeline.transcript import new_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -163,24 +167,21 @@ class Streams:
         assert ready is not None
         if left.state is None or len(self._live) >= ready.n_slots:
             raise LogError("it had no state" if left.state is None else f"there are {ready.n_slots} slots")
-        saved = decode_state(left.state)
-        state, unanswered = for_model(saved.session, ready.tasks, ready.languages)
-        start = left.audio[0][0] if left.audio else state.ring_end
+        saved = decode_stream(left.state)
+        feed, unanswered = for_model(saved.session.feed, ready.tasks, ready.languages)
+        state = SessionState(feed, saved.session.vad)
+        start = left.audio[0][0] if left.audio else feed.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
         end = start + len(audio)
-        if end != state.ring_end or start > state.needed_from:
-            raise LogError(f"its audio from {start} to {end} is kept; expected it up to {state.ring_end}")
+        if end != feed.ring_end or start > state.needed_from:
+            raise LogError(f"its audio from {start} to {end} is kept; expected it up to {feed.ring_end}")
         seat = Seat(self._log, left.name)
-        session = self._session(left.name, state.language, seat.tell, state=state.timeline)
+        session = self._session(left.name, feed.language, seat.tell, restored=(state, audio))
         live = self._live_stream(
             session, self._input(session, saved.input.audio_format, seat, saved.input), seat
         )
         self._log.reopen(left.name, live)
-        try:
-            session.restore(state, start, audio)
-        except Exception:
-            session.abandon("server_lost")
-            raise
+        session.reopen()
         for question in unanswered:
             text = f"ask {question.client_id!r}: the loaded model answers no questions"
             seat.tell_next(Error("unsupported", text, fatal=False))
@@ -214,27 +215,36 @@ class Streams:
         tell: Callable[[Message], None],
         *,
         vad: VadConfig | None = None,
-        state: TimelineState | None = None,
+        restored: tuple[SessionState, Pcm] | None = None,
         is_saved: bool = True,
     ) -> Session:
         ready = self._engine.ready
         assert ready is not None, "admitted before the engine was ever ready"
-        return Session(
-            name,
-            next(self._numbers),
-            language,
-            ingest=self._config.ingest,
-            vad=vad or self._config.vad,
-            timeline=new_timeline(self._config, ready.tasks, ready.sounds, state),
-            engine=self._engine,
-            outlets=Outlets(
-                publish=lambda message: self.publish(name, message),
-                tell=tell,
-                room=lambda: self._log.room(name),
-                is_saved=is_saved,
-                metrics=self._metrics,
-            ),
+        number, ingest = next(self._numbers), self._config.ingest
+        endpointing = Vad(vad or self._config.vad)
+        state = audio = None
+        if restored is not None:
+            state, kept = restored[0].feed, restored[1]
+            start = state.ring_end - len(kept)
+            endpointing.restore(restored[0].vad, kept[Vad.needed_from(restored[0].vad) - start :])
+            audio = kept[state.ring_start - start :]
+        feed = Feed(
+            number,
+            new_timeline(self._config, ready.tasks, ready.sounds, None if state is None else state.timeline),
+            language=language,
+            ring=int(ingest.ring_s * SAMPLE_RATE_HZ),
+            max_ahead=int(ingest.max_ahead_s * SAMPLE_RATE_HZ),
+            state=state,
+            audio=audio,
         )
+        outlets = Outlets(
+            publish=lambda message: self.publish(name, message),
+            tell=tell,
+            room=lambda: self._log.room(name),
+            is_saved=is_saved,
+            metrics=self._metrics,
+        )
+        return Session(name, number, feed, endpointing, engine=self._engine, outlets=outlets)
 
     def _input(
         self, session: Session, audio_format: AudioFormat, seat: Seat, state: InputState | None = None

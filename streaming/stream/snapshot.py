@@ -14,19 +14,10 @@ import msgspec
 
 from streaming.audio.ingest import AudioFormat, Encoding, IngestState
 from streaming.audio.vad import Vad, VadState
-from streaming.engine.messages import Mark
 from streaming.errors import LogError
-from streaming.timeline.transcript import TimelineState
+from streaming.stream.feed import FeedState, PendingMark
 
 VERSION = 1
-
-
-class PendingMark(msgspec.Struct):
-    """A mark that the engine has not answered; it is sent again to the next engine."""
-
-    mark: Mark
-    client_id: str | None = None  # of the client's flush or question; None: not a client's
-    is_announced: bool = False
 
 
 class InputState(msgspec.Struct, frozen=True):
@@ -44,47 +35,42 @@ class InputState(msgspec.Struct, frozen=True):
         return AudioFormat(self.encoding, self.rate_hz, self.channels, self.asked_language)
 
 
-class SessionState(msgspec.Struct, frozen=True):
-    """What a session and what belongs to it remember."""
+class _Header(msgspec.Struct, frozen=True):
+    version: int
 
-    language: str | None
-    language_from: int | None
-    settled_language: str | None
-    ring_start: int
-    ring_end: int
-    consumed: int
-    window_start: int
-    pending: tuple[PendingMark, ...]
-    speech_edge: int | None
-    last_stop: int
+
+class _Endpointing(msgspec.Struct, frozen=True):
     vad: VadState
-    timeline: TimelineState
+
+
+@dataclass(frozen=True, slots=True)
+class SessionState:
+    """What a session remembers."""
+
+    feed: FeedState
+    vad: VadState
 
     @property
     def needed_from(self) -> int:
         """The oldest sample that a session needs to continue from this state."""
-        return min(self.ring_start, Vad.needed_from(self.vad))
-
-
-class _Version(msgspec.Struct):
-    version: int
+        return min(self.feed.ring_start, Vad.needed_from(self.vad))
 
 
 @dataclass(frozen=True, slots=True)
-class StreamState:
+class SavedStream:
     """All that a live stream remembers, at one moment."""
 
     session: SessionState
     input: InputState
 
 
-def encode_state(state: StreamState) -> bytes:
-    """As it is saved: one flat map of the version and the fields of both parts."""
-    parts = (_Version(VERSION), state.session, state.input)
+def encode_stream(saved: SavedStream) -> bytes:
+    """As it is saved: one flat map of the version and the fields of all parts."""
+    parts = (_Header(VERSION), saved.session.feed, _Endpointing(saved.session.vad), saved.input)
     return msgspec.msgpack.encode({k: v for part in parts for k, v in msgspec.structs.asdict(part).items()})
 
 
-def decode_state(body: bytes) -> StreamState:
+def decode_stream(body: bytes) -> SavedStream:
     """Read what was saved.
 
     Raises:
@@ -92,21 +78,22 @@ def decode_state(body: bytes) -> StreamState:
     """
     decode = msgspec.msgpack.decode
     try:
-        version = decode(body, type=_Version).version
+        version = decode(body, type=_Header).version
         if version != VERSION:
             raise LogError(f"a saved state of version {version}; expected {VERSION}")
-        return StreamState(decode(body, type=SessionState), decode(body, type=InputState))
+        session = SessionState(decode(body, type=FeedState), decode(body, type=_Endpointing).vad)
+        return SavedStream(session, decode(body, type=InputState))
     except msgspec.MsgspecError as exc:
         raise LogError(f"a saved state that cannot be read: {exc}") from exc
 
 
 def for_model(
-    state: SessionState, tasks: Sequence[str], languages: Sequence[str]
-) -> tuple[SessionState, tuple[PendingMark, ...]]:
-    """A state that the loaded model can go on from, which need not be the model that led to it.
+    state: FeedState, tasks: Sequence[str], languages: Sequence[str]
+) -> tuple[FeedState, tuple[PendingMark, ...]]:
+    """A state that the loaded model can continue, which need not be the model that led to it.
 
-    What it was asked and cannot answer would end the engine at every attempt. A language that it does
-    not know is detected; one without a list of languages takes any.
+    A question that the model cannot answer would end the engine at every attempt. A language that it
+    does not know is detected; a model without a list of languages takes any.
 
     Args:
         state: As saved.

@@ -88,7 +88,7 @@ def test_the_state_goes_on_where_another_was(
     else:
         pieces.append(one.push(data[:at]))
     other = Ingest(audio_format)
-    other.restore(msgspec.msgpack.decode(msgspec.msgpack.encode(one.state()), type=IngestState))
+    other.restore(msgspec.msgpack.decode(msgspec.msgpack.encode(one.snapshot()), type=IngestState))
     n_most = one.max_out(len(data) - at)
     rest = [np.concatenate([it.push(data[at:]), it.flush()]) for it in (one, other)]
     assert abs(len(rest[0]) - len(rest[1])) <= (rate_hz == 11_025)

@@ -73,12 +73,12 @@ def test_the_state_is_made_again_from_the_audio_before_it(at: int, seed: int) ->
     noisy = long_noise(seed)
     vad = Vad(CONFIG)
     vad.push(noisy[:at])
-    state = vad.state()
+    state = vad.snapshot()
     again = Vad(CONFIG)
     again.restore(state, noisy[Vad.needed_from(state) : at])
     assert at - Vad.needed_from(state) <= (PERIOD + WARM_UP + 1) * FRAME
     assert again.push(noisy[at:]) == vad.push(noisy[at:])
-    assert again.state() == vad.state()
+    assert again.snapshot() == vad.snapshot()
 
 
 def long_noise(seed: int) -> Pcm:

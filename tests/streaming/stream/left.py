@@ -15,8 +15,9 @@ from streaming.config import LogConfig
 from streaming.log.log import Log
 from streaming.log.store import Saved
 from streaming.protocol import Message, SessionCreated
+from streaming.stream.feed import FeedState
 from streaming.stream.lifetime import digest_of
-from streaming.stream.snapshot import InputState, SessionState, StreamState, encode_state
+from streaming.stream.snapshot import InputState, SavedStream, SessionState, encode_stream
 from streaming.timeline.transcript import TimelineState
 
 CREATED = SessionCreated("fake", ("transcript",), ("de", "en"), 0)
@@ -34,9 +35,9 @@ class _Given:
         return Saved(stream, self.state, 0, len(self.pcm) // 4, self.pcm, 0)
 
 
-def state(**changes: Any) -> StreamState:
+def state(**changes: Any) -> SavedStream:
     """Of a stream that was begun and has no audio yet, with some changes to either part."""
-    session = SessionState(
+    feed = FeedState(
         language=None,
         language_from=None,
         settled_language=None,
@@ -47,19 +48,20 @@ def state(**changes: Any) -> StreamState:
         pending=(),
         speech_edge=None,
         last_stop=0,
-        vad=VadState(is_speech=False, n_frames=0, n_run=0, speech_end=0, last_stop=0),
         timeline=TimelineState(),
     )
     audio = InputState("s16le", 16_000, 1, None, IngestState(0, b"", 0, 0, b""))
+    vad = changes.pop("vad", VadState(is_speech=False, n_frames=0, n_run=0, speech_end=0, last_stop=0))
     of_audio = {name: changes.pop(name) for name in list(changes) if name in InputState.__struct_fields__}
-    return StreamState(
-        msgspec.structs.replace(session, **changes), msgspec.structs.replace(audio, **of_audio)
+    return SavedStream(
+        SessionState(msgspec.structs.replace(feed, **changes), vad),
+        msgspec.structs.replace(audio, **of_audio),
     )
 
 
 async def leave(
     folder: Path,
-    states: Mapping[str, StreamState],
+    states: Mapping[str, SavedStream],
     *,
     pcm: bytes = b"",
     said: tuple[Message, ...] = (),
@@ -75,6 +77,6 @@ async def leave(
     log = Log(LogConfig(path=str(folder / "log.sqlite")), lambda _: None, lambda: 0)
     async with log.running():
         for name, saved in states.items():
-            log.open(name, _Given(encode_state(saved), pcm), digest_of(name))
+            log.open(name, _Given(encode_stream(saved), pcm), digest_of(name))
             for message in (CREATED, *said):
                 log.append(name, message)
