@@ -1,8 +1,8 @@
-"""The real engine and timeline with a virtual clock, in this process.
+"""The server's own feed and the real engine with a virtual clock, in this process.
 
 Audio arrives at the pace of speech on the virtual clock; a step takes as long on it as it took on
 the real one. So a run needs no real time while the engine idles, and still shows true lags.
-Sockets, rings and the process boundary are left out: `bench/live.py` measures with them.
+Sockets and the process boundary are left out: `bench/live.py` measures with them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from streaming.audio.vad import Vad
 from streaming.config import Config
 from streaming.engine.contract import Capabilities, Runner
-from streaming.engine.messages import Audio, CloseStream, Commit, Mark, Open, Result, Sound
+from streaming.engine.messages import Audio, CloseStream, Commit, Open, Result, Sound
 from streaming.engine.scheduler import Listening, Scheduler
-from streaming.protocol import SAMPLE_RATE_HZ, Flushed, Message, ms_of
+from streaming.protocol import SAMPLE_RATE_HZ, Message
+from streaming.stream.feed import Feed, FromEngine
 from streaming.timeline.transcript import new_timeline
 
 CHUNK = SAMPLE_RATE_HZ // 50  # samples that arrive at a time, 20 ms
@@ -50,44 +51,62 @@ class _Stream:
         audio: NDArray[np.float32],
         config: Config,
         capabilities: Capabilities,
+        language: str | None,
         keep: Callable[[Message], bool],
     ) -> None:
         self.number = number
         self.audio = audio
-        self.sent = 0
         self._keep = keep
-        self.vad = Vad(config.vad)
+        self._vad = Vad(config.vad)
         sounds = [Sound(label.name, label.parent, label.threshold) for label in capabilities.sounds]
-        self.timeline = new_timeline(config, capabilities.tasks, sounds)
+        self._feed = Feed(
+            number,
+            new_timeline(config, capabilities.tasks, sounds),
+            language=language,
+            ring=len(audio),
+            max_ahead=int(config.ingest.max_ahead_s * SAMPLE_RATE_HZ),
+        )
         self.arrivals: list[tuple[float, Message]] = []
         self.flushed_s: float | None = None
 
+    def open(self, scheduler: Scheduler) -> None:
+        """Take a slot."""
+        self._feed.reopen()
+        self._send(scheduler)
+
     def arrive(self, now_s: float, scheduler: Scheduler) -> None:
         """Push what has come by now; after the last sample, a flush."""
+        start = self._feed.n_samples
         have = min(len(self.audio), round(now_s * SAMPLE_RATE_HZ) // CHUNK * CHUNK)
         if now_s >= len(self.audio) / SAMPLE_RATE_HZ:
             have = len(self.audio)
-        while self.sent < have:
-            pcm = self.audio[self.sent : min(self.sent + CHUNK, have)]
-            marks = self.vad.push(pcm)
-            at_s = (self.sent + len(pcm)) / SAMPLE_RATE_HZ
-            for mark in marks:
-                say = self.timeline.speech_started if mark.kind == "started" else self.timeline.speech_stopped
-                self._hear(at_s, say(mark.edge))
-            start = self.sent
-            self.sent += len(pcm)
-            if self.sent == len(self.audio):
-                marks.append(Mark("flush", self.sent, self.sent))
-            scheduler.push(Audio(self.number, start, pcm.tobytes(), tuple(marks)))
+        if have <= start:
+            return
+        for at in range(start, have, CHUNK):
+            pcm = self.audio[at : min(at + CHUNK, have)]
+            self._hear((at + len(pcm)) / SAMPLE_RATE_HZ, self._feed.push(pcm, self._vad.push(pcm)))
+        if have == len(self.audio):
+            self._feed.flush("end")
+        self._send(scheduler)
 
-    def answer(self, result: Result, now_s: float, scheduler: Scheduler) -> None:
-        """Give a result to the timeline and its commit back to the scheduler."""
-        applied = self.timeline.apply(result)
-        self._hear(now_s, applied.messages)
-        if result.kind == "flush":
+    def take(self, message: FromEngine, now_s: float, scheduler: Scheduler) -> None:
+        """Give what the engine said to the feed, and its answer back to the scheduler."""
+        self._hear(now_s, self._feed.take(message))
+        if isinstance(message, Result) and message.kind == "flush":
             self.flushed_s = now_s
-            self._hear(now_s, [*self.timeline.finish(result.point), Flushed("end", ms_of(result.point))])
-        scheduler.commit(Commit(self.number, result.point, result.kind, applied.n_committed))
+            self._hear(now_s, self._feed.close())
+        else:
+            self._send(scheduler)
+
+    def _send(self, scheduler: Scheduler) -> None:
+        for message in self._feed.outgoing():
+            match message:
+                case Open():
+                    scheduler.open(message)
+                case Audio():
+                    scheduler.push(message)
+                case Commit():
+                    scheduler.commit(message)
 
     def _hear(self, at_s: float, messages: Iterable[Message]) -> None:
         self.arrivals += [(at_s, message) for message in messages if self._keep(message)]
@@ -122,17 +141,19 @@ def run(
         longest_window_s=runner.capabilities.max_window_s,
         listening=Listening.to(runner.capabilities, config.events, config.emotion, tick),
     )
-    streams = [_Stream(number, pcm, config, runner.capabilities, keep) for number, pcm in enumerate(audio)]
+    streams = [
+        _Stream(number, pcm, config, runner.capabilities, language, keep) for number, pcm in enumerate(audio)
+    ]
     for stream in streams:
-        scheduler.open(Open(stream.number, language))
+        stream.open(scheduler)
     cpu_s = wall_s = 0.0
     n_steps = 0
     while any(stream.flushed_s is None for stream in streams):
         for stream in streams:
             stream.arrive(now_s, scheduler)
         schedule = scheduler.schedule()
-        for result in schedule.results:
-            streams[result.stream].answer(result, now_s, scheduler)
+        for message in (*schedule.skipped, *schedule.progress, *schedule.results):
+            streams[message.stream].take(message, now_s, scheduler)
         if schedule.plan.slots:
             wall, cpu = time.perf_counter(), time.process_time()
             answers = runner.step(schedule.plan)
@@ -142,8 +163,8 @@ def run(
             n_steps += 1
             now_s += took_s / speed
             for result in scheduler.apply(schedule, answers, took_s):
-                streams[result.stream].answer(result, now_s, scheduler)
-        elif not schedule.results:
+                streams[result.stream].take(result, now_s, scheduler)
+        elif not (schedule.results or schedule.progress):
             now_s = (round(now_s * SAMPLE_RATE_HZ) // CHUNK + 1) * CHUNK / SAMPLE_RATE_HZ
     for stream in streams:
         slot_idx = scheduler.close(CloseStream(stream.number).stream)

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from streaming.engine import messages
@@ -61,29 +62,17 @@ class Stream:
 
 
 class FakeEngine:
-    """All streams, and the pipe."""
+    """All streams. Takes messages and says what it finds."""
 
-    def __init__(self, pipe: socket.socket, fault: str) -> None:
-        self._pipe = pipe
+    def __init__(self, say: Callable[[messages.FromEngine], None], fault: str = "") -> None:
+        self._say = say
         self._fault = fault
-        self._tasks = ("transcript",) if fault == "answers_nothing" else ("transcript", "answer")
+        self.tasks = ("transcript",) if fault == "answers_nothing" else ("transcript", "answer")
         self._streams: dict[int, Stream] = {}
         self._n_results = 0
 
-    def run(self) -> None:
-        """Serve until the pipe closes."""
-        settings = json.loads(self._take())
-        if self._fault == "never_ready":
-            self._take()
-        if self._fault == "fails_at_start":
-            self._say(messages.Failed("no weights"))
-            return
-        n_slots = settings["engine"]["n_slots"]
-        self._say(messages.Ready("fake", self._tasks, ("de", "en"), n_slots, 0.0, 0.0))
-        while True:
-            self._hear(messages.decode_to_engine(self._take()))
-
-    def _hear(self, message: messages.ToEngine) -> None:
+    def take(self, message: messages.ToEngine) -> None:
+        """Do what the server asks for."""
         match message:
             case messages.Open():
                 # Where no committed word lies in the window, it begins at the first that is not.
@@ -109,7 +98,7 @@ class FakeEngine:
                 assert message.n_words <= len(words), (message, words)
                 if message.n_words:
                     stream.next_word = words[message.n_words - 1].end
-                if message.kind in ("stopped", "flush"):
+                if message.kind in ("stopped", "flush") and stream.is_speech:
                     stream.next_word = max(stream.next_word, message.point)
                     stream.is_speech = stream.is_speech and message.kind != "stopped"
                 stream.resume_at = message.point
@@ -137,7 +126,7 @@ class FakeEngine:
                     if self._fault == "hangs" and mark.edge > 0:
                         time.sleep(3600)  # stands for a step that never ends
                 elif mark.kind == "ask":
-                    assert "answer" in self._tasks, mark  # as a runner that has no such fork
+                    assert "answer" in self.tasks, mark  # as a runner that has no such fork
                     stream.is_unanswered = True
                     answer = messages.Answer(mark.edge, mark.at, f"{mark.question} Nothing much.")
                     result = messages.Result(
@@ -175,10 +164,32 @@ class FakeEngine:
         window_start = max(0, stream.start - WORD)
         self._say(messages.Progress(number, stream.consumed, stream.start, window_start))
 
-    def _say(self, message: messages.FromEngine) -> None:
+
+class Process:
+    """The pipe of an engine process."""
+
+    def __init__(self, pipe: socket.socket, fault: str) -> None:
+        self._pipe = pipe
+        self._fault = fault
+        self._engine = FakeEngine(self._send, fault)
+
+    def run(self) -> None:
+        """Serve until the pipe closes."""
+        settings = json.loads(self._receive())
+        if self._fault == "never_ready":
+            self._receive()
+        if self._fault == "fails_at_start":
+            self._send(messages.Failed("no weights"))
+            return
+        n_slots = settings["engine"]["n_slots"]
+        self._send(messages.Ready("fake", self._engine.tasks, ("de", "en"), n_slots, 0.0, 0.0))
+        while True:
+            self._engine.take(messages.decode_to_engine(self._receive()))
+
+    def _send(self, message: messages.FromEngine) -> None:
         self._pipe.sendall(messages.frame(message))
 
-    def _take(self) -> bytes:
+    def _receive(self) -> bytes:
         header = self._read(messages.HEADER_BYTES)
         return self._read(messages.frame_length(header))
 
@@ -198,7 +209,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--fault", default="")
     arguments = parser.parse_args()
-    FakeEngine(socket.socket(fileno=arguments.fd), arguments.fault).run()
+    Process(socket.socket(fileno=arguments.fd), arguments.fault).run()
 
 
 if __name__ == "__main__":

@@ -1,47 +1,24 @@
-"""The scheduler's surroundings without a model.
+"""The scheduler's surroundings without a model: the server's own `Feed`s around one engine.
 
-A runner that reads words off the samples, and the server's side of a stream as `streaming.stream.session`
-has it, crashes of the engine included. Speech is runs of a constant sample value, one run a word;
-the value is the word's number. Sounds, emotions and answers are checksums of the audio they are
-about, so that they show what was looked at.
+The engine runs in steps; it may die, and so may the server.
 """
 
 from __future__ import annotations
 
-import itertools
-import zlib
+import re
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from hypothesis import strategies as st
+import msgspec
 
 from streaming.config import TranscriptConfig
 from streaming.engine import messages
-from streaming.engine.contract import (
-    SOUND_FRAME,
-    Capabilities,
-    Fork,
-    HeardAnswer,
-    HeardEmotion,
-    HeardEvent,
-    HeardEvents,
-    HeardWord,
-    Hypothesis,
-    Pcm,
-    SlotStep,
-    SoundScores,
-    StepPlan,
-    StepResult,
-)
+from streaming.engine.contract import SOUND_FRAME
 from streaming.engine.messages import (
     Audio,
-    CloseStream,
     Commit,
     Emotion,
     Events,
-    Mark,
     Open,
     PointKind,
     Progress,
@@ -49,31 +26,27 @@ from streaming.engine.messages import (
     Skipped,
     Sounds,
 )
-from streaming.engine.scheduler import MARGIN, WORDS_ALONE, Listening, Scheduler
+from streaming.engine.scheduler import WORDS_ALONE, Listening, Scheduler
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
-    AnswerFinal,
+    Ask,
     EmotionUpdate,
     EventEnded,
     EventStarted,
     Message,
+    SpeechStarted,
     TranscriptDelta,
 )
+from streaming.stream.feed import Feed, FeedState
 from streaming.timeline.transcript import Timeline
+from tests.streaming.engine.fake_runner import LONGEST_WINDOW_S, Asked, FakeRunner
+from tests.streaming.engine.recording import ASKED_ABOUT_S, Script, Utterance, make_script
 
-GRID = 320  # samples; endpointing decides on it
-HOP = 160  # samples; a runner can begin on no finer grid
 TICK = 5120  # samples
-FRAGMENT = 320  # samples; less of a run, at a window's start, is not heard
-LONGEST_WINDOW_S = 7.0  # what the runner can look at
-UNIT = 1 / 4096  # sample value of word number 1
-SOUND_PAST = 2 * SAMPLE_RATE_HZ  # samples that a row of sound scores looks back on ...
-SOUND_DELAY = SAMPLE_RATE_HZ * 3 // 5  # ... and how long it is waited for
-SCORED = Listening(sound_ticks=1, emotion_ticks=4)  # as a model that scores sounds row by row
-# As one that names them when asked.
-NAMED = Listening(
-    sound_ticks=4, events_ticks=4, emotion_ticks=6, reach=int(LONGEST_WINDOW_S * SAMPLE_RATE_HZ)
-)
+SECOND = SAMPLE_RATE_HZ
+TEN_WORDS = Utterance(30, ((4000, 1000),) * 10)  # 3.1 s
+LONG = make_script([TEN_WORDS, TEN_WORDS], flushes=[0.3])
+MINUTE = make_script([Utterance(10, ((4000, 400),) * 200)])
 CONFIG = TranscriptConfig(
     window_s=5.0,
     join_gap_s=1.0,
@@ -86,210 +59,15 @@ CONFIG = TranscriptConfig(
 )
 
 
-@dataclass(frozen=True)
-class Script:
-    """A recording and the marks on it."""
-
-    pcm: Pcm
-    marks: tuple[Mark, ...]
-    n_words: int
-
-    def without_questions(self) -> Script:
-        """For a model that answers none."""
-        return Script(self.pcm, tuple(mark for mark in self.marks if mark.kind != "ask"), self.n_words)
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """Words between two silences."""
-
-    pause: int  # of silence before, in grid steps
-    words: tuple[tuple[int, int], ...]  # samples of each word and of the gap after it
-
-
-def make_script(
-    utterances: Sequence[Utterance],
-    *,
-    start_delay: int = 4,
-    stop_delay: int = 10,
-    pad: int = 4,
-    flushes: Sequence[float] = (),
-    questions: Sequence[float] = (),
-) -> Script:
-    """A recording of these utterances, endpointed with delays and a pad given in grid steps."""
-    pieces: list[Pcm] = []
-    marks: list[Mark] = []
-    at = last_stop = n_words = 0
-    for utterance in utterances:
-        pause = max(utterance.pause, stop_delay + 1) * GRID
-        pieces.append(np.zeros(pause, np.float32))
-        at += pause
-        speech = at
-        for length, gap in utterance.words:
-            n_words += 1
-            pieces += [np.full(length, n_words * UNIT, np.float32), np.zeros(gap, np.float32)]
-            at += length + gap
-        rest = -at % GRID
-        pieces.append(np.zeros(rest, np.float32))
-        at += rest
-        # Endpointing needs so much to decide: an utterance is at least as long.
-        decided = min(speech + start_delay * GRID, at)
-        marks.append(Mark("started", decided, max(speech - pad * GRID, last_stop)))
-        marks.append(Mark("stopped", at + stop_delay * GRID, at))
-        last_stop = at
-    pieces.append(np.zeros((stop_delay + 1) * GRID, np.float32))
-    pcm = np.concatenate(pieces)
-    marks += [Mark("flush", at, at) for at in (int(part * len(pcm)) for part in flushes)]
-    asked = [int(part * len(pcm)) for part in questions]
-    marks += [Mark("ask", at, max(0, at - 3 * SAMPLE_RATE_HZ), "what was that?") for at in asked]
-    marks.append(Mark("flush", len(pcm), len(pcm)))
-    marks.sort(key=lambda mark: mark.at)  # stable: endpointing comes before a flush at the same sample
-    return Script(pcm, tuple(marks), n_words)
-
-
-words = st.tuples(st.integers(1600, 9000), st.sampled_from([0, 160, 1000, 3000]))
-utterances = st.builds(
-    Utterance, pause=st.integers(0, 120), words=st.lists(words, min_size=1, max_size=12).map(tuple)
-)
-scripts = st.builds(
-    make_script,
-    st.lists(utterances, min_size=1, max_size=4),
-    start_delay=st.sampled_from([2, 6, 100]),
-    stop_delay=st.sampled_from([10, 30]),
-    pad=st.sampled_from([0, 15, 50]),
-    flushes=st.lists(st.floats(0.05, 0.95) | st.sampled_from([0.25, 0.5]), max_size=2),
-    questions=st.lists(st.floats(0.05, 0.95) | st.sampled_from([0.25, 0.5]), max_size=2),
-)
-listenings = st.sampled_from([WORDS_ALONE, SCORED, NAMED])
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question that the runner got."""
-
-    point: int
-    fork: Fork
-    window: int  # checksum of the audio that was looked at
-
-
-@dataclass
-class _Slot:
-    owner: int
-    start: int
-    pcm: Pcm
-    next_row: int = 0  # of sound scores, by position
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.pcm)
-
-
-class FakeRunner:
-    """Hears the runs of its window, and holds the scheduler to the runner's contract."""
-
-    capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0, 0.08)
-
-    def __init__(self, listening: Listening = WORDS_ALONE) -> None:
-        self.asked: dict[int, Asked] = {}  # the last transcript fork of each owner
-        self._listening = listening
-        self._slots: dict[int, _Slot] = {}
-
-    def step(self, plan: StepPlan) -> StepResult:
-        """What a pure function of window and prefix makes of them."""
-        assert len({step.slot_idx for step in plan.slots}) == len(plan.slots)
-        words, events, emotions, answers, sounds = [], [], [], [], []
-        for step in plan.slots:
-            slot = self._take(step)
-            if self._listening.sound_ticks and not self._listening.events_ticks:
-                sounds.append(self._score(step, slot))
-            for fork in step.forks:
-                about = slot.pcm[fork.window_start - slot.start :]
-                said = f"{fork.task}-{zlib.crc32(about.tobytes()):08x}"
-                span = (step.slot_idx, step.owner, fork.window_start, slot.end)
-                match fork.task:
-                    case "transcript":
-                        words.append(self._hear(step, slot, fork))
-                    case "events":
-                        found = (HeardEvent(said, fork.window_start, slot.end, 1.0),)
-                        events.append(HeardEvents(*span, slot.end, found))
-                    case "emotion":
-                        assert step.forks[0].task == "transcript"
-                        assert fork.window_start >= step.forks[0].window_start
-                        emotions.append(HeardEmotion(*span, said, 1.0))
-                    case "answer":
-                        answers.append(HeardAnswer(step.slot_idx, step.owner, said, fork.question, True))
-        return StepResult(tuple(words), tuple(events), tuple(emotions), tuple(answers), tuple(sounds))
-
-    def asked_at(self, owner: int) -> int | None:
-        """Where the last transcript fork of an owner was."""
-        return self.asked[owner].point if owner in self.asked else None
-
-    def reset(self, slots: Sequence[int]) -> None:
-        """Forget."""
-        for slot_idx in slots:
-            self._slots.pop(slot_idx, None)
-
-    def _take(self, step: SlotStep) -> _Slot:
-        slot = self._slots.get(step.slot_idx)
-        if slot is None or slot.owner != step.owner:
-            slot = self._begin(step)
-        elif step.start == slot.end:
-            slot.pcm = np.concatenate([slot.pcm, step.pcm])
-        else:
-            assert step.start > slot.end, "a jump goes ahead"
-            assert not self._listening.sound_ticks, "what hears everything misses nothing"
-            slot = self._begin(step)
-        self._slots[step.slot_idx] = slot
-        assert slot.start % HOP == 0
-        return slot
-
-    @staticmethod
-    def _begin(step: SlotStep) -> _Slot:
-        known = step.start + SOUND_PAST if step.start else 0
-        return _Slot(step.owner, step.start, step.pcm, -(-known // SOUND_FRAME) * SOUND_FRAME)
-
-    @staticmethod
-    def _score(step: SlotStep, slot: _Slot) -> SoundScores:
-        """One label, whose score is a checksum of what the row looks at."""
-        start, rows = slot.next_row, []
-        while slot.next_row + SOUND_DELAY <= slot.end:
-            first = max(0, slot.next_row - SOUND_PAST) - slot.start
-            about = slot.pcm[first : slot.next_row + SOUND_DELAY - slot.start]
-            rows.append(zlib.crc32(about.tobytes()) % 256 / 255)
-            slot.next_row += SOUND_FRAME
-        scores = np.array(rows, np.float32).reshape(-1, 1)
-        return SoundScores(step.slot_idx, step.owner, start, scores)
-
-    def _hear(self, step: SlotStep, slot: _Slot, fork: Fork) -> Hypothesis:
-        assert fork.window_start % GRID == 0
-        assert slot.start <= max(0, fork.window_start - MARGIN), "the first mel frames look before the window"
-        assert slot.end - fork.window_start <= LONGEST_WINDOW_S * SAMPLE_RATE_HZ
-        window = slot.pcm[fork.window_start - slot.start :]
-        self.asked[step.owner] = Asked(slot.end, fork, zlib.crc32(window.tobytes()))
-        heard = runs(window, fork.window_start)[len(fork.prefix) :]
-        return Hypothesis(step.slot_idx, step.owner, tuple(heard), slot.end, "en", 1.0, 0.0, 0)
-
-
-def runs(window: Pcm, start: int) -> list[HeardWord]:
-    """The words of a window; the text of one that goes on at the live edge tells how much of it came."""
-    edges = [0, *(np.flatnonzero(np.diff(window)) + 1).tolist(), len(window)]
-    found = []
-    for first, last in itertools.pairwise(edges):
-        if window[first : first + 1].any() and (first > 0 or last > FRAGMENT):
-            number = round(float(window[first]) / UNIT)
-            text = f"w{number}" if last < len(window) else f"w{number}x{last - first}"
-            found.append(HeardWord(text, start + first, start + last, 1.0))
-    return found
-
-
 class Recorder:
     """Trackers that put on the timeline whatever they get."""
 
-    def __init__(self) -> None:
-        self._next_row = 0
+    def __init__(self, next_row: int = 0) -> None:
+        self._next_row = next_row
 
-    def state(self) -> None:
-        """The server never dies here."""
+    def state(self) -> int:
+        """The next row of sound scores."""
+        return self._next_row
 
     def push(self, found: Sounds | Emotion) -> list[Message]:
         """Rows once each, without a gap; every emotion."""
@@ -309,7 +87,7 @@ class Recorder:
         return [EventEnded("", e.label, e.score, e.start, e.end) for e in events.events]
 
     def final(self, start: int, end: int) -> list[Message]:
-        """Nothing: what was pushed last is not told."""
+        """Nothing: what was pushed last is not repeated."""
         return []
 
     def finish(self, end: int) -> list[Message]:
@@ -320,29 +98,26 @@ class Recorder:
         """Nothing."""
 
 
-def make_timeline() -> Timeline:
-    """With trackers that record."""
-    return Timeline(CONFIG, Recorder(), Recorder())
+def make_feed(number: int, script: Script, max_ahead: int, saved: bytes | None = None) -> Feed:
+    """A feed with trackers that record; of a new stream, or one that continues from a saved state."""
+    if saved is None:
+        timeline = Timeline(CONFIG, Recorder(), Recorder())
+        return Feed(number, timeline, language="en", ring=len(script.pcm), max_ahead=max_ahead)
+    state = msgspec.msgpack.decode(saved, type=FeedState)
+    timeline = Timeline(CONFIG, Recorder(state.timeline.sounds), Recorder(), state.timeline)
+    audio = script.pcm[state.ring_start : state.ring_end]
+    return Feed(number, timeline, ring=len(script.pcm), max_ahead=max_ahead, state=state, audio=audio)
 
 
 @dataclass
 class Stream:
-    """The server's side of one stream, as `streaming.stream.session.Session` has it."""
+    """A script on its way through a feed, and what came of it."""
 
     number: int
     script: Script
-    timeline: Timeline = field(default_factory=make_timeline)
-    arrived: int = 0  # samples the server has
-    ring_start: int = 0
-    consumed: int = 0
-    window_start: int = 0
-    last_stop: int = 0
-    speech_edge: int | None = None
-    sent: int = 0
+    feed: Feed
     n_arrived: int = 0  # marks the server has
-    pending: deque[Mark] = field(default_factory=deque)
-    n_sent: int = 0  # of them
-    # What came of it.
+    needed_from: int = 0  # what the engine said last
     asked: list[tuple[PointKind, Asked]] = field(default_factory=list)
     answered: list[tuple[int, PointKind]] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
@@ -354,20 +129,55 @@ class Stream:
         return [w.text for m in self.messages if isinstance(m, TranscriptDelta) for w in m.words]
 
     @property
+    def arrived(self) -> int:
+        """Samples the server has."""
+        return self.feed.n_samples
+
+    @property
+    def consumed(self) -> int:
+        """Samples that the engine has decided."""
+        return self.feed.undecided[0]
+
+    @property
     def is_done(self) -> bool:
         """Whether everything has arrived and every mark is answered."""
-        return self.arrived == len(self.script.pcm) and not self.pending
+        return self.arrived == len(self.script.pcm) and not self.feed.n_pending
+
+    def arrive(self, n_samples: int, *, holds_flush: bool) -> None:
+        """Samples and marks come to the server."""
+        end = min(len(self.script.pcm), self.arrived + n_samples)
+        for mark in self.script.marks[self.n_arrived :]:
+            is_held = holds_flush and n_samples and mark.kind == "flush" and mark.at == end
+            if mark.at > end or is_held:
+                break
+            self.n_arrived += 1
+            pcm = self.script.pcm[self.arrived : mark.at]
+            if mark.kind in ("started", "stopped"):
+                self.messages += self.feed.push(pcm, (mark,))
+                continue
+            self.messages += self.feed.push(pcm, ())
+            if mark.kind == "flush":
+                self.feed.flush("f")
+            else:
+                self.feed.ask(Ask("q", mark.question, ASKED_ABOUT_S * 1000))
+        self.messages += self.feed.push(self.script.pcm[self.arrived : end], ())
 
 
 class World:
     """Streams and an engine that runs in steps, may be restarted, and may have a clock."""
 
     def __init__(
-        self, n_slots: int = 8, *, shed_after_s: float = 0.0, listening: Listening = WORDS_ALONE
+        self,
+        n_slots: int = 8,
+        *,
+        shed_after_s: float = 0.0,
+        listening: Listening = WORDS_ALONE,
+        max_ahead: int = 1_000_000_000,
     ) -> None:
         self.now_s = 0.0
         self._listening = listening
         self._n_slots, self._shed_after_s = n_slots, shed_after_s
+        self._max_ahead = max_ahead
         self.streams: dict[int, Stream] = {}
         self.scheduler, self.runner = self._new_engine()
         self.outbox: deque[tuple[messages.FromEngine, Asked | None]] = deque()
@@ -388,13 +198,15 @@ class World:
         """A new stream."""
         if not self._listening.events_ticks:
             script = script.without_questions()
-        stream = self.streams[number] = Stream(number, script)
-        self.scheduler.open(Open(number, "en"))
+        stream = Stream(number, script, make_feed(number, script, self._max_ahead))
+        stream.feed.reopen()
+        self._send(stream)
+        self.streams[number] = stream
         return stream
 
     def close(self, number: int) -> None:
         """A stream leaves."""
-        slot_idx = self.scheduler.close(CloseStream(number).stream)
+        slot_idx = self.scheduler.close(number)
         assert slot_idx is not None
         self.runner.reset([slot_idx])
         del self.streams[number]
@@ -404,26 +216,20 @@ class World:
 
         A flush at the newest sample may come with the audio or, `holds_flush`, on its own later.
         """
-        stream.arrived = min(len(stream.script.pcm), stream.arrived + n_samples)
-        for mark in stream.script.marks[stream.n_arrived :]:
-            is_held = holds_flush and n_samples and mark.kind == "flush" and mark.at == stream.arrived
-            if mark.at > stream.arrived or is_held:
-                break
-            stream.pending.append(mark)
-            stream.n_arrived += 1
-        self._pump(stream)
+        stream.arrive(n_samples, holds_flush=holds_flush)
+        self._send(stream)
 
-    def _pump(self, stream: Stream) -> None:
-        waiting = list(stream.pending)[stream.n_sent :]
-        while stream.sent < stream.arrived or waiting:
-            is_late = bool(waiting) and waiting[0].at <= stream.sent
-            end = stream.sent if is_late else stream.arrived
-            due = tuple(mark for mark in waiting if mark.at <= end)
-            pcm = stream.script.pcm[stream.sent : end]
-            self.scheduler.push(Audio(stream.number, stream.sent, pcm.astype("<f4").tobytes(), due))
-            stream.sent = end
-            waiting = waiting[len(due) :]
-            stream.n_sent += len(due)
+    def _send(self, stream: Stream) -> None:
+        for message in stream.feed.outgoing():
+            match message:
+                case Open():
+                    self.scheduler.open(message)
+                case Audio():
+                    self.scheduler.push(message)
+                case Commit():
+                    self.scheduler.commit(message)
+                case _:
+                    raise AssertionError(message)
 
     def tick(self) -> bool:
         """One turn of the engine's loop; whether anything was due."""
@@ -441,82 +247,46 @@ class World:
         """The server reads what the engine said, and answers."""
         for _ in range(min(n_messages, len(self.outbox))):
             message, asked = self.outbox.popleft()
+            assert isinstance(message, Result | Progress | Skipped), message
+            stream = self.streams.get(message.stream)
+            if stream is None:
+                continue
             match message:
                 case Result():
-                    if stream := self.streams.get(message.stream):
-                        self._on_result(stream, message, asked)
+                    stream.answered.append((message.point, message.kind))
+                    if asked is not None:
+                        stream.asked.append((message.kind, asked))
                 case Progress():
-                    if stream := self.streams.get(message.stream):
-                        self._consume(stream, message.consumed)
-                        stream.window_start = max(stream.window_start, message.window_start)
-                        assert stream.ring_start <= message.needed_from <= message.consumed
-                        stream.ring_start = message.needed_from
+                    assert stream.needed_from <= message.needed_from <= message.consumed
+                    stream.needed_from = message.needed_from
                 case Skipped():
-                    self.streams[message.stream].skipped.append(message)
-
-    def _on_result(self, stream: Stream, result: Result, asked: Asked | None) -> None:
-        self._consume(stream, result.point)
-        stream.window_start = max(stream.window_start, result.window_start)
-        if result.kind not in ("tick", "sound"):
-            assert stream.n_sent
-            mark = stream.pending.popleft()
-            stream.n_sent -= 1
-            assert (mark.kind, mark.at) == (result.kind, result.point)
-            if mark.kind == "stopped":
-                stream.speech_edge = None
-                stream.last_stop = mark.edge
-        stream.answered.append((result.point, result.kind))
-        if asked is not None:
-            stream.asked.append((result.kind, asked))
-        applied = stream.timeline.apply(result)
-        stream.messages += applied.messages
-        if result.answer is not None:
-            stream.messages.append(
-                AnswerFinal("", result.answer.text, result.answer.start, result.answer.end)
-            )
-        self.scheduler.commit(Commit(stream.number, result.point, result.kind, applied.n_committed))
-
-    @staticmethod
-    def _consume(stream: Stream, position: int) -> None:
-        stream.consumed = max(stream.consumed, position)
-        while (
-            stream.n_sent and stream.pending[0].kind == "started" and stream.pending[0].at <= stream.consumed
-        ):
-            stream.n_sent -= 1
-            stream.speech_edge = stream.pending.popleft().edge
+                    stream.skipped.append(message)
+            stream.messages += stream.feed.take(message)
+            self._send(stream)
 
     def crash(self) -> None:
         """The engine dies with everything it has not said; the next one gets the streams."""
         self.outbox.clear()
         self.scheduler, self.runner = self._new_engine()
         for stream in self.streams.values():
-            committed, context = stream.timeline.window(stream.window_start)
-            self.scheduler.open(
-                Open(
-                    stream=stream.number,
-                    language="en",
-                    start=stream.ring_start,
-                    consumed=stream.consumed,
-                    window_start=stream.window_start,
-                    committed=committed,
-                    context=context,
-                    is_speech=stream.speech_edge is not None,
-                    speech_edge=stream.speech_edge or 0,
-                    last_stop=stream.last_stop,
-                )
-            )
-            stream.sent = stream.ring_start
-            stream.n_sent = 0
-            self._pump(stream)
+            stream.feed.engine_died()
+            assert not list(stream.feed.outgoing())
+            stream.feed.reopen()
+            self._send(stream)
 
-    def finish(self, *numbers: int, each: Callable[[], None] | None = None) -> None:
+    def restart(self) -> None:
+        """The server dies, and the engine with it; the next one goes by what was saved."""
+        for stream in self.streams.values():
+            saved = msgspec.msgpack.encode(stream.feed.snapshot())
+            stream.feed = make_feed(stream.number, stream.script, self._max_ahead, saved)
+        self.crash()
+
+    def finish(self, *numbers: int) -> None:
         """Whatever has not arrived does, and everything is answered."""
         for number in numbers:
             self.arrive(self.streams[number], 1_000_000_000)
         while self.tick() or self.outbox:
             self.take()
-            if each is not None:
-                each()
         for number in numbers:
             assert self.streams[number].is_done, self.streams[number]
 
@@ -527,3 +297,66 @@ def alone(script: Script, listening: Listening = WORDS_ALONE) -> Stream:
     stream = world.open(1, script)
     world.finish(1)
     return stream
+
+
+def act(world: World, stream: Stream, action: str, n: int, *, holds_flush: bool = False) -> None:
+    """Do one of the things that can happen next."""
+    match action:
+        case "arrive":
+            world.arrive(stream, n, holds_flush=holds_flush)
+        case "tick":
+            world.tick()
+        case "take":
+            world.take(n)
+        case "crash":
+            world.crash()
+        case "restart":
+            world.restart()
+        case _:
+            raise AssertionError(action)
+
+
+def assert_same(ours: Stream, theirs: Stream) -> None:
+    """The same questions were asked, answered and committed.
+
+    Sounds of the silence before may be found before or after speech is known to have begun: how fast
+    the engine is decides their order, and nothing else.
+    """
+    assert ours.answered == theirs.answered
+    assert ours.asked == theirs.asked
+    for kinds in (SpeechStarted, (EventStarted, EventEnded)):
+        left_out = [[m for m in stream.messages if not isinstance(m, kinds)] for stream in (ours, theirs)]
+        assert left_out[0] == left_out[1]
+
+
+def numbers_of(words: list[str]) -> list[int]:
+    """The words' numbers, whole or not."""
+    return [int(re.findall(r"\d+", word)[0]) for word in words]
+
+
+def rows_of(stream: Stream) -> list[int]:
+    """Which rows of sound scores came, by position."""
+    return [m.start_ms for m in stream.messages if isinstance(m, EventStarted)]
+
+
+def send(world: World, stream: Stream, end: int) -> None:
+    """Everything up to `end`, in messages of a second at most, as a session sends it."""
+    end = min(end, len(stream.script.pcm))
+    while stream.arrived < end:
+        world.arrive(stream, min(SECOND, end - stream.arrived))
+
+
+def live(world: World, stream: Stream, step_s: float, lead_s: float = 0.0) -> float:
+    """Send at the pace of speech, `lead_s` ahead of it, to an engine that needs `step_s` a step.
+
+    Returns how far behind the engine was at worst, in seconds of audio that had come.
+    """
+    worst = 0
+    start_s = world.now_s
+    while not stream.is_done:
+        send(world, stream, int((world.now_s - start_s + lead_s) * SECOND))
+        worst = max(worst, stream.arrived - stream.consumed)
+        worked = world.tick()
+        world.now_s += step_s if worked else 0.02
+        world.take()
+    return worst / SECOND

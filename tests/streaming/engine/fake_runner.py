@@ -1,0 +1,166 @@
+"""A runner that reads words off the samples of `recording`s, and holds the scheduler to its contract.
+
+Sounds, emotions and answers are checksums of the audio they are about, so that they show what was
+looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import strategies as st
+
+from streaming.engine.contract import (
+    SOUND_FRAME,
+    Capabilities,
+    Fork,
+    HeardAnswer,
+    HeardEmotion,
+    HeardEvent,
+    HeardEvents,
+    HeardWord,
+    Hypothesis,
+    Pcm,
+    SlotStep,
+    SoundScores,
+    StepPlan,
+    StepResult,
+)
+from streaming.engine.scheduler import MARGIN, WORDS_ALONE, Listening
+from streaming.protocol import SAMPLE_RATE_HZ
+from tests.streaming.engine.recording import GRID, UNIT
+
+HOP = 160  # samples; a runner can begin on no finer grid
+FRAGMENT = 320  # samples; less of a run, at a window's start, is not heard
+LONGEST_WINDOW_S = 7.0  # what the runner can look at
+SOUND_PAST = 2 * SAMPLE_RATE_HZ  # samples that a row of sound scores looks back on ...
+SOUND_DELAY = SAMPLE_RATE_HZ * 3 // 5  # ... and how long it is waited for
+SCORED = Listening(sound_ticks=1, emotion_ticks=4)  # as a model that scores sounds row by row
+# As one that names them when asked.
+NAMED = Listening(
+    sound_ticks=4, events_ticks=4, emotion_ticks=6, reach=int(LONGEST_WINDOW_S * SAMPLE_RATE_HZ)
+)
+listenings = st.sampled_from([WORDS_ALONE, SCORED, NAMED])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question that the runner got."""
+
+    point: int
+    fork: Fork
+    window: int  # checksum of the audio that was looked at
+
+
+@dataclass
+class _Slot:
+    owner: int
+    start: int
+    pcm: Pcm
+    next_row: int = 0  # of sound scores, by position
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.pcm)
+
+
+class FakeRunner:
+    """Hears the runs of its window, and holds the scheduler to the runner's contract."""
+
+    capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0, 0.08)
+
+    def __init__(self, listening: Listening = WORDS_ALONE) -> None:
+        self.asked: dict[int, Asked] = {}  # the last transcript fork of each owner
+        self._listening = listening
+        self._slots: dict[int, _Slot] = {}
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """What a pure function of window and prefix makes of them."""
+        assert len({step.slot_idx for step in plan.slots}) == len(plan.slots)
+        words, events, emotions, answers, sounds = [], [], [], [], []
+        for step in plan.slots:
+            slot = self._take(step)
+            if self._listening.sound_ticks and not self._listening.events_ticks:
+                sounds.append(self._score(step, slot))
+            for fork in step.forks:
+                about = slot.pcm[fork.window_start - slot.start :]
+                said = f"{fork.task}-{zlib.crc32(about.tobytes()):08x}"
+                span = (step.slot_idx, step.owner, fork.window_start, slot.end)
+                match fork.task:
+                    case "transcript":
+                        words.append(self._hear(step, slot, fork))
+                    case "events":
+                        found = (HeardEvent(said, fork.window_start, slot.end, 1.0),)
+                        events.append(HeardEvents(*span, slot.end, found))
+                    case "emotion":
+                        assert step.forks[0].task == "transcript"
+                        assert fork.window_start >= step.forks[0].window_start
+                        emotions.append(HeardEmotion(*span, said, 1.0))
+                    case "answer":
+                        answers.append(HeardAnswer(step.slot_idx, step.owner, said, fork.question, True))
+        return StepResult(tuple(words), tuple(events), tuple(emotions), tuple(answers), tuple(sounds))
+
+    def asked_at(self, owner: int) -> int | None:
+        """Where the last transcript fork of an owner was."""
+        return self.asked[owner].point if owner in self.asked else None
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Forget."""
+        for slot_idx in slots:
+            self._slots.pop(slot_idx, None)
+
+    def _take(self, step: SlotStep) -> _Slot:
+        slot = self._slots.get(step.slot_idx)
+        if slot is None or slot.owner != step.owner:
+            slot = self._begin(step)
+        elif step.start == slot.end:
+            slot.pcm = np.concatenate([slot.pcm, step.pcm])
+        else:
+            assert step.start > slot.end, "a jump goes ahead"
+            assert not self._listening.sound_ticks, "what hears everything misses nothing"
+            slot = self._begin(step)
+        self._slots[step.slot_idx] = slot
+        assert slot.start % HOP == 0
+        return slot
+
+    @staticmethod
+    def _begin(step: SlotStep) -> _Slot:
+        known = step.start + SOUND_PAST if step.start else 0
+        return _Slot(step.owner, step.start, step.pcm, -(-known // SOUND_FRAME) * SOUND_FRAME)
+
+    @staticmethod
+    def _score(step: SlotStep, slot: _Slot) -> SoundScores:
+        """One label, whose score is a checksum of what the row looks at."""
+        start, rows = slot.next_row, []
+        while slot.next_row + SOUND_DELAY <= slot.end:
+            first = max(0, slot.next_row - SOUND_PAST) - slot.start
+            about = slot.pcm[first : slot.next_row + SOUND_DELAY - slot.start]
+            rows.append(zlib.crc32(about.tobytes()) % 256 / 255)
+            slot.next_row += SOUND_FRAME
+        scores = np.array(rows, np.float32).reshape(-1, 1)
+        return SoundScores(step.slot_idx, step.owner, start, scores)
+
+    def _hear(self, step: SlotStep, slot: _Slot, fork: Fork) -> Hypothesis:
+        assert fork.window_start % GRID == 0
+        assert slot.start <= max(0, fork.window_start - MARGIN), "the first mel frames look before the window"
+        assert slot.end - fork.window_start <= LONGEST_WINDOW_S * SAMPLE_RATE_HZ
+        window = slot.pcm[fork.window_start - slot.start :]
+        self.asked[step.owner] = Asked(slot.end, fork, zlib.crc32(window.tobytes()))
+        heard = runs(window, fork.window_start)[len(fork.prefix) :]
+        return Hypothesis(step.slot_idx, step.owner, tuple(heard), slot.end, "en", 1.0, 0.0, 0)
+
+
+def runs(window: Pcm, start: int) -> list[HeardWord]:
+    """The words of a window; the text of one that goes on at the live edge tells how much of it came."""
+    edges = [0, *(np.flatnonzero(np.diff(window)) + 1).tolist(), len(window)]
+    found = []
+    for first, last in itertools.pairwise(edges):
+        if window[first : first + 1].any() and (first > 0 or last > FRAGMENT):
+            number = round(float(window[first]) / UNIT)
+            text = f"w{number}" if last < len(window) else f"w{number}x{last - first}"
+            found.append(HeardWord(text, start + first, start + last, 1.0))
+    return found
