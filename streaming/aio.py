@@ -1,4 +1,4 @@
-"""Task helpers: race coroutines, cancel and await tasks, wait for an event.
+"""Task helpers: race coroutines, cancel and await tasks, wait for an event or a condition.
 
 Knows asyncio alone.
 """
@@ -6,7 +6,7 @@ Knows asyncio alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 
@@ -43,3 +43,20 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Changed:
+    """Lets coroutines wait for a condition that other coroutines of the same loop bring about."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Let every waiting coroutine look at its condition again."""
+        self._event.set()
+
+    async def wait_for(self, is_true: Callable[[], bool]) -> None:
+        """Wait until `is_true()`; whoever makes it true calls `notify`."""
+        while not is_true():
+            self._event.clear()
+            await self._event.wait()

@@ -31,7 +31,6 @@ from streaming.protocol import (
     SessionCreated,
     Subscribe,
     decode_client,
-    encode,
     is_pattern,
 )
 from streaming.server import ws
@@ -60,7 +59,7 @@ class Subscriber:
     ) -> None:
         self._connection = connection
         self._hub = hub
-        self._log = log
+        self._known = log.directory
         self._config = config
         self._finalised = finalised  # the server is stopping, and no stream is live any more
         self._grant = grant
@@ -102,12 +101,12 @@ class Subscriber:
 
     async def _send(self, reader: Subscription) -> None:
         """Send until every stream that is read is over."""
-        async for envelope in reader:
-            await self._connection.send(encode(envelope))
-            if isinstance(envelope.message, SessionCreated):
-                self._over.discard(envelope.stream)
-            if isinstance(envelope.message, SessionClosed) and not self._log.is_open(envelope.stream):
-                self._over.add(envelope.stream)
+        async for row in reader:
+            await self._connection.send(row.frame, text=True)
+            if row.type == SessionCreated.type:
+                self._over.discard(row.stream)
+            if row.type == SessionClosed.type and not self._known.is_open(row.stream):
+                self._over.add(row.stream)
                 if self._over.issuperset(reader.streams):
                     return
 
@@ -130,7 +129,7 @@ class Subscriber:
             self._check(message)
             self._over.clear()
             self._hub.subscribe(reader, message)
-            unknown = [name for name in reader.streams if not (is_pattern(name) or self._log.has(name))]
+            unknown = [name for name in reader.streams if not (is_pattern(name) or self._known.has(name))]
             if unknown:
                 text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
                 reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))

@@ -122,7 +122,7 @@ class Seat:
         if isinstance(message, Ack):
             self._log.confirm(self._name, message, self._put)
         else:
-            self._put(Envelope(self._name, self._log.last_seq(self._name), message))
+            self._put(Envelope(self._name, self._log.directory.last_seq(self._name), message))
 
     def tell_next(self, message: Message) -> None:
         """Keep a message for whoever sits down next. Only a restart does so, once for each lost question."""
