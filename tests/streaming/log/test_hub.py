@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from itertools import pairwise
@@ -18,7 +20,18 @@ from streaming.config import LogConfig
 from streaming.errors import SlowReader
 from streaming.log.hub import REPLAY_BATCH, Hub, Subscription
 from streaming.log.log import Log
-from streaming.protocol import Ack, Envelope, Flushed, Lag, Message, Subscribe, TranscriptInterim, decode
+from streaming.patterns import Patterns
+from streaming.protocol import (
+    Ack,
+    Envelope,
+    Flushed,
+    Lag,
+    Message,
+    SessionClosed,
+    Subscribe,
+    TranscriptInterim,
+    decode,
+)
 from tests.streaming.support import TIMEOUT_S
 
 
@@ -235,3 +248,57 @@ def test_many_streams_are_resumed_after_the_last_message_of_any(
             assert [e.stream for e in found] == said
 
     asyncio.run(check())
+
+
+async def test_patterns_are_compared_with_many_streams_away_from_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the loop compares does not grow with the number of streams that the log keeps."""
+    compared: Counter[str] = Counter()
+    match = Patterns.match
+
+    def noted(patterns: Patterns, name: str) -> bool:
+        compared[threading.current_thread().name.partition("_")[0]] += 1
+        return match(patterns, name)
+
+    async with source(capacity=16) as it:
+        for i in range(300):
+            it.log.open(f"s{i}")
+            it.log.append(f"s{i}", SessionClosed("closed", 0, 0, 0))
+            it.log.close(f"s{i}")
+        await it.log.settled()
+        monkeypatch.setattr(Patterns, "match", noted)
+        with it.hub.subscription() as reader:
+            it.hub.subscribe(reader, Subscribe(tuple(f"*{i}" for i in range(10)), after=0))
+            assert len(await rest(reader)) == 300
+        assert compared["log-work"] == 302
+        assert compared["MainThread"] < 10
+
+
+async def test_a_reader_that_comes_or_goes_leaves_other_streams_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who reads a stream is looked for once in its life, whatever other readers do."""
+    compared: list[str] = []
+    match = Patterns.match
+
+    def noted(patterns: Patterns, name: str) -> bool:
+        compared.append(name)
+        return match(patterns, name)
+
+    async with source(capacity=16) as it:
+        await it.say_many("a", 1)
+        await it.say_many("b", 1)
+        with it.hub.subscription() as one, it.hub.subscription() as other:
+            it.hub.subscribe(one, Subscribe(("a", "c")))
+            it.hub.subscribe(other, Subscribe(("*",)))
+            await it.say_many("a", 1)
+            with it.hub.subscription() as third:
+                it.hub.subscribe(third, Subscribe(("*",)))
+            it.hub.subscribe(other, Subscribe(("b*",)))
+            monkeypatch.setattr(Patterns, "match", noted)
+            await it.say_many("a", 1)
+            await it.say_many("b", 1)
+            assert compared == []
+            assert [(e.stream, e.seq) for e in await rest(one)] == [("a", 2), ("a", 3)]
+            assert [(e.stream, e.seq) for e in await rest(other)] == [("a", 2), ("b", 2)]
