@@ -36,13 +36,11 @@ from streaming.log.log import Log
 from streaming.protocol import SAMPLE_RATE_HZ, Envelope, decode
 from streaming.server import ws
 from streaming.server.producer import ProducerLimits
+from streaming.stream.audio_input import Acknowledger
 from streaming.stream.session import SLICE_S, Session
 
 logger = logging.getLogger(__name__)
 
-# Adaptors decode by themselves and feed every stream the same way; at this rate and in this format
-# the session's own ingest changes no bit.
-FED = AudioFormat("f32le", SAMPLE_RATE_HZ, 1)
 MAX_SHOWN_CHARS = 80  # of a client's value in an error text
 
 Event = dict[str, Any]  # one JSON object of the foreign protocol
@@ -123,6 +121,7 @@ class Conversation:
     ) -> None:
         self.session = session
         self.limits = limits
+        self._acks = Acknowledger(session.tell, SAMPLE_RATE_HZ, limits.ack_interval_s)
         self._connection = connection
         self._reader = reader
         self._log = log
@@ -168,7 +167,7 @@ class Conversation:
         for at in range(0, len(data), size):
             if at:
                 await asyncio.sleep(0)  # a frame of minutes must not hold up the other streams
-            await self.session.feed(ingest.push(data[at : at + size]).tobytes())
+            await self._take_pcm(ingest.push(data[at : at + size]))
         if wait_s:
             await asyncio.sleep(wait_s)
 
@@ -176,13 +175,21 @@ class Conversation:
         """Take 16 kHz mono audio of the client's; waits while the ring is full or it comes too fast.
 
         Raises:
-            BadAudio: a sample is not a number.
             TooFast: it is further ahead of real time than the server puts up with.
         """
         wait_s = self._pace.take(len(pcm) / SAMPLE_RATE_HZ, asyncio.get_running_loop().time())
-        await self.session.feed(pcm.tobytes())
+        await self._take_pcm(pcm)
         if wait_s:
             await asyncio.sleep(wait_s)
+
+    async def flush(self, flush_id: str) -> None:
+        """Commit everything fed so far; `flushed` follows when that is done."""
+        self._acks.acknowledge()
+        await self.session.flush(flush_id)
+
+    async def _take_pcm(self, pcm: Pcm) -> None:
+        await self.session.feed(pcm)
+        self._acks.received(self.session.n_samples)
 
     async def say(self, make: Callable[[], Sequence[Event]]) -> None:
         """Send events that are made when it is their turn.
@@ -237,6 +244,7 @@ class Conversation:
             await self._adaptor.end_audio(self)
         except ConnectionOver as over:  # the stream ends anyway; what can be heard is heard
             logger.warning("stream %s: its end is left out: %s", self.session.name, over.reason)
+        self._acks.acknowledge()
         await self.session.finish(reason)
 
     async def _stop_deadline(self) -> None:
@@ -269,7 +277,7 @@ class Conversation:
                     return await self._connection.recv()
             except TimeoutError:
                 now = asyncio.get_running_loop().time()
-                self.session.acknowledge()
+                self._acks.acknowledge()
                 await self.say(self._adaptor.idle)
         raise IdleConnection(f"nothing came for {self.limits.server.idle_timeout_s} s")
 

@@ -256,7 +256,7 @@ class Deepgram:
         elif self._ingest is not None:
             await talk.feed(self._ingest.flush())
         self._results.n_finalizing += 1
-        await talk.session.flush("finalize")
+        await talk.flush("finalize")
 
     async def end_audio(self, talk: Conversation) -> None:
         """What is still in the decoder.

@@ -204,7 +204,7 @@ class OpenAi:
         await self._feed_rest(talk)
         self._committed_ms = self._fed_ms
         self._n_marks += 1
-        await talk.session.flush(f"{kind}-{self._n_marks}")
+        await talk.flush(f"{kind}-{self._n_marks}")
 
     async def _update(
         self, talk: Conversation, update: Callable[[Settings, Any, VadConfig], Settings], event: Event

@@ -122,7 +122,7 @@ class Ingest:
         self._early, self._n_skip = given[n_given:], max(0, n_given - len(given))
         self._n_blocks, self._n_out = state.n_blocks, state.n_out
 
-    def most(self, n_bytes: int) -> int:
+    def max_out(self, n_bytes: int) -> int:
         """Samples that a push of so many bytes, or a flush after them, gives at most."""
         n_samples = (len(self._buffer) + n_bytes) // self._format.frame_bytes
         held = 0 if self._format.rate_hz == SAMPLE_RATE_HZ else MAX_HELD
@@ -147,7 +147,7 @@ class Ingest:
         n_whole = len(self._buffer) - len(self._buffer) % size
         whole = bytes(self._buffer[:n_whole])
         del self._buffer[:n_whole]
-        return self._given(self._resample(whole))
+        return self._given(self._resample(whole)).clip(-1, 1)  # a filter overshoots at full scale
 
     def flush(self) -> Pcm:
         """All the rest of what was received; the stream may go on after it.
@@ -165,7 +165,7 @@ class Ingest:
         self._resampler = _new_resampler(self._format.rate_hz)
         self._n_blocks = self._n_out = self._n_skip = 0
         self._kept.clear()
-        return tail
+        return tail.clip(-1, 1)
 
     def _resample(self, whole: bytes) -> Pcm:
         """What whole blocks of bytes become."""

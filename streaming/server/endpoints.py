@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -21,7 +21,7 @@ from websockets.http11 import Request, Response
 
 from streaming import aio, protocol
 from streaming.adaptors import deepgram, openai
-from streaming.adaptors.base import FED, Adaptor, Conversation
+from streaming.adaptors.base import Adaptor, Conversation
 from streaming.audio.ingest import AudioFormat, parse_query
 from streaming.config import Config, VadConfig
 from streaming.engine.client import EngineClient
@@ -66,7 +66,7 @@ class _Admission:
     """A producer that was let in."""
 
     name: str
-    audio_format: AudioFormat
+    audio_format: AudioFormat  # of the native protocol; an adaptor decodes what it gets
     language: str | None
     adaptor: Adaptor | None = None  # None: the native protocol
     resumption: Resumption | None = None  # None: a new stream, whose name and slot are taken
@@ -290,13 +290,12 @@ class Server:
         query = without_token(query)
         if path in ADAPTORS:
             adaptor = ADAPTORS[path](Request(f"{path}?{query}", request.headers), self._config.vad)
-            audio_format = replace(FED, language=adaptor.language)
-            return _Admission(adaptor.stream, audio_format, self._language(audio_format), adaptor)
+            return _Admission(adaptor.stream, AudioFormat(), self._language(adaptor.language), adaptor)
         name = path.removeprefix(STREAM_PATH)
         _check_name(name)
         resumption, query = parse_resumption(query)
         audio_format = parse_query(query)
-        return _Admission(name, audio_format, self._language(audio_format), resumption=resumption)
+        return _Admission(name, audio_format, self._language(audio_format.language), resumption=resumption)
 
     def _check_stream(self, connection: _Connection, admission: _Admission) -> Response | None:
         """Refuse a stream for which there is no engine, name or slot, or that cannot be resumed."""
@@ -324,14 +323,13 @@ class Server:
             return refuse(connection, Refusal.NOT_ITS_TOKEN if name in self._live else Refusal.IS_OVER)
         if live is None and name in self._live:  # a dead server's, and the engine is not there yet
             return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
-        if live is not None and not live.session.audio_format.is_as(admission.audio_format):
-            declared = f"{admission.audio_format}; expected {live.session.audio_format}, as before"
+        if live is not None and not live.audio.format.is_as(admission.audio_format):
+            declared = f"{admission.audio_format}; expected {live.audio.format}, as before"
             return refuse(connection, Refusal.BAD_QUERY, declared)
         return None
 
-    def _language(self, audio_format: AudioFormat) -> str | None:
+    def _language(self, asked: str | None) -> str | None:
         """The language a stream is set to; None to detect it."""
-        asked = audio_format.language
         language = self._config.model.language if asked is None else asked
         if language == "auto":
             return None
@@ -401,7 +399,6 @@ class Server:
         name = admission.name
         session = self._streams.begin_unsaved(
             name,
-            admission.audio_format,
             admission.language,
             vad=adaptor.endpointing(self._config.vad),
             tell=lambda message: reader.put(Envelope(name, self._log.directory.last_seq(name), message)),

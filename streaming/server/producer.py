@@ -95,6 +95,7 @@ class Producer:
         self._connection = connection
         self._live = live
         self._session = live.session
+        self._audio = live.audio
         self._reader = reader
         self._token = token
         self._log = log
@@ -114,7 +115,7 @@ class Producer:
         tasks: list[asyncio.Task[None]] = []
         try:
             if self._token is None:
-                await self._connection.send(encode(self._envelope(self._session.resume())))
+                await self._connection.send(encode(self._envelope(self._audio.resume())))
             sender = asyncio.create_task(self._send(), name=f"send {self._session.name}")
             tasks.append(sender)
             over, reason = await self._converse(sender)
@@ -196,8 +197,8 @@ class Producer:
             frame = await self._next_frame()
             if isinstance(frame, bytes):
                 now = asyncio.get_running_loop().time()
-                wait_s = self._pace.take(self._session.seconds_of(len(frame)), now)
-                await self._session.feed(frame)
+                wait_s = self._pace.take(self._audio.seconds_of(len(frame)), now)
+                await self._audio.feed(frame)
                 if wait_s:
                     await asyncio.sleep(wait_s)  # and the socket is not read meanwhile
                 continue
@@ -210,6 +211,7 @@ class Producer:
                 case Close():
                     return
                 case Flush(id=flush_id):
+                    await self._audio.flush()
                     await self._session.flush(flush_id)
                 case SessionUpdate():
                     self._update(message)
@@ -222,12 +224,12 @@ class Producer:
         """The next frame; audio that waits for its `ack` gets it in the meantime."""
         now = asyncio.get_running_loop().time()
         idle_at = now + self._limits.server.idle_timeout_s
-        if self._session.has_unacknowledged:
+        if self._audio.has_unacknowledged:
             try:
                 async with asyncio.timeout_at(min(now + self._limits.ack_interval_s, idle_at)):
                     return await self._connection.recv()
             except TimeoutError:
-                self._session.acknowledge()
+                self._audio.acknowledge()
         try:
             async with asyncio.timeout_at(idle_at):
                 return await self._connection.recv()

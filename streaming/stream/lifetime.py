@@ -18,8 +18,11 @@ from streaming import aio
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.hub import Subscription
 from streaming.log.log import Log
+from streaming.log.store import Saved
 from streaming.protocol import AFTER_PARAMETER, MAX_SEQ, RESUME_PARAMETER, Ack, Envelope, Message
+from streaming.stream.audio_input import AudioInput
 from streaming.stream.session import Session
+from streaming.stream.snapshot import StreamState, encode_state
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +140,17 @@ class LiveStream:
     """A stream's life, from its first connection, or the server's restart, to `session.closed`."""
 
     def __init__(
-        self, session: Session, seat: Seat, log: Log, *, grace_s: float, stop_timeout_s: float
+        self,
+        session: Session,
+        audio: AudioInput,
+        seat: Seat,
+        log: Log,
+        *,
+        grace_s: float,
+        stop_timeout_s: float,
     ) -> None:
         self.session = session
+        self.audio = audio
         self.seat = seat
         self.is_over = asyncio.Event()
         self._log = log
@@ -153,6 +164,13 @@ class LiveStream:
     def name(self) -> str:
         """The stream's."""
         return self.session.name
+
+    def save(self, stream: int) -> Saved:
+        """What the stream continues from after the server's death, and its audio since the last call."""
+        session = self.session.snapshot()
+        unsaved = self.session.take_unsaved()
+        state = encode_state(StreamState(session, self.audio.snapshot()))
+        return Saved(stream, state, unsaved.start, unsaved.stop, unsaved.pcm, session.needed_from)
 
     def end(self, reason: str) -> None:
         """Finalise it; the first reason counts."""
@@ -185,7 +203,7 @@ class LiveStream:
             await aio.race(self._until_ended(), aio.ended(taking), self._watch_engine())
             reason = self._reason or "internal"
             try:
-                await aio.race(self.session.finish(reason), aio.ended(taking), self._stop_deadline())
+                await aio.race(self._finalise(reason), aio.ended(taking), self._stop_deadline())
             finally:
                 self.session.abandon(reason)
             await self._log.settled()
@@ -194,6 +212,11 @@ class LiveStream:
             self.session.abandon("internal")  # changes nothing unless something above failed
             self.is_over.set()
             await aio.cancel(taking)
+
+    async def _finalise(self, reason: str) -> None:
+        if not self.session.is_lost.is_set():
+            await self.audio.end()
+        await self.session.finish(reason)
 
     async def _until_ended(self) -> None:
         loop = asyncio.get_running_loop()

@@ -15,7 +15,6 @@ import numpy as np
 
 from streaming import aio
 from streaming.audio.ingest import AudioFormat
-from streaming.audio.vad import Vad
 from streaming.config import Config, VadConfig
 from streaming.engine.client import EngineClient, EngineState
 from streaming.errors import LogError
@@ -33,9 +32,10 @@ from streaming.protocol import (
     TranscriptFinal,
     decode,
 )
+from streaming.stream.audio_input import AudioInput
 from streaming.stream.lifetime import LiveStream, Seat, digest_of, new_token
 from streaming.stream.session import Outlets, Session
-from streaming.stream.snapshot import decode_state, for_model
+from streaming.stream.snapshot import InputState, decode_state, for_model
 from streaming.timeline.transcript import TimelineState, new_timeline
 
 logger = logging.getLogger(__name__)
@@ -84,22 +84,23 @@ class Streams:
         """A new stream, and the token that it is resumed with."""
         token = new_token()
         seat = Seat(self._log, name)
-        session = self._session(name, audio_format, language, seat.tell)
-        self._log.open(name, session, digest_of(token))
+        session = self._session(name, language, seat.tell)
+        live = self._live_stream(session, self._input(session, audio_format, seat), seat)
+        self._log.open(name, live, digest_of(token))
         session.open(self._clock_ms())
-        return self._keep(session, seat), token
+        self._keep(live)
+        return live, token
 
     def begin_unsaved(
         self,
         name: str,
-        audio_format: AudioFormat,
         language: str | None,
         *,
         vad: VadConfig,
         tell: Callable[[Message], None],
     ) -> Session:
         """A new stream that ends with its connection, and is closed by the next server if this one dies."""
-        session = self._session(name, audio_format, language, tell, vad=vad, is_saved=False)
+        session = self._session(name, language, tell, vad=vad, is_saved=False)
         self._log.open(name)
         return session
 
@@ -171,16 +172,19 @@ class Streams:
         assert ready is not None
         if left.state is None or len(self._live) >= ready.n_slots:
             raise LogError("it had no state" if left.state is None else f"there are {ready.n_slots} slots")
-        state, unanswered = for_model(decode_state(left.state), ready.tasks, ready.languages)
+        saved = decode_state(left.state)
+        state, unanswered = for_model(saved.session, ready.tasks, ready.languages)
         start = left.audio[0][0] if left.audio else state.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
         end = start + len(audio)
-        if end != state.ring_end or start > min(state.ring_start, Vad.needed_from(state.vad)):
+        if end != state.ring_end or start > state.needed_from:
             raise LogError(f"its audio from {start} to {end} is kept; expected it up to {state.ring_end}")
-        audio_format = AudioFormat(state.encoding, state.rate_hz, state.channels, state.asked_language)
         seat = Seat(self._log, left.name)
-        session = self._session(left.name, audio_format, state.language, seat.tell, state=state.timeline)
-        self._log.reopen(left.name, session)
+        session = self._session(left.name, state.language, seat.tell, state=state.timeline)
+        live = self._live_stream(
+            session, self._input(session, saved.input.audio_format, seat, saved.input), seat
+        )
+        self._log.reopen(left.name, live)
         try:
             session.restore(state, start, audio)
         except Exception:
@@ -189,7 +193,7 @@ class Streams:
         for question in unanswered:
             text = f"ask {question.client_id!r}: the loaded model answers no questions"
             seat.tell_next(Error("unsupported", text, fatal=False))
-        self._keep(session, seat)
+        self._keep(live)
 
     async def _close_left(self, name: str) -> None:
         """Close a stream that cannot go on, with what was committed; with nothing if that is unreadable."""
@@ -215,7 +219,6 @@ class Streams:
     def _session(
         self,
         name: str,
-        audio_format: AudioFormat,
         language: str | None,
         tell: Callable[[Message], None],
         *,
@@ -228,7 +231,6 @@ class Streams:
         return Session(
             name,
             next(self._numbers),
-            audio_format,
             language,
             ingest=self._config.ingest,
             vad=vad or self._config.vad,
@@ -243,15 +245,27 @@ class Streams:
             ),
         )
 
-    def _keep(self, session: Session, seat: Seat) -> LiveStream:
-        """Let a stream live in a task of its own."""
+    def _input(
+        self, session: Session, audio_format: AudioFormat, seat: Seat, state: InputState | None = None
+    ) -> AudioInput:
+        interval_s = self._config.ingest.ack_interval_s
+        return AudioInput(audio_format, session, seat.tell, ack_interval_s=interval_s, state=state)
+
+    def _live_stream(self, session: Session, audio: AudioInput, seat: Seat) -> LiveStream:
         config = self._config.server
-        live = LiveStream(
-            session, seat, self._log, grace_s=config.resume_grace_s, stop_timeout_s=config.stop_timeout_s
+        return LiveStream(
+            session,
+            audio,
+            seat,
+            self._log,
+            grace_s=config.resume_grace_s,
+            stop_timeout_s=config.stop_timeout_s,
         )
+
+    def _keep(self, live: LiveStream) -> None:
+        """Let a stream live in a task of its own."""
         self._live[live.name] = live
         self._spawn(asyncio.create_task(self._live_through(live), name=f"stream {live.name}"))
-        return live
 
     def _spawn(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)

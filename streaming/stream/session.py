@@ -1,4 +1,4 @@
-"""One live stream: its audio into the engine, the engine's results onto its timeline.
+"""One live stream: its PCM into the engine, the engine's results onto its timeline.
 
 Nothing is lost on the way. Audio waits in the ring until the engine is near it; when the ring is
 full, `feed` waits, and with it the producer. When the engine dies, the next one gets the stream from
@@ -14,9 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
-
-from streaming.audio.ingest import AudioFormat, Ingest
+from streaming.aio import Changed
 from streaming.audio.ring import Ring
 from streaming.audio.vad import Vad
 from streaming.config import IngestConfig, VadConfig
@@ -24,12 +22,10 @@ from streaming.engine import messages
 from streaming.engine.client import EngineClient, EngineState
 from streaming.engine.contract import Pcm
 from streaming.engine.messages import Mark
-from streaming.errors import BadAudio, EngineFault
-from streaming.log.store import Saved
+from streaming.errors import EngineFault
 from streaming.metrics import Metrics
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
-    Ack,
     AnswerDelta,
     AnswerFinal,
     Ask,
@@ -39,11 +35,10 @@ from streaming.protocol import (
     Message,
     SessionClosed,
     SessionCreated,
-    SessionResumed,
     TranscriptDelta,
     ms_of,
 )
-from streaming.stream.snapshot import VERSION, PendingMark, SessionState, encode_state
+from streaming.stream.snapshot import PendingMark, SessionState
 from streaming.timeline.transcript import Timeline
 
 logger = logging.getLogger(__name__)
@@ -52,7 +47,8 @@ logger = logging.getLogger(__name__)
 # and no tick waits for it. A mark or the end of the audio goes at once.
 SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
-SLICE_S = 0.5  # a longer binary frame is worked on in slices, so that other streams get their turn
+SLICE_S = 0.5  # more audio at once is taken in slices, so that other streams get their turn
+SLICE = int(SLICE_S * SAMPLE_RATE_HZ)
 REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
 # More undecided audio means a decode point. The longest step of a grid is 2.88 s (MOSS-Audio's events at
 # tick_ms = 960), the least that a stream may be ahead 3 s.
@@ -79,14 +75,22 @@ class Outlets:
     metrics: Metrics = field(default_factory=Metrics)
 
 
+@dataclass(frozen=True, slots=True)
+class Unsaved:
+    """Audio that the log does not have yet."""
+
+    start: int  # sample at which `pcm` begins
+    stop: int
+    pcm: bytes  # float32 little-endian
+
+
 class Session:
-    """A live stream, from the first byte to `session.closed`. Belongs to the event loop."""
+    """A live stream, from the first sample to `session.closed`. Belongs to the event loop."""
 
     def __init__(
         self,
         name: str,
         number: int,
-        audio_format: AudioFormat,
         language: str | None,
         *,
         ingest: IngestConfig,
@@ -99,20 +103,15 @@ class Session:
         self.is_lost = asyncio.Event()  # the engine will not come back
         self._opened_at = asyncio.get_running_loop().time()
         self._number = number  # the engine's name for this stream
-        self._format = audio_format
         self._language = language  # None: detect
         self._language_from: int | None = None  # position of a change the engine has not been told of
         self._settled_language: str | None = None  # what the engine detected and stays with
-        self._ingest = Ingest(audio_format)
         self._vad = Vad(vad)
         self._ring = Ring(int(ingest.ring_s * SAMPLE_RATE_HZ))
         self._max_ahead = int(ingest.max_ahead_s * SAMPLE_RATE_HZ)
         self._timeline = timeline
         self._engine = engine
         self._outlets = outlets
-        self._slice_bytes = max(1, int(audio_format.rate_hz * SLICE_S)) * audio_format.frame_bytes
-        self._ack_step = int(ingest.ack_interval_s * audio_format.rate_hz)
-        self._n_acked = 0
         self._is_open = False  # the running engine knows this stream
         self._is_over = False
         self._sent = 0  # position: the engine has the audio before it
@@ -124,8 +123,8 @@ class Session:
         self._last_stop = 0  # at `_consumed`: where the speech before ended
         self._inbox: deque[FromEngine] = deque()  # one result at most, and a progress per 0.5 s sent
         self._has_mail = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._unsaved: deque[Pcm] = deque()  # audio that came since the last `save`
+        self._changed = Changed()
+        self._unsaved: deque[Pcm] = deque()  # audio that came since the last `take_unsaved`
         self._saved = 0  # position: the log has the audio before it
 
     def open(self, epoch_ms: int) -> None:
@@ -138,25 +137,23 @@ class Session:
             self._open_on_engine()
         elif self._engine.state is EngineState.LOST:  # between admission and now
             self.on_engine_lost()
-        logger.info("stream %s: opened as %d, %s", self.name, self._number, self._format)
+        logger.info("stream %s: opened as %d", self.name, self._number)
 
     # --- across the server's death -------------------------------------------------------
 
-    def save(self, stream: int) -> Saved:
-        """What the stream goes on from now, and its audio since the last call."""
+    def take_unsaved(self) -> Unsaved:
+        """The audio since the last call, which belongs to the `snapshot` of the same moment."""
         start, self._saved = self._saved, self._ring.end
         pcm = b"".join(piece.tobytes() for piece in self._unsaved)
         self._unsaved.clear()
-        self._changed.set()
-        state = self._state()
-        keep_from = min(self._ring.start, Vad.needed_from(state.vad))
-        return Saved(stream, encode_state(state), start, self._saved, pcm, keep_from)
+        self._changed.notify()
+        return Unsaved(start, self._saved, pcm)
 
     def restore(self, state: SessionState, start: int, audio: Pcm) -> None:
-        """Go on where the session of a dead server was; called instead of `open`, before anything else.
+        """Continue where the session of a dead server was; called instead of `open`, before anything else.
 
         Args:
-            state: Of that session, whose format and timeline this one was made with.
+            state: Of that session, whose timeline this one was made with.
             start: Sample at which `audio` begins: not after what `state` needs.
             audio: Up to the state's end.
         """
@@ -168,8 +165,6 @@ class Session:
         self._consumed, self._window_start = state.consumed, state.window_start
         self._pending.extend(state.pending)
         self._speech_edge, self._last_stop = state.speech_edge, state.last_stop
-        self._ingest.restore(state.ingest)
-        self._n_acked = self._ingest.n_samples
         heard_from = Vad.needed_from(state.vad)
         self._vad.restore(state.vad, audio[heard_from - start :])
         self._saved = self._ring.end
@@ -185,24 +180,9 @@ class Session:
             "stream %s: goes on at %.1f s as %d", self.name, self._ring.end / SAMPLE_RATE_HZ, self._number
         )
 
-    def resume(self) -> SessionResumed:
-        """The producer is back: from where on it sends its audio."""
-        self._ingest.drop_partial()
-        n_samples = self._ingest.n_samples
-        return SessionResumed(n_samples, n_samples * 1000 // self._format.rate_hz)
-
-    @property
-    def audio_format(self) -> AudioFormat:
-        """What the producer declared."""
-        return self._format
-
-    def _state(self) -> SessionState:
+    def snapshot(self) -> SessionState:
+        """What a new session continues from, with the audio since `SessionState.needed_from`."""
         return SessionState(
-            version=VERSION,
-            encoding=self._format.encoding,
-            rate_hz=self._format.rate_hz,
-            channels=self._format.channels,
-            asked_language=self._format.language,
             language=self._language,
             language_from=self._language_from,
             settled_language=self._settled_language,
@@ -213,55 +193,56 @@ class Session:
             pending=tuple(self._pending),
             speech_edge=self._speech_edge,
             last_stop=self._last_stop,
-            ingest=self._ingest.state(),
             vad=self._vad.state(),
             timeline=self._timeline.state(),
         )
 
+    def tell(self, message: Message) -> None:
+        """Send a message to the producer alone."""
+        self._outlets.tell(message)
+
     # --- from the producer ---------------------------------------------------------------
 
-    async def feed(self, data: bytes) -> None:
-        """Take audio bytes, however cut; waits while the ring is full.
-
-        Cancelled while it waits, it has taken a part of them: `resume` says how much.
-
-        Raises:
-            BadAudio: they cannot be audio of the declared format.
-        """
-        for at in range(0, len(data), self._slice_bytes):
-            if at:
-                await asyncio.sleep(0)  # a frame of minutes must not hold up the other streams
-            piece = data[at : at + self._slice_bytes]
-            await self._room(len(piece))
-            self._push(self._ingest.push(piece))
-            if self._ingest.n_samples - self._n_acked >= self._ack_step:
-                self.acknowledge()
-
-    def seconds_of(self, n_bytes: int) -> float:
-        """How long so many bytes of this stream's audio last."""
-        return n_bytes / (self._format.frame_bytes * self._format.rate_hz)
-
     @property
-    def has_unacknowledged(self) -> bool:
-        """Whether audio arrived after the last `ack`."""
-        return self._ingest.n_samples > self._n_acked
+    def n_samples(self) -> int:
+        """Samples fed so far, at 16 kHz."""
+        return self._ring.end
 
-    def acknowledge(self) -> None:
-        """Tell the producer how far its audio is safe, if that is news."""
-        if self.has_unacknowledged:
-            self._n_acked = self._ingest.n_samples
-            self._outlets.tell(Ack(self._n_acked, self._n_acked * 1000 // self._format.rate_hz))
+    async def feed(self, pcm: Pcm) -> None:
+        """Take 16 kHz mono audio, [n_samples], however much; waits while the ring is full.
+
+        Cancelled while it waits, it has taken a part of it: `n_samples` says how much.
+        """
+        for at in range(0, len(pcm), SLICE):
+            if at:
+                await asyncio.sleep(0)  # minutes of audio must not hold up the other streams
+            piece = pcm[at : at + SLICE]
+            await self.wait_for_room(len(piece))
+            self.push(piece)
+
+    async def wait_for_room(self, n_samples: int) -> None:
+        """Wait until so many samples can be taken: by the ring, and by the log where it keeps the audio."""
+        await self._until(
+            lambda: self._ring.n_free >= n_samples and self._ring.end - self._saved < self._ring.capacity
+        )
+
+    def push(self, pcm: Pcm) -> None:
+        """Take audio that `wait_for_room` was called for, without awaiting anything in between."""
+        if self.is_lost.is_set() or self._is_over:
+            return  # no engine will decode it, and the connection is being closed for that
+        self._ring.push(pcm)
+        if self._outlets.is_saved:
+            self._unsaved.append(pcm)
+        else:
+            self._saved = self._ring.end
+        self._outlets.metrics.heard(len(pcm))
+        self._pending.extend(PendingMark(mark) for mark in self._vad.push(pcm))
+        self._announce()
+        self._pump()
 
     async def flush(self, flush_id: str) -> None:
-        """Commit everything fed so far; `flushed` follows when that is done.
-
-        Raises:
-            BadAudio: as `feed`.
-        """
+        """Commit everything fed so far; `flushed` follows when that is done."""
         await self._until(lambda: self._n_flushes() < MAX_FLUSHES)
-        await self._room(0)
-        self._push(self._ingest.flush())
-        self.acknowledge()
         self._mark_flush(flush_id)
 
     def ask(self, ask: Ask) -> None:
@@ -291,9 +272,6 @@ class Session:
         Cancelled while it waits, it leaves the stream to `abandon`.
         """
         if not self.is_lost.is_set():
-            await self._room(0)
-            self._push(self._last_audio())
-            self.acknowledge()
             self._mark_flush(None)
             await self._until(lambda: not self._pending)
         self.abandon(reason)
@@ -303,7 +281,7 @@ class Session:
         if self._is_over:
             return
         self._is_over = True
-        self._changed.set()
+        self._changed.notify()
         if self._is_open and self._engine.is_ready:
             self._engine.send(messages.CloseStream(self._number))
         self._is_open = False
@@ -366,7 +344,7 @@ class Session:
                 text = f"{n_points} decode points skipped"
                 self._outlets.publish(Degraded("overload", text, ms_of(start), ms_of(end)))
         self._pump()
-        self._changed.set()
+        self._changed.notify()
 
     def on_engine_down(self) -> None:
         """The engine died: keep everything for the next one."""
@@ -386,7 +364,7 @@ class Session:
         self._is_open = False
         self._inbox.clear()
         self.is_lost.set()
-        self._changed.set()
+        self._changed.notify()
 
     # --- inside --------------------------------------------------------------------------
 
@@ -411,36 +389,6 @@ class Session:
         self._sent = self._ring.start
         self._n_marks_sent = 0
         self._pump()
-
-    async def _room(self, n_bytes: int) -> None:
-        """Wait until so many bytes can be taken: by the ring, and by the log where it keeps the audio."""
-        await self._until(
-            lambda: (
-                self._ring.n_free >= self._ingest.most(n_bytes)
-                and self._ring.end - self._saved < self._ring.capacity
-            )
-        )
-
-    def _push(self, pcm: Pcm) -> None:
-        """Take audio there is room for. Nothing is awaited between its arrival and here: it is never lost."""
-        if self.is_lost.is_set() or self._is_over:
-            return  # nobody will hear it, and the connection is being closed for that
-        self._ring.push(pcm)
-        if self._outlets.is_saved:
-            self._unsaved.append(pcm)
-        else:
-            self._saved = self._ring.end
-        self._outlets.metrics.heard(len(pcm))
-        self._pending.extend(PendingMark(mark) for mark in self._vad.push(pcm))
-        self._announce()
-        self._pump()
-
-    def _last_audio(self) -> Pcm:
-        try:
-            return self._ingest.flush()
-        except BadAudio as exc:  # in the last milliseconds of a stream that ends anyway
-            logger.warning("stream %s: its end is left out: %s", self.name, exc)
-            return np.zeros(0, np.float32)
 
     def _mark_flush(self, flush_id: str | None) -> None:
         at = self._ring.end
@@ -552,6 +500,4 @@ class Session:
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         """Wait for something that the engine's messages bring about, or for the stream's end or loss."""
-        while not is_true() and not self.is_lost.is_set() and not self._is_over:
-            self._changed.clear()
-            await self._changed.wait()
+        await self._changed.wait_for(lambda: is_true() or self.is_lost.is_set() or self._is_over)

@@ -1,18 +1,19 @@
-"""What a live stream goes on from after the server itself was killed.
+"""What a live stream continues from after the server process died.
 
-Plain data, saved with every message that it led to and never without: a stream that is restored
-says what it would have said. Where the structure changes, `VERSION` does; a state of another
-version is not read, and its stream is closed with what was committed.
+Plain data, saved in one transaction with the messages it led to, so that a restored stream says
+what it would have said. Where the structure changes, `VERSION` does; a state of another version is
+not read, and its stream is closed with what was committed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from streaming.audio.ingest import Encoding, IngestState
-from streaming.audio.vad import VadState
+from streaming.audio.ingest import AudioFormat, Encoding, IngestState
+from streaming.audio.vad import Vad, VadState
 from streaming.engine.messages import Mark
 from streaming.errors import LogError
 from streaming.timeline.transcript import TimelineState
@@ -28,14 +29,24 @@ class PendingMark(msgspec.Struct):
     is_announced: bool = False
 
 
-class SessionState(msgspec.Struct, frozen=True):
-    """All that a session and what belongs to it remember."""
+class InputState(msgspec.Struct, frozen=True):
+    """What the audio input of a stream remembers."""
 
-    version: int
     encoding: Encoding
     rate_hz: int
     channels: int
     asked_language: str | None
+    ingest: IngestState
+
+    @property
+    def audio_format(self) -> AudioFormat:
+        """As the producer declared it."""
+        return AudioFormat(self.encoding, self.rate_hz, self.channels, self.asked_language)
+
+
+class SessionState(msgspec.Struct, frozen=True):
+    """What a session and what belongs to it remember."""
+
     language: str | None
     language_from: int | None
     settled_language: str | None
@@ -46,29 +57,47 @@ class SessionState(msgspec.Struct, frozen=True):
     pending: tuple[PendingMark, ...]
     speech_edge: int | None
     last_stop: int
-    ingest: IngestState
     vad: VadState
     timeline: TimelineState
 
+    @property
+    def needed_from(self) -> int:
+        """The oldest sample that a session needs to continue from this state."""
+        return min(self.ring_start, Vad.needed_from(self.vad))
 
-def encode_state(state: SessionState) -> bytes:
-    """As it is saved."""
-    return msgspec.msgpack.encode(state)
+
+class _Version(msgspec.Struct):
+    version: int
 
 
-def decode_state(body: bytes) -> SessionState:
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """All that a live stream remembers, at one moment."""
+
+    session: SessionState
+    input: InputState
+
+
+def encode_state(state: StreamState) -> bytes:
+    """As it is saved: one flat map of the version and the fields of both parts."""
+    parts = (_Version(VERSION), state.session, state.input)
+    return msgspec.msgpack.encode({k: v for part in parts for k, v in msgspec.structs.asdict(part).items()})
+
+
+def decode_state(body: bytes) -> StreamState:
     """Read what was saved.
 
     Raises:
-        LogError: it is of another version.
+        LogError: it is of another version, or is no such state.
     """
+    decode = msgspec.msgpack.decode
     try:
-        state = msgspec.msgpack.decode(body, type=SessionState)
+        version = decode(body, type=_Version).version
+        if version != VERSION:
+            raise LogError(f"a saved state of version {version}; expected {VERSION}")
+        return StreamState(decode(body, type=SessionState), decode(body, type=InputState))
     except msgspec.MsgspecError as exc:
         raise LogError(f"a saved state that cannot be read: {exc}") from exc
-    if state.version != VERSION:
-        raise LogError(f"a saved state of version {state.version}; expected {VERSION}")
-    return state
 
 
 def for_model(

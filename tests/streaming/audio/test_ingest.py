@@ -9,6 +9,7 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
+import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +89,7 @@ def test_the_state_goes_on_where_another_was(
         pieces.append(one.push(data[:at]))
     other = Ingest(audio_format)
     other.restore(msgspec.msgpack.decode(msgspec.msgpack.encode(one.state()), type=IngestState))
-    n_most = one.most(len(data) - at)
+    n_most = one.max_out(len(data) - at)
     rest = [np.concatenate([it.push(data[at:]), it.flush()]) for it in (one, other)]
     assert abs(len(rest[0]) - len(rest[1])) <= (rate_hz == 11_025)
     assert len(rest[0]) <= n_most
@@ -180,3 +181,14 @@ def test_a_bad_rate_is_named_with_what_was_expected(rate: str) -> None:
     """Got, expected, and where."""
     with pytest.raises(BadQuery, match=r"rate is .*; expected an integer from 8000 to 48000"):
         parse_query(f"rate={rate}")
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+def test_a_resampler_that_overshoots_is_clipped(rate: int) -> None:
+    """A full-scale square wave rings: what leaves the ingest stays within -1 to 1."""
+    square = np.repeat(np.array([32767, -32768] * 50, "<i2"), rate // 100)
+    ingest = Ingest(AudioFormat(rate_hz=rate))
+    pcm = np.concatenate([ingest.push(square.tobytes()), ingest.flush()])
+    raw = soxr.resample(square.astype(np.float32) / 32768, rate, 16_000)
+    assert np.abs(raw).max() > 1.01
+    assert np.abs(pcm).max() <= 1

@@ -16,7 +16,7 @@ from streaming.log.log import Log
 from streaming.log.store import Saved
 from streaming.protocol import Message, SessionCreated
 from streaming.stream.lifetime import digest_of
-from streaming.stream.snapshot import VERSION, SessionState, encode_state
+from streaming.stream.snapshot import InputState, SessionState, StreamState, encode_state
 from streaming.timeline.transcript import TimelineState
 
 CREATED = SessionCreated("fake", ("transcript",), ("de", "en"), 0)
@@ -34,14 +34,9 @@ class _Given:
         return Saved(stream, self.state, 0, len(self.pcm) // 4, self.pcm, 0)
 
 
-def state(**changes: Any) -> SessionState:
-    """Of a stream that was begun and has no audio yet, with some changes."""
-    new = SessionState(
-        version=VERSION,
-        encoding="s16le",
-        rate_hz=16_000,
-        channels=1,
-        asked_language=None,
+def state(**changes: Any) -> StreamState:
+    """Of a stream that was begun and has no audio yet, with some changes to either part."""
+    session = SessionState(
         language=None,
         language_from=None,
         settled_language=None,
@@ -52,16 +47,19 @@ def state(**changes: Any) -> SessionState:
         pending=(),
         speech_edge=None,
         last_stop=0,
-        ingest=IngestState(0, b"", 0, 0, b""),
         vad=VadState(is_speech=False, n_frames=0, n_run=0, speech_end=0, last_stop=0),
         timeline=TimelineState(),
     )
-    return msgspec.structs.replace(new, **changes)
+    audio = InputState("s16le", 16_000, 1, None, IngestState(0, b"", 0, 0, b""))
+    of_audio = {name: changes.pop(name) for name in list(changes) if name in InputState.__struct_fields__}
+    return StreamState(
+        msgspec.structs.replace(session, **changes), msgspec.structs.replace(audio, **of_audio)
+    )
 
 
 async def leave(
     folder: Path,
-    states: Mapping[str, SessionState],
+    states: Mapping[str, StreamState],
     *,
     pcm: bytes = b"",
     said: tuple[Message, ...] = (),

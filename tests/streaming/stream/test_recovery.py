@@ -34,7 +34,7 @@ from streaming.protocol import (
     encode_client,
 )
 from streaming.stream.registry import Streams
-from streaming.stream.snapshot import PendingMark, SessionState, for_model
+from streaming.stream.snapshot import PendingMark, StreamState, for_model
 from streaming.timeline.transcript import TimelineState
 from tests.streaming.stream.left import leave, state
 from tests.streaming.support import TIMEOUT_S, Running, receive, receive_until, running_server
@@ -85,7 +85,7 @@ async def goes_on(running: Running, name: str) -> bool:
     ],
     ids=["voice", "vad", "rate"],
 )
-async def test_a_stream_that_cannot_go_on_costs_no_other(broken: SessionState, tmp_path: Path) -> None:
+async def test_a_stream_that_cannot_go_on_costs_no_other(broken: StreamState, tmp_path: Path) -> None:
     """It is closed, its name and slot are free, and the streams after it go on."""
     await leave(tmp_path, {"bad": broken, "good": state()})
     async with running_server(SLOTS, folder=tmp_path) as running:
@@ -215,6 +215,6 @@ def test_a_language_that_the_model_does_not_know_is_detected(
     languages: tuple[str, ...], expected: tuple[str | None, str | None]
 ) -> None:
     """A model without a list takes any."""
-    adapted, _ = for_model(state(language="cy", settled_language="de"), (), languages)
+    adapted, _ = for_model(state(language="cy", settled_language="de").session, (), languages)
     assert (adapted.language, adapted.settled_language) == expected
-    assert for_model(state(), (), languages)[0] == state()
+    assert for_model(state().session, (), languages)[0] == state().session
