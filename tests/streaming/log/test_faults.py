@@ -15,6 +15,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 
 from streaming.config import LogConfig
+from streaming.log.directory import StateSource
 from streaming.log.history import History
 from streaming.log.hub import Hub
 from streaming.log.log import Log
@@ -28,7 +29,6 @@ from streaming.protocol import (
     decode,
     encode_client,
 )
-from streaming.stream.session import Session
 from tests.streaming.support import TIMEOUT_S, receive_until, running_server, s16, utterances
 
 OLD = Path(__file__).with_name("data") / "log_v1.db"  # a log of commit 353580c, its server killed
@@ -89,14 +89,12 @@ async def reason(connection: ClientConnection) -> str:
 
 async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its producer gets `session.closed` with reason `internal`; the server and the rest go on."""
-    save = Session.save
+    begin = Log.open
 
-    def failing(session: Session, stream: int) -> Saved:
-        if session.name == "bad":
-            raise ValueError("SECRET")
-        return save(session, stream)
+    def failing(log: Log, name: str, source: StateSource | None = None, resume_digest: bytes = b"") -> None:
+        begin(log, name, Broken() if name == "bad" else source, resume_digest)
 
-    monkeypatch.setattr(Session, "save", failing)
+    monkeypatch.setattr(Log, "open", failing)
     audio = s16(utterances(1.0))
     async with running_server() as running, running.stream("good") as good:
         async with running.stream("bad") as bad:
