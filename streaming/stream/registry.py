@@ -112,11 +112,10 @@ class Streams:
             self._log.close(name)
 
     def fail(self, name: str) -> None:
-        """End a stream that cannot be saved any more, at once and with what is committed."""
+        """End a stream that cannot be saved any more, as "internal" and with what is committed."""
         live = self._live.get(name)
         if live is not None:
-            live.session.abandon("internal")
-            live.end("internal")
+            live.fail()
 
     def stop(self) -> None:
         """The server stops: finalise every stream whose producer is away; the others' producers do it."""

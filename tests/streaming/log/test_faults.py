@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
 
 from streaming.config import LogConfig
 from streaming.log.directory import StateSource
@@ -80,15 +81,8 @@ async def test_a_state_that_cannot_be_made_costs_its_stream_alone(
     assert "SECRET" not in caplog.text
 
 
-async def reason(connection: ClientConnection) -> str:
-    """What a stream ended for."""
-    message = (await receive_until(connection, SessionClosed))[-1].message
-    assert isinstance(message, SessionClosed)
-    return message.reason
-
-
 async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its producer gets `session.closed` with reason `internal`; the server and the rest go on."""
+    """Closed as `internal` and its connection with 1011; the server and the other streams go on."""
     begin = Log.open
 
     def failing(log: Log, name: str, source: StateSource | None = None, resume_digest: bytes = b"") -> None:
@@ -97,15 +91,25 @@ async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pyte
     monkeypatch.setattr(Log, "open", failing)
     audio = s16(utterances(1.0))
     async with running_server() as running, running.stream("good") as good:
-        async with running.stream("bad") as bad:
-            await bad.send(audio)
-            assert await reason(bad) == "internal"
-            await asyncio.wait_for(bad.wait_closed(), TIMEOUT_S)
+        for _ in range(2):  # the second time, the name is free again
+            async with running.stream("bad") as bad, asyncio.timeout(TIMEOUT_S):
+                with contextlib.suppress(ConnectionClosed):
+                    await bad.send(audio)
+                await bad.wait_closed()
+            assert bad.close_code == 1011
+            async with running.subscribe() as reader:
+                await reader.send(encode_client(Subscribe(("bad",), after=0)))
+                assert await reason(reader) == "internal"
         await good.send(audio)
         await good.send(encode_client(Close()))
         assert await reason(good) == "closed"
-        async with running.stream("bad") as bad:  # the name is free again
-            assert await reason(bad) == "internal"
+
+
+async def reason(connection: ClientConnection) -> str:
+    """What a stream ended for."""
+    message = (await receive_until(connection, SessionClosed))[-1].message
+    assert isinstance(message, SessionClosed)
+    return message.reason
 
 
 def filled(path: Path, n_messages: int) -> Store:
