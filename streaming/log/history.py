@@ -82,7 +82,7 @@ class Document:
     body: bytes
 
 
-class Segment(msgspec.Struct, frozen=True):
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """Words that belong together."""
 
     words: tuple[Word, ...]
@@ -272,9 +272,9 @@ def _details(row: StreamRow, transcript: Transcript) -> Document:
         "duration_ms": None if closed is None else closed.duration_ms,
         "text": join_words(segment.text for segment in transcript.segments),
     }
-    # One by one: encoding all of them in one call would keep the other threads from running.
-    segments = b",\n".join(map(msgspec.json.encode, transcript.segments))
-    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + segments + b"]}\n"
+    # In a loop of Python's: one call that encoded all of them would keep the other threads from running.
+    segments = [msgspec.json.encode(segment) for segment in transcript.segments]
+    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]}\n"
     return Document(_TYPES["json"], body)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from streaming.protocol import Envelope, encode
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One message of a stream.
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """One message of a stream. Holds nothing that the garbage collector would have to look at.
 
     One that is not logged carries the `seq` of the last logged one before it.
     """
