@@ -34,14 +34,13 @@ from scripts.demo import HOST, free_port
 from streaming.app import run as run_server
 from streaming.config import load_config
 from streaming.log.hub import Hub
+from streaming.log.row import Row
 from streaming.protocol import (
     UNLOGGED,
     CloseCode,
-    Envelope,
     SessionClosed,
     Subscribe,
     decode,
-    encode,
     encode_client,
 )
 from streaming.server.admission import GuardedConnection
@@ -185,14 +184,14 @@ def slowest(fast: list[list[Any]], rows: list[Any]) -> list[dict[str, Any]]:
 
 def serve(path: Path) -> None:
     """The server with the fake engine; at its end, how long messages took from the log to sockets."""
-    committed: dict[str, float] = {}  # text of a logged message -> when it was
+    committed: dict[bytes, float] = {}  # frame of a logged message -> when it was
     delays_ms: list[float] = []
     publish, send = Hub.publish, GuardedConnection.send
 
-    def seen_publish(hub: Hub, envelope: Envelope) -> None:
-        if envelope.message.type not in UNLOGGED:
-            committed[encode(envelope)] = time.perf_counter()
-        publish(hub, envelope)
+    def seen_publish(hub: Hub, row: Row) -> None:
+        if row.type not in UNLOGGED:
+            committed[row.frame] = time.perf_counter()
+        publish(hub, row)
 
     async def seen_send(connection: GuardedConnection, message: Any, *, text: bool | None = None) -> None:
         await send(connection, message, text=text)

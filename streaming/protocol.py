@@ -680,23 +680,6 @@ def is_pattern(name: str) -> bool:
     return "*" in name
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a name is what the pattern says; `*` stands for any characters. In linear time."""
-    first, *rest = pattern.split("*")
-    if not rest:
-        return name == pattern
-    *middle, last = rest
-    if len(name) < len(first) + len(last) or not (name.startswith(first) and name.endswith(last)):
-        return False
-    at, end = len(first), len(name) - len(last)
-    for part in middle:  # the leftmost place of each part leaves the most room for the next
-        found = name.find(part, at, end)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return True
-
-
 def ms_of(n_samples: int) -> int:
     """Milliseconds of a position on the 16 kHz sample clock."""
     return n_samples * 1000 // SAMPLE_RATE_HZ

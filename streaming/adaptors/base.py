@@ -32,7 +32,7 @@ from streaming.errors import (
 )
 from streaming.log.hub import Subscription
 from streaming.log.log import Log
-from streaming.protocol import SAMPLE_RATE_HZ, Envelope
+from streaming.protocol import SAMPLE_RATE_HZ, Envelope, decode
 from streaming.server import ws
 from streaming.server.producer import ProducerLimits
 from streaming.stream.audio_input import Acknowledger
@@ -202,8 +202,8 @@ class Conversation:
                 await self._connection.send(json.dumps(event, separators=(",", ":")))
 
     async def _send_all(self) -> None:
-        async for envelope in self._reader:
-            await self.say(partial(self._adaptor.translate, envelope))
+        async for row in self._reader:
+            await self.say(partial(self._adaptor.translate, decode(row.frame)))
             self._has_begun.set()
 
     async def _converse(
@@ -226,7 +226,7 @@ class Conversation:
             name = self.session.name
             level = logging.INFO if isinstance(over, ServerStopping) else logging.WARNING
             logger.log(level, "stream %s: ends: %s", name, over.reason)  # the text may hold what came
-            for envelope in ws.fatal_error(name, self._log.last_seq(name), over):
+            for envelope in ws.fatal_error(name, self._log.directory.last_seq(name), over):
                 self._reader.put(envelope)
             return over, over.reason
         return None, "closed"

@@ -1,24 +1,35 @@
 """What the log keeps, by GET: streams, their messages, and transcripts that grow while they live.
 
-Answers are read from the file in the log's reading thread and made there, so that no size of a
-stream holds up the event loop. Knows paths and queries; who may ask is the guard's.
+Answers are read from the file in parts, in the log's reading thread, and made in a thread of their own,
+so that no size of a stream holds up the event loop or other readers. Knows paths and queries; who may
+ask is the guard's.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from heapq import nlargest
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from streaming.errors import BadQuery
+from streaming.log.directory import Stream
 from streaming.log.log import Log
-from streaming.log.store import Query, StreamRow
+from streaming.log.row import Row
+from streaming.log.store import Query, Store, StreamRow
 from streaming.log.subtitles import cues_of, subrip, webvtt
 from streaming.protocol import (
     HISTORY_PATH,
     MAX_SEQ,
     MESSAGE_TYPES,
     STREAM_NAME,
+    Message,
     SessionClosed,
     SessionCreated,
     TranscriptDelta,
@@ -26,7 +37,7 @@ from streaming.protocol import (
     Word,
     decode,
 )
-from streaming.query import integer, read_query
+from streaming.query import read
 from streaming.text import join_words
 
 MAX_STREAMS = 1_000  # in one list: the newest
@@ -34,13 +45,29 @@ MAX_PARAMETERS = 8  # of a query that are looked at
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1_000  # messages in one answer
 MAX_SPOKEN = 50_000  # messages a transcript is made of: of a longer stream, the newest; some 30 hours
 LIVE_MS = 60_000  # that live.vtt looks back
+LIVE_ROWS = 256  # messages read at a time for it
+MAX_LIVE_ROWS = 16 * LIVE_ROWS
+MAX_LIVE = 64  # streams whose newest live.vtt is kept
 _SPOKEN = (SessionCreated.type, TranscriptDelta.type, TranscriptFinal.type, SessionClosed.type)
+_MESSAGES = ("messages", "events")  # pages; the second is the old name of the first
 _TYPES = {
     "txt": "text/plain; charset=utf-8",
     "json": "application/json",
     "vtt": "text/vtt; charset=utf-8",
     "srt": "application/x-subrip; charset=utf-8",
 }
+
+
+class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of pages that take no parameters."""
+
+
+class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which logged messages of a stream are wanted."""
+
+    after: Annotated[int, Meta(ge=0, le=MAX_SEQ)] = 0
+    types: tuple[str, ...] = ()
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
 
 
 class UnknownStream(LookupError):
@@ -55,8 +82,7 @@ class Document:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """Words that belong together."""
 
     words: tuple[Word, ...]
@@ -68,7 +94,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was said in the newest session of a stream."""
+    """What was said in the newest session of a stream, or at its end."""
 
     created: SessionCreated | None  # None: it left the log
     closed: SessionClosed | None
@@ -95,6 +121,8 @@ class History:
 
     def __init__(self, log: Log) -> None:
         self._log = log
+        # By id: session and `seq` that it was made at. Belongs to the log's reading thread.
+        self._live: OrderedDict[int, tuple[tuple[int, int], Document]] = OrderedDict()
 
     async def answer(self, path: str, query: str) -> Document:
         """What a path shows.
@@ -102,51 +130,70 @@ class History:
         Raises:
             UnknownStream: there is nothing.
             BadQuery: a parameter cannot be used.
+            LogError: the log cannot be read.
         """
         name = stream_of(path)
         if name is None:
-            read_query(query, (), MAX_PARAMETERS)
-            return _json(self._streams())
-        row = self._log.row(name) if STREAM_NAME.fullmatch(name) else None
+            read(query, NoQuery, MAX_PARAMETERS)
+            return await self._streams()
+        row = self._log.directory.row(name) if STREAM_NAME.fullmatch(name) else None
         if row is None:
             raise UnknownStream(f"no stream {name[:80]!r} is kept")
         page = path.removeprefix(f"{HISTORY_PATH}/{name}/")
-        if page == "events":
-            return await self._events(row, query)
-        read_query(query, (), MAX_PARAMETERS)
+        if page in _MESSAGES:
+            return await self._messages(row, page, read(query, MessagesQuery, MAX_PARAMETERS))
+        read(query, NoQuery, MAX_PARAMETERS)
+        if page == "live.vtt":
+            return await self._log.reader.ask(partial(self._newest_captions, row=row))
         stem, _, ending = page.partition(".")
-        if page == "live.vtt" or (stem == "transcript" and ending in _TYPES):
-            frames = await self._log.of_session(row, _SPOKEN, MAX_SPOKEN)
-            return await self._log.apart(lambda: _document(row, transcript_of(frames), stem, ending))
-        raise UnknownStream(f"no such page; expected events, live.vtt or transcript.{{{','.join(_TYPES)}}}")
+        if stem == "transcript" and ending in _TYPES:
+            rows = await self._log.reader.of_session(row, _SPOKEN, MAX_SPOKEN)
+            return await self._log.reader.apart(lambda: _document(row, transcript_of(_read(rows)), ending))
+        pages = f"messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
+        raise UnknownStream(f"no such page; expected {pages}")
 
-    def _streams(self) -> dict[str, Any]:
-        rows = sorted(self._log.rows(), key=lambda row: (row.is_live, row.opened_ms), reverse=True)
-        return {"streams": [_summary(row) for row in rows[:MAX_STREAMS]], "n_streams": len(rows)}
+    async def _streams(self) -> Document:
+        """The newest streams, live ones first."""
+        streams = self._log.directory.streams()
+        newest = await self._log.reader.apart(lambda: nlargest(MAX_STREAMS, streams, key=_age))
+        return _json({"streams": [_summary(stream.row) for stream in newest], "n_streams": len(streams)})
 
-    async def _events(self, row: StreamRow, query: str) -> Document:
+    async def _messages(self, row: StreamRow, page: str, wanted: MessagesQuery) -> Document:
         """Logged messages of a stream after a `seq`, as they were sent."""
-        values = read_query(query, ("after", "types", "limit"), MAX_PARAMETERS)
-        after = integer(values, "after", 0, MAX_SEQ, 0, max_digits=16)
-        limit = integer(values, "limit", 1, MAX_LIMIT, DEFAULT_LIMIT, max_digits=16)
-        types = tuple(filter(None, values.get("types", "").split(",")))
-        for name in types:
+        for name in wanted.types:
             if name not in MESSAGE_TYPES:
                 raise BadQuery(f"types: {name[:80]!r} is no message type")
-        page = await self._log.page(Query(0, self._log.published, (row.id,), types, after), limit)
-        # As text: what is in the log is JSON already.
-        body = f'{{"stream": {json.dumps(row.name)}, "last_seq": {row.last_seq}, "events": ['
-        return Document("application/json", (body + ",\n".join(page.frames) + "]}\n").encode())
+        query = Query(0, self._log.published, (row.id,), wanted.types, wanted.after)
+        found = await self._log.reader.page(query, wanted.limit)
+        # What is in the log is JSON already.
+        head = f'{{"stream": {json.dumps(row.name)}, "last_seq": {row.last_seq}, "{page}": ['
+        body = b",\n".join(message.frame for message in found.rows)
+        return Document(_TYPES["json"], head.encode() + body + b"]}\n")
+
+    def _newest_captions(self, store: Store, *, row: StreamRow) -> Document:
+        """The captions of the last minute: made once for each `seq`, however many players ask."""
+        key = row.session, store.last_seq(row.id)
+        made_at, document = self._live.pop(row.id, (None, None))
+        if document is None or made_at != key:
+            document = _captions(transcript_of(_newest(store, row)))
+        self._live[row.id] = key, document
+        if len(self._live) > MAX_LIVE:
+            self._live.popitem(last=False)
+        return document
 
 
-def transcript_of(frames: list[str]) -> Transcript:
-    """Put a session's messages together: closed segments, then what is committed after them."""
+def transcript_of(messages: Iterable[Message]) -> Transcript:
+    """Put messages of a session together: closed segments, then what is committed after them.
+
+    Args:
+        messages: All of them, or the last ones: then segments that were closed among them are whole.
+    """
     created: SessionCreated | None = None
     closed: SessionClosed | None = None
     segments: list[Segment] = []
     spoken: list[Word] = []  # committed, in no closed segment yet
-    for frame in frames:
-        match decode(frame).message:
+    for message in messages:
+        match message:
             case SessionCreated() as created:
                 pass
             case SessionClosed() as closed:
@@ -154,7 +201,7 @@ def transcript_of(frames: list[str]) -> Transcript:
             case TranscriptDelta(words=words):
                 spoken += words
             case TranscriptFinal() as final:
-                del spoken[: len(final.words)]
+                del spoken[: _n_shared(final.words, spoken)]
                 segments.append(
                     Segment(final.words, final.text, final.language, final.speaker, is_final=True)
                 )
@@ -166,18 +213,73 @@ def transcript_of(frames: list[str]) -> Transcript:
     return Transcript(created, closed, tuple(segments))
 
 
-def _document(row: StreamRow, transcript: Transcript, stem: str, ending: str) -> Document:
+def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
+    """How many words of a closed segment are among the committed ones: all, or its last ones."""
+    for n in range(min(len(closed), len(spoken)), 0, -1):
+        if tuple(closed[-n:]) == tuple(spoken[:n]):
+            return n
+    return 0
+
+
+def _newest(store: Store, row: StreamRow) -> list[Message]:
+    """The last messages of a stream that hold all segments of its last minute whole."""
+    found: list[Message] = []
+    before = MAX_SEQ + 1
+    while len(found) < MAX_LIVE_ROWS and not _goes_back(found):
+        rows = store.of_session(row.id, row.session, _SPOKEN, LIVE_ROWS, before)
+        found = [*_read(rows), *found]
+        if len(rows) < LIVE_ROWS:
+            break
+        before = rows[0].seq
+    return found
+
+
+def _goes_back(messages: Sequence[Message]) -> bool:
+    """Whether a segment was closed before the last minute, and every word after it is here."""
+    said = [message for message in messages if isinstance(message, TranscriptDelta)]
+    begin = max((delta.end_ms for delta in said), default=0) - LIVE_MS
+    ends = [message.end_ms for message in messages if isinstance(message, TranscriptFinal)]
+    return bool(said) and any(said[0].start_ms <= end <= begin for end in ends)
+
+
+def _read(rows: Iterable[Row]) -> Iterable[Message]:
+    return (decode(row.frame).message for row in rows)
+
+
+def _captions(transcript: Transcript) -> Document:
+    cues = cues_of(segment.words for segment in transcript.segments)
+    begin = transcript.end_ms - LIVE_MS
+    return Document(_TYPES["vtt"], webvtt(cue for cue in cues if cue.end_ms > begin).encode())
+
+
+def _document(row: StreamRow, transcript: Transcript, ending: str) -> Document:
     match ending:
         case "txt":
             text = "".join(f"{segment.text}\n" for segment in transcript.segments)
         case "json":
-            return _json(_summary(row) | _details(transcript))
+            return _details(row, transcript)
         case _:
             cues = cues_of(segment.words for segment in transcript.segments)
-            if stem == "live":
-                cues = [cue for cue in cues if cue.end_ms > transcript.end_ms - LIVE_MS]
             text = webvtt(cues) if ending == "vtt" else subrip(cues)
     return Document(_TYPES[ending], text.encode())
+
+
+def _details(row: StreamRow, transcript: Transcript) -> Document:
+    created, closed = transcript.created, transcript.closed
+    head = _summary(row) | {
+        "model": None if created is None else created.model,
+        "epoch_ms": None if created is None else created.epoch_ms,
+        "duration_ms": None if closed is None else closed.duration_ms,
+        "text": join_words(segment.text for segment in transcript.segments),
+    }
+    # In a loop of Python's: one call that encoded all of them would keep the other threads from running.
+    segments = [msgspec.json.encode(segment) for segment in transcript.segments]
+    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]}\n"
+    return Document(_TYPES["json"], body)
+
+
+def _age(stream: Stream) -> tuple[bool, int]:
+    return stream.is_open, stream.opened_ms
 
 
 def _summary(row: StreamRow) -> dict[str, Any]:
@@ -191,16 +293,5 @@ def _summary(row: StreamRow) -> dict[str, Any]:
     }
 
 
-def _details(transcript: Transcript) -> dict[str, Any]:
-    created, closed = transcript.created, transcript.closed
-    return {
-        "model": None if created is None else created.model,
-        "epoch_ms": None if created is None else created.epoch_ms,
-        "duration_ms": None if closed is None else closed.duration_ms,
-        "text": join_words(segment.text for segment in transcript.segments),
-        "segments": [asdict(segment) for segment in transcript.segments],
-    }
-
-
 def _json(value: object) -> Document:
-    return Document("application/json", (json.dumps(value, ensure_ascii=False) + "\n").encode())
+    return Document(_TYPES["json"], msgspec.json.encode(value) + b"\n")

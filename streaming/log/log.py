@@ -1,7 +1,7 @@
 """The log: gives every message of a stream its `seq`, and lets readers have it once it is on the disk.
 
 The event loop numbers messages and collects them; one thread commits what was collected, with the
-state that each live stream goes on from after a restart, in one transaction; then the messages are
+state that each live stream resumes from after a restart, in one transaction; then the messages are
 delivered. While one batch is written the next one gathers, so the disk's pace changes how large
 batches are and not what is said. A message that is not logged keeps its place among the logged ones.
 
@@ -15,18 +15,23 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from streaming.aio import Changed
 from streaming.config import LogConfig
 from streaming.errors import LogError, LogFull
-from streaming.log.store import Closed, Logged, Op, Opened, Page, Query, Saved, Store, StreamRow
-from streaming.protocol import UNLOGGED, Envelope, Message, decode, encode, is_pattern, matches
+from streaming.log.directory import Directory, StateSource, Stream
+from streaming.log.reader import Reader, in_thread
+from streaming.log.row import Row, row_of
+from streaming.log.store import Closed, Logged, Op, Opened, Store, Unsaved
+from streaming.logging_setup import where_raised
+from streaming.protocol import UNLOGGED, Envelope, Message
 
 logger = logging.getLogger(__name__)
 
@@ -39,84 +44,67 @@ _DAY_MS = 24 * 3600 * 1000
 _T = TypeVar("_T")
 
 
-class StateSource(Protocol):
-    """A live stream that can go on after a restart of the server."""
-
-    def save(self, stream: int) -> Saved:
-        """What it goes on from now, and the audio that came since the last call."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    """A stream of the log, live or over."""
-
-    id: int
-    name: str
-    last_seq: int
-    session: int
-    resume_digest: bytes
-    is_open: bool = False
-    is_live_on_disk: bool = False  # left by a server that was killed, and not opened again yet
-    opened_ms: int = 0
-    closed_ms: int | None = None
-    source: StateSource | None = None
-    n_waiting: int = 0  # messages not delivered yet
-
-
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """Something on its way to the disk, and then to its readers."""
+    """Something on its way to the disk, and what is done once it is there."""
 
-    stream: _Stream
+    stream: Stream
     op: Op | None
-    envelope: Envelope | None = None
-    deliver: Callable[[Envelope], None] | None = None
+    deliver: Callable[[], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A live stream that a killed server left behind, and what it can go on from."""
-
-    name: str
-    state: bytes | None
-    audio: list[tuple[int, bytes]] = field(default_factory=list)
+def _ignore(_: object) -> None:
+    return
 
 
 class Log:
-    """The messages of all streams. Belongs to the event loop; its two threads see only rows."""
+    """The messages of all streams. Belongs to the event loop; its threads see only rows and ops."""
 
     def __init__(
         self,
         config: LogConfig,
-        deliver: Callable[[Envelope], None],
         clock_ms: Callable[[], int],
         *,
+        on_closed: Callable[[str], None] = _ignore,
+        on_unsaved: Callable[[str], None] = _ignore,
         n_recent: int = N_RECENT,
     ) -> None:
+        """Of a file that is opened by `running`.
+
+        Args:
+            config: Where the file is, and how much is kept.
+            clock_ms: Unix time.
+            on_closed: Called with the name of a stream whose end was delivered.
+            on_unsaved: Called with the name of a live stream whose state could not be made. It is saved
+                no more, and has to end.
+            n_recent: Newest messages kept in memory.
+        """
+        self.directory = Directory()
+        self.reader = Reader(self.directory)
         self._config = config
-        self._deliver = deliver
+        self._deliver: Callable[[Row], None] = _ignore
         self._clock_ms = clock_ms
-        self._store: Store | None = None
+        self._on_closed = on_closed
+        self._on_unsaved = on_unsaved
         self._writing = ThreadPoolExecutor(1, "log-write")
-        self._reading = ThreadPoolExecutor(1, "log-read")
-        self._streams: dict[str, _Stream] = {}
-        self._by_id: dict[int, _Stream] = {}
-        self._next_stream = 1
         self._next_id = 1
         self._waiting: list[_Waiting] = []
         self._unsaved: dict[str, None] = {}  # live streams whose state must be saved with the next batch
         self._n_appended = 0
         self._n_delivered = 0
-        self._has_work = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._work = Changed()  # for the writer
+        self._progress = Changed()  # of the writer
         self._failure: LogError | None = None
         self._is_closing = False
-        self._recent: deque[tuple[int, Envelope]] = deque(maxlen=n_recent)
-        self.published = 0  # place in the log up to which everything was delivered
-        self.trimmed = 0  # place of the newest message that retention took
+        self._recent: deque[tuple[int, Row]] = deque(maxlen=n_recent)
+        self.published = 0  # id of the message up to which everything was delivered
+        self.trimmed = 0  # id of the newest message that retention took
         self.n_messages = 0  # that are kept
-        self.generation = 0  # of the set of streams
         self.is_full = False  # the disk is, and everything waits
+
+    def deliver_to(self, deliver: Callable[[Row], None]) -> None:
+        """Have every message handed to the fan-out, once it is on the disk; it must not wait."""
+        self._deliver = deliver
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -125,22 +113,22 @@ class Log:
         Raises:
             LogError: the file cannot be used.
         """
-        self._store = await self._in(self._writing, lambda: Store(Path(self._config.path)))
+        store = await in_thread(self._writing, lambda: Store(Path(self._config.path)))
         try:
-            await self._load(self._store)
-            writer = asyncio.create_task(self._write(self._store), name="log")
+            self.reader.open(store)
+            await self._load()
+            writer = asyncio.create_task(self._write(store), name="log")
             writer.add_done_callback(self._on_writer_end)
             try:
                 yield
             finally:
                 self._is_closing = True
-                self._has_work.set()
+                self._work.notify()
                 await writer
         finally:
-            await self._in(self._reading, lambda: None)  # the last read is over
-            await self._in(self._writing, self._store.close)
+            await self.reader.close()
+            await in_thread(self._writing, store.close)
             self._writing.shutdown()
-            self._reading.shutdown()
 
     async def fault(self) -> None:
         """Raise what ended the writing, when it does.
@@ -148,7 +136,7 @@ class Log:
         Raises:
             LogError: the file is broken.
         """
-        await self._until(lambda: False)
+        await self.until(lambda: False)
 
     # --- what streams say ----------------------------------------------------------------
 
@@ -160,12 +148,7 @@ class Log:
             source: Saved with everything it says; None: it is over when the server is killed.
             resume_digest: Of the token its producer may resume it with.
         """
-        stream = self._streams.get(name)
-        if stream is None:
-            stream = _Stream(self._next_stream, name, 0, 0, b"")
-            self._next_stream += 1
-            self._streams[name] = self._by_id[stream.id] = stream
-            self.generation += 1
+        stream = self.directory.get_or_add(name)
         assert not stream.is_open, name
         stream.session += 1
         stream.is_open = True
@@ -177,53 +160,48 @@ class Log:
 
     def reopen(self, name: str, source: StateSource | None) -> None:
         """Go on with a stream that a killed server left behind."""
-        stream = self._streams[name]
+        stream = self.directory[name]
         assert stream.is_live_on_disk, name
         assert not stream.is_open, name
         stream.is_open, stream.is_live_on_disk = True, False
         stream.source = source
 
-    def append(self, name: str, message: Message) -> Envelope:
+    def append(self, name: str, message: Message) -> None:
         """Number a message of an open stream; it is delivered when it is on the disk.
 
         One that is not logged gets the `seq` of the last logged one before it, and waits for that.
         """
-        stream = self._streams[name]
+        stream = self.directory[name]
         assert stream.is_open, name
         if message.type in UNLOGGED:
-            envelope = Envelope(name, stream.last_seq, message)
+            row = row_of(Envelope(name, stream.last_seq, message))
             if stream.n_waiting:
-                self._wait(_Waiting(stream, None, envelope, self._deliver))
+                self._wait(_Waiting(stream, None, partial(self._deliver, row)))
             else:
-                self._deliver(envelope)
-            return envelope
+                self._deliver(row)
+            return
+        row = row_of(Envelope(name, stream.last_seq + 1, message))
         stream.last_seq += 1
-        envelope = Envelope(name, stream.last_seq, message)
         logged = Logged(
-            self._next_id,
-            stream.id,
-            stream.session,
-            envelope.seq,
-            message.type,
-            self._clock_ms(),
-            encode(envelope),
+            self._next_id, stream.id, stream.session, row.seq, row.type, self._clock_ms(), row.frame
         )
         self._next_id += 1
-        self._wait(_Waiting(stream, logged, envelope, self._deliver))
-        return envelope
+        self._wait(_Waiting(stream, logged, partial(self._publish, logged.id, row)))
 
     def confirm(self, name: str, message: Message, deliver: Callable[[Envelope], None]) -> None:
         """Deliver a message that is not logged, once everything the stream was given is on the disk."""
-        stream = self._streams[name]
-        self._wait(_Waiting(stream, None, Envelope(name, stream.last_seq, message), deliver))
+        stream = self.directory[name]
+        envelope = Envelope(name, stream.last_seq, message)
+        self._wait(_Waiting(stream, None, partial(deliver, envelope)))
 
     def close(self, name: str) -> None:
         """Nothing follows on this stream; it is kept among the closed ones."""
-        stream = self._streams[name]
+        stream = self.directory[name]
         stream.is_open = False
         stream.source = None
         stream.closed_ms = self._clock_ms()
-        self._wait(_Waiting(stream, Closed(stream.id, stream.closed_ms)))
+        closed = Closed(stream.id, stream.closed_ms)
+        self._wait(_Waiting(stream, closed, partial(self._on_closed, name)))
 
     async def room(self, name: str) -> None:
         """Wait until the stream may say more.
@@ -231,8 +209,18 @@ class Log:
         Raises:
             LogError: the log failed; it never may.
         """
-        stream = self._streams[name]
-        await self._until(lambda: stream.n_waiting < MAX_WAITING)
+        stream = self.directory[name]
+        await self.until(lambda: stream.n_waiting < MAX_WAITING)
+
+    async def until(self, is_true: Callable[[], bool]) -> None:
+        """Wait until something holds that the writer changes.
+
+        Raises:
+            LogError: the log failed; it never will.
+        """
+        await self._progress.wait_for(lambda: self._failure is not None or is_true())
+        if self._failure is not None:
+            raise LogError(str(self._failure))
 
     async def settled(self) -> None:
         """Wait until everything appended so far was delivered.
@@ -241,105 +229,23 @@ class Log:
             LogError: the log failed; it never will be.
         """
         upto = self._n_appended
-        await self._until(lambda: self._n_delivered >= upto)
+        await self.until(lambda: self._n_delivered >= upto)
 
-    # --- what is known of streams --------------------------------------------------------
-
-    def last_seq(self, name: str) -> int:
-        """The `seq` of the newest logged message; 0 where there is none."""
-        stream = self._streams.get(name)
-        return 0 if stream is None else stream.last_seq
-
-    def has(self, name: str) -> bool:
-        """Whether anything is known of a stream, live or closed."""
-        return name in self._streams
-
-    def is_open(self, name: str) -> bool:
-        """Whether the stream is live."""
-        stream = self._streams.get(name)
-        return stream is not None and stream.is_open
-
-    def resume_digest(self, name: str) -> bytes:
-        """Of the token that resumes the newest stream of a name; empty where nothing does."""
-        stream = self._streams.get(name)
-        return b"" if stream is None else stream.resume_digest
-
-    def rows(self) -> list[StreamRow]:
-        """Every stream, in the order in which they first began."""
-        return [
-            StreamRow(s.id, s.name, s.session, s.last_seq, s.is_open, s.opened_ms, s.closed_ms, b"")
-            for s in self._streams.values()
-        ]
-
-    def row(self, name: str) -> StreamRow | None:
-        """One stream."""
-        s = self._streams.get(name)
-        if s is None:
-            return None
-        return StreamRow(s.id, s.name, s.session, s.last_seq, s.is_open, s.opened_ms, s.closed_ms, b"")
-
-    def ids(self, wanted: Iterable[str]) -> tuple[int, ...]:
-        """The streams that names and patterns stand for now."""
-        found: dict[int, None] = {}
-        for name in wanted:
-            if is_pattern(name):
-                found |= {s.id: None for s in self._streams.values() if matches(name, s.name)}
-            elif name in self._streams:
-                found[self._streams[name].id] = None
-        return tuple(found)
-
-    def recent(self, after_id: int) -> list[tuple[int, Envelope]] | None:
-        """What was delivered after a place in the log; None where memory does not go back so far."""
+    def recent(self, after_id: int) -> list[tuple[int, Row]] | None:
+        """What was delivered after an id; None where memory does not go back so far."""
         if after_id >= self.published:
             return []
         if not self._recent or self._recent[0][0] > after_id + 1:
             return None
-        n_skipped = max(0, after_id + 1 - self._recent[0][0])  # places are numbered without a hole
+        n_skipped = max(0, after_id + 1 - self._recent[0][0])  # ids are numbered without a hole
         return [self._recent[i] for i in range(n_skipped, len(self._recent))]
-
-    # --- reading the file ----------------------------------------------------------------
-
-    async def read(self, query: Query, limit: int) -> tuple[list[Envelope], int]:
-        """Messages of a query in order, and the place up to which there are no others."""
-        page = await self.page(query, limit)
-        return [decode(frame) for frame in page.frames], page.upto_id
-
-    async def page(self, query: Query, limit: int) -> Page:
-        """As `read`, as the frames that were sent."""
-        return await self._ask(lambda store: store.messages(query, limit))
-
-    async def place(self, name: str, seq: int) -> int | None:
-        """The place in the log of a message; None where it is not kept."""
-        stream = self._streams.get(name)
-        return None if stream is None else await self._ask(lambda store: store.place(stream.id, seq))
-
-    async def of_session(self, row: StreamRow, types: Sequence[str], limit: int) -> list[str]:
-        """The newest frames of some types in a stream's newest session, oldest first."""
-        return await self._ask(lambda store: store.of_session(row.id, row.session, types, limit))
-
-    async def apart(self, work: Callable[[], _T]) -> _T:
-        """Do some work on what was read in the reading thread."""
-        return await self._in(self._reading, work)
-
-    def left(self) -> tuple[str, ...]:
-        """The live streams that a killed server left behind."""
-        return tuple(stream.name for stream in self._streams.values() if stream.is_live_on_disk)
-
-    async def read_left(self, name: str) -> Left:
-        """What one of those can go on from."""
-        return await self._ask(partial(_left, stream=self._streams[name]))
 
     # --- inside --------------------------------------------------------------------------
 
-    async def _load(self, store: Store) -> None:
-        for row in await self._in(self._reading, store.streams):
-            stream = _Stream(row.id, row.name, row.last_seq, row.session, row.resume_digest)
-            stream.is_live_on_disk = row.is_live
-            stream.opened_ms, stream.closed_ms = row.opened_ms, row.closed_ms
-            self._streams[row.name] = self._by_id[row.id] = stream
-            self._next_stream = max(self._next_stream, row.id + 1)
-        self.published = await self._in(self._reading, store.last_id)
-        self.n_messages = await self._in(self._reading, store.n_messages)
+    async def _load(self) -> None:
+        self.directory.load(await self.reader.ask(Store.streams))
+        self.published = await self.reader.ask(Store.last_id)
+        self.n_messages = await self.reader.ask(Store.n_messages)
         self._next_id = self.published + 1
 
     def _wait(self, waiting: _Waiting) -> None:
@@ -348,36 +254,31 @@ class Log:
         self._n_appended += 1
         if waiting.stream.source is not None:
             self._unsaved[waiting.stream.name] = None
-        self._has_work.set()
+        self._work.notify()
 
     async def _write(self, store: Store) -> None:
         """Commit and deliver batch after batch, and let retention have its turn between them."""
         loop = asyncio.get_running_loop()
         trim_at = loop.time() + TRIM_INTERVAL_S
         try:
-            while not (self._is_closing and not self._waiting):
-                if not self._waiting and loop.time() < trim_at:
-                    self._has_work.clear()
-                    try:
-                        async with asyncio.timeout_at(trim_at):
-                            await self._has_work.wait()
-                    except TimeoutError:
-                        pass
-                    continue
+            while self._waiting or not self._is_closing:
                 if self._waiting:
                     await self._commit(store)
                 if loop.time() >= trim_at and not await self._trim(store):
                     trim_at = loop.time() + TRIM_INTERVAL_S
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(trim_at):
+                        await self._work.wait_for(lambda: bool(self._waiting) or self._is_closing)
         except LogError as exc:
             logger.error("%s", exc)  # noqa: TRY400  the text says it all
             self._failure = exc
-            self._changed.set()
+            self._progress.notify()
 
     def _on_writer_end(self, writer: asyncio.Task[None]) -> None:
-        """A fault of ours in it must not leave streams waiting for ever."""
+        """An internal error in it must not leave streams waiting for ever."""
         if not writer.cancelled() and writer.exception() is not None:
             self._failure = LogError("a fault ended the writing of the log")
-            self._changed.set()
+            self._progress.notify()
 
     async def _commit(self, store: Store) -> None:
         """Take all that waits and the states it led to, write them as one, deliver."""
@@ -385,21 +286,37 @@ class Log:
         ops = [waiting.op for waiting in batch if waiting.op is not None]
         unsaved, self._unsaved = self._unsaved, {}
         for name in unsaved:
-            stream = self._streams[name]
+            stream = self.directory[name]
             if stream.source is not None:
-                ops.append(stream.source.save(stream.id))
+                ops.append(self._state_of(stream, stream.source))
         if ops:
             await self._retried(lambda: store.write(ops))
         for waiting in batch:
             waiting.stream.n_waiting -= 1
-            if isinstance(waiting.op, Logged) and waiting.envelope is not None:
-                self._recent.append((waiting.op.id, waiting.envelope))
-                self.published = waiting.op.id
-                self.n_messages += 1
-            if waiting.envelope is not None and waiting.deliver is not None:
-                waiting.deliver(waiting.envelope)
+            if waiting.deliver is not None:
+                waiting.deliver()
         self._n_delivered += len(batch)
-        self._changed.set()
+        self._progress.notify()
+
+    def _state_of(self, stream: Stream, source: StateSource) -> Op:
+        """What a stream resumes from. Where it cannot be made, the stream is alone in that."""
+        try:
+            return source.save(stream.id)
+        except Exception as exc:
+            # Without the text of the fault, which may hold what a client sent.
+            logger.error("stream %s: its state cannot be saved: %s", stream.name, where_raised(exc))  # noqa: TRY400
+            logger.debug("the fault's text", exc_info=True)
+        stream.source = None
+        # Later, so that a fault in it is not one of the writer's.
+        asyncio.get_running_loop().call_soon(self._on_unsaved, stream.name)
+        return Unsaved(stream.id)
+
+    def _publish(self, number: int, row: Row) -> None:
+        """A logged message is on the disk."""
+        self._recent.append((number, row))
+        self.published = number
+        self.n_messages += 1
+        self._deliver(row)
 
     async def _trim(self, store: Store) -> bool:
         """One step of retention; whether there is more to do."""
@@ -409,21 +326,19 @@ class Log:
         self.trimmed = max(self.trimmed, trimmed.last_id)
         self.n_messages -= trimmed.n_messages
         for name in trimmed.names:
-            stream = self._streams[name]
-            if not stream.is_open and not stream.n_waiting:
-                del self._streams[name], self._by_id[stream.id]
-                self.generation += 1
+            self.directory.forget(name)
         return not trimmed.is_done
 
     async def _retried(self, work: Callable[[], _T]) -> _T:
         """Do something in the writing thread, again and again while the disk is full."""
         while True:
             try:
-                result = await self._in(self._writing, work)
+                result = await in_thread(self._writing, work)
             except LogFull as exc:
                 if not self.is_full:
                     logger.error("%s; streams wait until it can", exc)  # noqa: TRY400
                 self.is_full = True
+                self._progress.notify()
                 if self._is_closing:  # nobody waits any more; the next server goes on from what is there
                     raise
                 await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))
@@ -432,24 +347,3 @@ class Log:
                     logger.warning("log %s: can be written again", self._config.path)
                 self.is_full = False
                 return result
-
-    async def _until(self, is_true: Callable[[], bool]) -> None:
-        while self._failure is None:
-            if is_true():
-                return
-            self._changed.clear()
-            await self._changed.wait()
-        raise LogError(str(self._failure))
-
-    async def _ask(self, question: Callable[[Store], _T]) -> _T:
-        assert self._store is not None, "the log is not running"
-        store = self._store
-        return await self._in(self._reading, lambda: question(store))
-
-    @staticmethod
-    async def _in(executor: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
-
-
-def _left(store: Store, stream: _Stream) -> Left:
-    return Left(stream.name, store.saved(stream.id), store.audio(stream.id))

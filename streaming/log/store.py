@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from streaming.errors import LogError, LogFull
+from streaming.log.row import Row
 
 APPLICATION_ID = 0x6D6F7373  # "moss"
 VERSION = 1  # of the schema; a file of another one is refused
 BUSY_TIMEOUT_S = 5.0  # for a lock of a foreign reader, such as a backup
 SCAN = 20_000  # rows one read of many streams looks at
 TRIM_ROWS = 2_000  # rows one step of retention deletes, so that commits in between wait little
+KEPT_LIVE = 1_000  # newest messages of a live stream, which retention by size leaves alone
 CHECK_BYTES = 256 * 1024 * 1024  # a larger file is not read whole at each start
 
 _SCHEMA = """
@@ -54,6 +56,9 @@ CREATE TABLE states(stream INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE audio(stream INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, pcm BLOB NOT NULL);
 CREATE INDEX audio_of_stream ON audio(stream, stop);
 """
+# The columns of a `Row`. The cast gives the bytes of the text, which nobody needs as a str.
+_ROW = "name, seq, type, CAST(frame AS BLOB)"
+_FROM = "FROM messages AS m CROSS JOIN streams AS s ON s.id = m.stream"  # in the order of messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Logged:
     seq: int
     type: str
     at_ms: int
-    frame: str
+    frame: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,13 @@ class Closed:
 
     stream: int
     at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unsaved:
+    """A live stream cannot go on after a restart any more: what was saved of it goes."""
+
+    stream: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +113,7 @@ class Saved:
     keep_from: int  # audio before this sample is not needed any more
 
 
-Op = Opened | Logged | Closed | Saved
+Op = Opened | Logged | Closed | Saved | Unsaved
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +132,10 @@ class StreamRow:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Which messages are read: of these streams, after a place in the log and up to another."""
+    """Which messages are read: of these streams, and by their ids in the order of the log."""
 
-    after_id: int
-    upto_id: int
+    after_id: int  # exclusive
+    upto_id: int  # inclusive
     streams: tuple[int, ...]
     types: tuple[str, ...]  # empty: all
     after_seq: int  # of each stream
@@ -131,9 +143,9 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some messages in order, and the place in the log up to which there are no others."""
+    """Some messages in order, and the id up to which the log holds no others of the query."""
 
-    frames: tuple[str, ...]
+    rows: tuple[Row, ...]
     upto_id: int
 
 
@@ -195,7 +207,8 @@ class Store:
 
         Args:
             before_ms: Unix time; streams that ended before it and messages of live ones are too old.
-            max_bytes: Of the file, free pages left out.
+            max_bytes: Of the file, without its free pages and the audio of live streams. Of a live stream
+                the newest `KEPT_LIVE` messages stay in any case.
             max_closed: Streams that have ended and may stay.
 
         Raises:
@@ -204,8 +217,10 @@ class Store:
         with self._transaction():
             trimmed = self._trim(before_ms, max_bytes, max_closed)
         if trimmed.last_id:
-            # As a script: `execute` takes one step of it, and each step frees one page.
-            self._writer.executescript(f"PRAGMA incremental_vacuum({TRIM_ROWS})")
+            # What was deleted stays so, and a later step gives back the pages that this one cannot.
+            with contextlib.suppress(LogFull), self._errors():
+                # As a script: `execute` takes one step of it, and each step frees one page.
+                self._writer.executescript(f"PRAGMA incremental_vacuum({TRIM_ROWS})")
         return trimmed
 
     def _apply(self, op: Op) -> None:
@@ -213,7 +228,7 @@ class Store:
         match op:
             case Logged():
                 run(
-                    "INSERT INTO messages VALUES(?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO messages VALUES(?, ?, ?, ?, ?, ?, CAST(? AS TEXT))",
                     (op.id, op.stream, op.session, op.seq, op.type, op.at_ms, op.frame),
                 )
                 run("UPDATE streams SET last_seq = ? WHERE id = ?", (op.seq, op.stream))
@@ -230,8 +245,14 @@ class Store:
                 )
             case Closed():
                 run("UPDATE streams SET is_live = 0, closed_ms = ? WHERE id = ?", (op.at_ms, op.stream))
-                run("DELETE FROM states WHERE stream = ?", (op.stream,))
-                run("DELETE FROM audio WHERE stream = ?", (op.stream,))
+                self._forget(op.stream)
+            case Unsaved():
+                self._forget(op.stream)
+
+    def _forget(self, stream: int) -> None:
+        """Delete the state and the audio that a stream was saved with."""
+        self._writer.execute("DELETE FROM states WHERE stream = ?", (stream,))
+        self._writer.execute("DELETE FROM audio WHERE stream = ?", (stream,))
 
     def _trim(self, before_ms: int, max_bytes: int, max_closed: int) -> Trimmed:
         one = self._one
@@ -240,42 +261,50 @@ class Store:
             "SELECT id, name, closed_ms FROM streams WHERE NOT is_live ORDER BY closed_ms LIMIT 1"
         ).fetchone()
         used = (one("PRAGMA page_count") - one("PRAGMA freelist_count")) * one("PRAGMA page_size")
-        is_large = used > max_bytes
+        is_large = used - one("SELECT coalesce(sum(length(pcm)), 0) FROM audio") > max_bytes
         if oldest is not None and (oldest[2] < before_ms or n_closed > max_closed or is_large):
-            gone = self._delete(
-                "SELECT id, at_ms FROM messages WHERE stream = ? ORDER BY seq LIMIT ?", oldest[0], None
-            )
+            gone = self._delete("WHERE m.stream = ? ORDER BY m.seq LIMIT ?", oldest[0])
             if len(gone) == TRIM_ROWS:  # there may be more
                 return Trimmed(len(gone), gone[-1], (), is_done=False)
             self._writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
             return Trimmed(len(gone), gone[-1] if gone else 0, (oldest[1],), is_done=False)
-        # The oldest of all: of live streams where the log is too large, or simply too old.
-        gone = self._delete(
-            "SELECT id, at_ms FROM messages WHERE id > ? ORDER BY id LIMIT ?",
-            0,
-            None if is_large else before_ms,
-        )
+        # Of live streams the oldest of all: where the log is too large, or those that are too old.
+        if is_large:
+            where = "WHERE NOT s.is_live OR m.seq <= s.last_seq - ? ORDER BY m.id LIMIT ?"
+            gone = self._delete(where, KEPT_LIVE)
+        else:
+            # Ids are in the order of time: not all of a log is looked at where its first part is new.
+            part = f"SELECT max(id) FROM (SELECT id FROM messages ORDER BY id LIMIT {TRIM_ROWS})"
+            gone = self._delete(f"WHERE m.at_ms < ? AND m.id <= ({part}) ORDER BY m.id LIMIT ?", before_ms)
         return Trimmed(len(gone), gone[-1] if gone else 0, (), is_done=not gone)
 
-    def _delete(self, sql: str, value: int, before_ms: int | None) -> list[int]:
-        """Delete what a query finds, as far as it is older than a time; what went, oldest first."""
-        found = self._writer.execute(sql, (value, TRIM_ROWS)).fetchall()
-        gone = [int(row[0]) for row in found if before_ms is None or row[1] < before_ms]
-        self._writer.executemany("DELETE FROM messages WHERE id = ?", [(number,) for number in gone])
-        return gone
+    def _delete(self, where: str, value: int) -> list[int]:
+        """Delete the first messages that a condition with a value finds; their ids, in its order."""
+        gone = self._writer.execute(f"SELECT m.id {_FROM} {where}", (value, TRIM_ROWS)).fetchall()
+        self._writer.executemany("DELETE FROM messages WHERE id = ?", gone)
+        return [int(row[0]) for row in gone]
 
     def _one(self, sql: str) -> int:
         return int(self._writer.execute(sql).fetchone()[0])
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield
+                self._writer.execute("COMMIT")
+            except sqlite3.Error:
+                with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled back by itself
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What a write that fails is raised as."""
         try:
-            self._writer.execute("BEGIN IMMEDIATE")
             yield
-            self._writer.execute("COMMIT")
         except sqlite3.Error as exc:
-            with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled back by itself
-                self._writer.execute("ROLLBACK")
             if exc.sqlite_errorcode in _PASSING:
                 raise LogFull(f"log {self._path}: cannot be written now: {exc}") from exc
             raise LogError(f"log {self._path}: {exc}") from exc
@@ -295,8 +324,12 @@ class Store:
         return int(self._read("SELECT count(*) FROM messages")[0][0])
 
     def last_id(self) -> int:
-        """The place of the newest message in the log; 0 where there is none."""
+        """The id of the newest message of the log; 0 where there is none."""
         return int(self._read("SELECT coalesce(max(id), 0) FROM messages")[0][0])
+
+    def last_seq(self, stream: int) -> int:
+        """The `seq` of the newest message of a stream; 0 where there is none."""
+        return int(self._read("SELECT coalesce(max(seq), 0) FROM messages WHERE stream = ?", stream)[0][0])
 
     def saved(self, stream: int) -> bytes | None:
         """The state of a live stream."""
@@ -307,44 +340,47 @@ class Store:
         """The saved audio of a live stream: where each piece begins, and its samples."""
         return self._read("SELECT start, pcm FROM audio WHERE stream = ? ORDER BY start", stream)
 
-    def place(self, stream: int, seq: int) -> int | None:
-        """The place of a message in the log; None where it is not kept."""
+    def id_of(self, stream: int, seq: int) -> int | None:
+        """The id of a message; None where it is not kept."""
         rows = self._read("SELECT id FROM messages WHERE stream = ? AND seq = ?", stream, seq)
         return int(rows[0][0]) if rows else None
 
     def messages(self, query: Query, limit: int) -> Page:
         """The oldest messages of a query, at most `limit`; of many streams, from a part of the log."""
-        where = "id > ? AND id <= ? AND seq > ?"
+        where = "m.id > ? AND m.id <= ? AND seq > ?"
         values: list[int | str] = [query.after_id, query.upto_id, query.after_seq]
         if len(query.streams) == 1:
             where, order, upto = f"stream = ? AND {where}", "seq", query.upto_id
             values.insert(0, query.streams[0])
         else:
             upto = min(query.upto_id, query.after_id + SCAN)
-            where, order = f"{where} AND +stream IN (SELECT value FROM json_each(?))", "id"
+            where, order = f"{where} AND +stream IN (SELECT value FROM json_each(?))", "m.id"
             values[1] = upto
             values.append(json.dumps(query.streams))
         if query.types:
             where += " AND type IN (SELECT value FROM json_each(?))"
             values.append(json.dumps(query.types))
         rows = self._read(
-            f"SELECT frame, id FROM messages WHERE {where} ORDER BY {order} LIMIT {limit}", *values
+            f"SELECT {_ROW}, m.id {_FROM} WHERE {where} ORDER BY {order} LIMIT {limit}", *values
         )
         if len(rows) == limit:
-            upto = int(rows[-1][1])
-        return Page(tuple(row[0] for row in rows), upto)
+            upto = int(rows[-1][-1])
+        return Page(tuple(Row(*row[:-1]) for row in rows), upto)
 
-    def of_session(self, stream: int, session: int, types: Sequence[str], limit: int) -> list[str]:
-        """The newest `limit` messages of some types in one session of a stream, oldest first."""
+    def of_session(
+        self, stream: int, session: int, types: Sequence[str], limit: int, before_seq: int
+    ) -> list[Row]:
+        """The newest `limit` messages of some types in one session before a `seq`, oldest first."""
         rows = self._read(
-            "SELECT frame FROM messages WHERE stream = ? AND session = ?"
+            f"SELECT {_ROW} {_FROM} WHERE stream = ? AND m.session = ? AND seq < ?"
             " AND type IN (SELECT value FROM json_each(?)) ORDER BY seq DESC LIMIT ?",
             stream,
             session,
+            before_seq,
             json.dumps(list(types)),
             limit,
         )
-        return [row[0] for row in reversed(rows)]
+        return [Row(*row) for row in reversed(rows)]
 
     def _read(self, sql: str, *values: object) -> list[Any]:
         try:

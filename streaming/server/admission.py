@@ -76,8 +76,10 @@ class GuardedConnection(ServerConnection):
 
     async def send(self, message: Any, *, text: bool | None = None) -> None:
         """Send a message, and count it."""
-        if isinstance(message, (str, bytes)):
-            self.guard.metrics.sent(len(message) if message.isascii() else len(_encoded(message)))
+        if isinstance(message, str):
+            message, text = message.encode(), True
+        if isinstance(message, bytes):
+            self.guard.metrics.sent(len(message))
         await super().send(message, text=text)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -328,7 +330,3 @@ def tls_context(cert: str, key: str) -> ssl.SSLContext | None:
 def _no_password() -> str:
     """Instead of a prompt on the terminal, which a service does not have."""
     raise ValueError("the key is encrypted; expected one without a password")
-
-
-def _encoded(message: str | bytes) -> bytes:
-    return message.encode() if isinstance(message, str) else message

@@ -7,7 +7,6 @@ alone, compared in constant time with every entry, and appears in no error text.
 from __future__ import annotations
 
 import enum
-import fnmatch
 import hashlib
 import hmac
 import json
@@ -27,6 +26,7 @@ from urllib.parse import parse_qsl, unquote_plus, urlsplit
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from streaming.config import ConfigError, is_loopback, problems
+from streaming.patterns import Patterns
 from streaming.protocol import (
     DEEPGRAM_PATH,
     DEEPGRAM_STREAMS,
@@ -81,7 +81,7 @@ class Grant:
 
         A `*` in `wanted` is only matched by a `*` here, which matches whatever stands for it too.
         """
-        return self.has(scope) and any(fnmatch.fnmatchcase(wanted, pattern) for pattern in self.patterns)
+        return self.has(scope) and Patterns(self.patterns).match(wanted)
 
 
 EVERYTHING = Grant("", frozenset(Scope))  # where no tokens are asked for

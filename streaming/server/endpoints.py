@@ -40,9 +40,7 @@ from streaming.protocol import (
     Envelope,
     HttpStatus,
     Refusal,
-    SessionClosed,
     Subscribe,
-    encode,
 )
 from streaming.server.admission import Guard, GuardedConnection, split_target, tls_context
 from streaming.server.auth import Scope, without_token
@@ -101,7 +99,12 @@ class Server:
         self._config = config
         self._engine = engine
         self._clock_ms = clock_ms or _unix_ms
-        self._log = Log(config.log, self._deliver, self._clock_ms)
+        self._log = Log(
+            config.log,
+            self._clock_ms,
+            on_closed=self._release,
+            on_unsaved=lambda name: self._streams.fail(name),
+        )
         self._hub = Hub(self._log, config.server.subscriber_queue)
         self._metrics = engine.metrics
         self._guard = Guard(config, self._metrics, now_s=time.monotonic)
@@ -316,7 +319,7 @@ class Server:
         """Refuse a producer that may not go on with a stream; it needs no slot."""
         name, refuse = admission.name, self._guard.refuse
         live = self._streams.find(name)
-        if not resumption.is_for(self._log.resume_digest(name)):
+        if not resumption.is_for(self._log.directory.resume_digest(name)):
             return refuse(connection, Refusal.NOT_ITS_TOKEN if name in self._live else Refusal.IS_OVER)
         if live is None and name in self._live:  # a dead server's, and the engine is not there yet
             return refuse(connection, Refusal.ENGINE_NOT_READY, self._engine.state.value)
@@ -398,7 +401,7 @@ class Server:
             name,
             admission.language,
             vad=adaptor.endpointing(self._config.vad),
-            tell=lambda message: reader.put(Envelope(name, self._log.last_seq(name), message)),
+            tell=lambda message: reader.put(Envelope(name, self._log.directory.last_seq(name), message)),
         )
         try:
             session.open(self._clock_ms())
@@ -425,11 +428,11 @@ class Server:
         self, connection: _Connection, reader: Subscription, name: str, after: int | None
     ) -> None:
         """Tell a producer that comes back how its stream ended."""
-        last = self._log.last_seq(name)
+        last = self._log.directory.last_seq(name)
         if after is not None and after < last:
-            async for envelope in reader:
-                await connection.send(encode(envelope))
-                if envelope.seq == last:
+            async for row in reader:
+                await connection.send(row.frame, text=True)
+                if row.seq == last:
                     break
         await connection.close(CloseCode.NORMAL)
 
@@ -444,12 +447,6 @@ class Server:
             None if self._config.model.language == "auto" else self._config.model.language,
             ready.tasks,
         )
-
-    def _deliver(self, envelope: Envelope) -> None:
-        """A message is safe: let its readers have it. With the last one, name and slot are free."""
-        if isinstance(envelope.message, SessionClosed):
-            self._release(envelope.stream)
-        self._hub.publish(envelope)
 
 
 def _check_name(name: str) -> None:

@@ -37,6 +37,7 @@ from streaming.protocol import (
     ProtocolError,
     SessionCreated,
     SessionUpdate,
+    decode,
     decode_client,
     encode,
 )
@@ -135,11 +136,14 @@ class Producer:
 
     async def _send(self) -> None:
         """Send the stream's messages; only its producer learns the token."""
-        async for envelope in self._reader:
-            sent = envelope
-            if isinstance(envelope.message, SessionCreated) and self._token is not None:
-                sent = replace(envelope, message=replace(envelope.message, resume_token=self._token))
-            await self._connection.send(encode(sent))
+        async for row in self._reader:
+            frame = row.frame
+            if row.type == SessionCreated.type and self._token is not None:
+                created = decode(frame)
+                assert isinstance(created.message, SessionCreated), created
+                message = replace(created.message, resume_token=self._token)
+                frame = encode(replace(created, message=message)).encode()
+            await self._connection.send(frame, text=True)
 
     def tell(self, message: Message) -> None:
         """Queue a message for this producer alone."""
@@ -147,7 +151,7 @@ class Producer:
 
     def _envelope(self, message: Message) -> Envelope:
         name = self._session.name
-        return Envelope(name, self._log.last_seq(name), message)
+        return Envelope(name, self._log.directory.last_seq(name), message)
 
     async def _converse(self, sender: asyncio.Task[None]) -> tuple[ConnectionOver | None, str | None]:
         """What ended it, if not the client, and the reason for `session.closed`; None: the stream goes on."""
@@ -176,7 +180,7 @@ class Producer:
                 name,
                 over,
             )
-            for envelope in ws.fatal_error(name, self._log.last_seq(name), over):
+            for envelope in ws.fatal_error(name, self._log.directory.last_seq(name), over):
                 self._reader.put(envelope)
             return over, over.reason
         return None, "closed"

@@ -31,13 +31,15 @@ from streaming.protocol import (
     SessionCreated,
     Subscribe,
     decode_client,
-    encode,
     is_pattern,
 )
 from streaming.server import ws
 from streaming.server.auth import EVERYTHING, Grant, Scope
+from streaming.server.limits import Attempts
 
 logger = logging.getLogger(__name__)
+
+SUBSCRIBES_PER_S, SUBSCRIBES_BURST = 2.0, 10  # of one connection
 
 
 class Subscriber:
@@ -60,12 +62,13 @@ class Subscriber:
     ) -> None:
         self._connection = connection
         self._hub = hub
-        self._log = log
+        self._known = log.directory
         self._config = config
         self._finalised = finalised  # the server is stopping, and no stream is live any more
         self._grant = grant
         self._over: set[str] = set()  # streams of which `session.closed` was sent
         self._n_bad = 0
+        self._subscriptions = Attempts(SUBSCRIBES_PER_S, SUBSCRIBES_BURST)
 
     async def run(self) -> None:
         """Converse until it is over, and close."""
@@ -102,12 +105,12 @@ class Subscriber:
 
     async def _send(self, reader: Subscription) -> None:
         """Send until every stream that is read is over."""
-        async for envelope in reader:
-            await self._connection.send(encode(envelope))
-            if isinstance(envelope.message, SessionCreated):
-                self._over.discard(envelope.stream)
-            if isinstance(envelope.message, SessionClosed) and not self._log.is_open(envelope.stream):
-                self._over.add(envelope.stream)
+        async for row in reader:
+            await self._connection.send(row.frame, text=True)
+            if row.type == SessionCreated.type:
+                self._over.discard(row.stream)
+            if row.type == SessionClosed.type and not self._known.is_open(row.stream):
+                self._over.add(row.stream)
                 if self._over.issuperset(reader.streams):
                     return
 
@@ -128,12 +131,19 @@ class Subscriber:
             if not isinstance(message, Subscribe):
                 return
             self._check(message)
+            await self._subscribe_slowly()
             self._over.clear()
             self._hub.subscribe(reader, message)
-            unknown = [name for name in reader.streams if not (is_pattern(name) or self._log.has(name))]
+            unknown = [name for name in reader.streams if not (is_pattern(name) or self._known.has(name))]
             if unknown:
                 text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
                 reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))
+
+    async def _subscribe_slowly(self) -> None:
+        """Wait while subscriptions come too fast: each looks at every stream that the log keeps."""
+        clock = asyncio.get_running_loop()
+        while not self._subscriptions.take("", clock.time()):  # noqa: ASYNC110  time passes by itself
+            await asyncio.sleep(1 / SUBSCRIBES_PER_S)  # and the socket is not read meanwhile
 
     def _check(self, wanted: Subscribe) -> None:
         """Raises `Forbidden` where the token does not cover every stream that is asked for."""

@@ -126,7 +126,7 @@ class Seat:
         if isinstance(message, Ack):
             self._log.confirm(self._name, message, self._put)
         else:
-            self._put(Envelope(self._name, self._log.last_seq(self._name), message))
+            self._put(Envelope(self._name, self._log.directory.last_seq(self._name), message))
 
     def tell_next(self, message: Message) -> None:
         """Keep a message for whoever sits down next. Only a restart does so, once for each lost question."""
@@ -159,6 +159,7 @@ class LiveStream:
         self._stop_timeout_s = stop_timeout_s
         self._reason: str | None = None  # that it ends for
         self._is_stopping = asyncio.Event()  # the server is
+        self._is_unsaved = asyncio.Event()  # the log could not save it
         self._has_failed = True  # until it ended well
 
     @property
@@ -183,6 +184,10 @@ class LiveStream:
         self._is_stopping.set()
         self.seat.changed.set()
 
+    def fail(self) -> None:
+        """The log could not save it: it would not survive the server, and ends."""
+        self._is_unsaved.set()
+
     async def ended(self) -> None:
         """Wait until it is over.
 
@@ -201,7 +206,13 @@ class LiveStream:
         """
         taking = asyncio.create_task(self.session.run(), name=f"results {self.name}")
         try:
-            await aio.race(self._until_ended(), aio.ended(taking), self._watch_engine())
+            unsaved = StreamFault(f"stream {self.name}: its state cannot be saved")
+            await aio.race(
+                self._until_ended(),
+                aio.ended(taking),
+                self._watch_engine(),
+                aio.raise_when(self._is_unsaved, unsaved),
+            )
             reason = self._reason or "internal"
             try:
                 await aio.race(self._finalise(reason), aio.ended(taking), self._stop_deadline())

@@ -20,7 +20,9 @@ from streaming.config import Config, VadConfig
 from streaming.engine.client import EngineClient, EngineState
 from streaming.engine.contract import Pcm
 from streaming.errors import LogError
-from streaming.log.log import Left, Log
+from streaming.log.log import Log
+from streaming.log.reader import Left
+from streaming.log.row import Row
 from streaming.logging_setup import where_raised
 from streaming.metrics import Metrics
 from streaming.protocol import (
@@ -113,6 +115,12 @@ class Streams:
         if isinstance(message, SessionClosed):
             self._log.close(name)
 
+    def fail(self, name: str) -> None:
+        """End a stream that cannot be saved any more, as "internal" and with what is committed."""
+        live = self._live.get(name)
+        if live is not None:
+            live.fail()
+
     def stop(self) -> None:
         """The server stops: finalise every stream whose producer is away; the others' producers do it."""
         for live in self._live.values():
@@ -131,7 +139,7 @@ class Streams:
 
     def restore(self) -> tuple[str, ...]:
         """Go on with a dead server's streams once the engine is ready; their names, which are taken."""
-        names = self._log.left()
+        names = self._log.directory.left()
         self._left = dict.fromkeys(names)
         if names:
             self._spawn(asyncio.create_task(self._restore(), name="restore"))
@@ -142,7 +150,7 @@ class Streams:
         while self._left and self._engine.ready is not None:
             name = next(iter(self._left))
             try:
-                left = await self._log.read_left(name)
+                left = await self._log.reader.read_left(name)
                 if name not in self._left:
                     return  # the server stops
                 self._restore_one(left)
@@ -189,14 +197,14 @@ class Streams:
 
     async def _close_left(self, name: str) -> None:
         """Close a stream that cannot go on, with what was committed; with nothing if that is unreadable."""
-        row = self._log.row(name)
+        row = self._log.directory.row(name)
         assert row is not None
         if row.closed_ms is not None:
             return  # its session was there already, and closed it
         types = (TranscriptDelta.type, TranscriptFinal.type)
         try:
-            frames = await self._log.of_session(row, types, MAX_COUNTED)
-            closed = await self._log.apart(lambda: _server_lost(frames))
+            rows = await self._log.reader.of_session(row, types, MAX_COUNTED)
+            closed = await self._log.reader.apart(lambda: _server_lost(rows))
         except (LogError, ProtocolError) as exc:
             logger.warning("stream %s: its words are not counted: %s", name, exc)
             closed = _server_lost([])
@@ -291,13 +299,13 @@ class Streams:
                 del self._live[live.name]
 
 
-def _server_lost(frames: list[str]) -> SessionClosed:
+def _server_lost(rows: list[Row]) -> SessionClosed:
     """The end of a stream that cannot go on, after its committed words and closed segments.
 
     Raises:
         ProtocolError: a message cannot be read.
     """
-    said = [decode(frame).message for frame in frames]
+    said = [decode(row.frame).message for row in rows]
     deltas = [message for message in said if isinstance(message, TranscriptDelta)]
     n_words = sum(len(delta.words) for delta in deltas)
     end_ms = max((delta.end_ms for delta in deltas), default=0)

@@ -12,8 +12,9 @@ import time
 
 from streaming.config import LogConfig
 from streaming.log.log import Log
+from streaming.log.row import Row
 from streaming.log.store import Saved
-from streaming.protocol import Envelope, Flushed
+from streaming.protocol import Flushed
 
 
 class Source:
@@ -31,10 +32,11 @@ class Source:
 async def main(path: str) -> None:
     """Log for ever, some messages at a time."""
 
-    def deliver(envelope: Envelope) -> None:
-        os.write(1, b"%d\n" % envelope.seq)
+    def deliver(row: Row) -> None:
+        os.write(1, b"%d\n" % row.seq)
 
-    log = Log(LogConfig(path=path), deliver, lambda: time.time_ns() // 1_000_000)
+    log = Log(LogConfig(path=path), lambda: time.time_ns() // 1_000_000)
+    log.deliver_to(deliver)
     source = Source()
     async with log.running():
         log.open("a", source)

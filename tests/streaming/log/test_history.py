@@ -45,7 +45,7 @@ async def get_json(running: Running, path: str) -> Any:
 
 
 async def test_history_grows_with_the_stream_and_outlives_it() -> None:
-    """The list, the events and every kind of transcript, while the stream lives and afterwards."""
+    """The list, the messages and every kind of transcript, while the stream lives and afterwards."""
     async with running_server() as running:
         assert await get_json(running, "/v1/streams") == {"streams": [], "n_streams": 0}
         async with running.stream("talk") as connection:
@@ -76,34 +76,35 @@ async def test_history_grows_with_the_stream_and_outlives_it() -> None:
         assert (await get(running, "/v1/streams/talk/transcript.srt"))[2].startswith("1\n00:00:0")
 
 
-async def test_events_are_those_that_were_sent() -> None:
+async def test_messages_are_those_that_were_sent() -> None:
     """After a `seq`, of some types, up to a limit."""
     async with running_server() as running:
         async with running.stream("talk") as connection:
             await connection.send(AUDIO)
             await connection.send(encode_client(Close()))
             told = logged(await receive_until(connection, SessionClosed))
-        path = "/v1/streams/talk/events"
-        body = await get_json(running, path)
-        assert (body["stream"], body["last_seq"]) == ("talk", told[-1].seq)
-        assert body["events"] == [json.loads(encode(e)) for e in told]
         deltas = [json.loads(encode(e)) for e in told if isinstance(e.message, TranscriptDelta)]
         after = deltas[0]["seq"]
-        body = await get_json(running, f"{path}?after={after}&types=transcript.delta,ack&limit=2")
-        assert body["events"] == deltas[1:3]
+        for page in ("messages", "events"):  # the second is the old name of the first
+            path = f"/v1/streams/talk/{page}"
+            body = await get_json(running, path)
+            assert (body["stream"], body["last_seq"]) == ("talk", told[-1].seq)
+            assert body[page] == [json.loads(encode(e)) for e in told]
+            body = await get_json(running, f"{path}?after={after}&types=transcript.delta,ack&limit=2")
+            assert body[page] == deltas[1:3]
 
 
 @pytest.mark.parametrize(
     ("path", "status", "text"),
     [
-        ("/v1/streams/nobody/events", 404, "no stream 'nobody'"),
-        ("/v1/streams/../events", 404, "no stream"),
+        ("/v1/streams/nobody/messages", 404, "no stream 'nobody'"),
+        ("/v1/streams/../messages", 404, "no stream"),
         ("/v1/streams/talk/transcript.pdf", 404, "no such page"),
         ("/v1/streams/talk/", 404, "no such page"),
         ("/v1/streams/talk", 404, "no such page"),
-        ("/v1/streams/talk/events?limit=0", 400, "limit is '0'; expected an integer from 1 to 1000"),
-        ("/v1/streams/talk/events?after=x", 400, "after is 'x'"),
-        ("/v1/streams/talk/events?types=words", 400, "'words' is no message type"),
+        ("/v1/streams/talk/messages?limit=0", 400, "limit is '0'; expected an integer from 1 to 1000"),
+        ("/v1/streams/talk/messages?after=x", 400, "after is 'x'"),
+        ("/v1/streams/talk/messages?types=words", 400, "'words' is no message type"),
         ("/v1/streams/talk/events?from=1", 400, "'from' is no parameter"),
         ("/v1/streams?after=1", 400, "expected none"),
     ],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +20,18 @@ from streaming.config import LogConfig
 from streaming.errors import SlowReader
 from streaming.log.hub import REPLAY_BATCH, Hub, Subscription
 from streaming.log.log import Log
-from streaming.protocol import Ack, Envelope, Flushed, Lag, Message, Subscribe, TranscriptInterim
+from streaming.patterns import Patterns
+from streaming.protocol import (
+    Ack,
+    Envelope,
+    Flushed,
+    Lag,
+    Message,
+    SessionClosed,
+    Subscribe,
+    TranscriptInterim,
+    decode,
+)
 from tests.streaming.support import TIMEOUT_S
 
 
@@ -25,11 +39,9 @@ class Source:
     """A log with streams "a" and "b", and a hub on it."""
 
     def __init__(self, path: Path, capacity: int, n_recent: int) -> None:
-        self.log = Log(LogConfig(path=str(path)), self._deliver, lambda: 0, n_recent=n_recent)
+        self.path = path
+        self.log = Log(LogConfig(path=str(path)), lambda: 0, n_recent=n_recent)
         self.hub = Hub(self.log, capacity)
-
-    def _deliver(self, envelope: Envelope) -> None:
-        self.hub.publish(envelope)
 
     async def say(self, name: str, message: Message) -> None:
         """What a session's outlet does, up to where readers have it."""
@@ -57,15 +69,15 @@ async def source(capacity: int, n_recent: int = 0) -> AsyncIterator[Source]:
 async def rest(reader: Subscription) -> list[Envelope]:
     """What still comes when nothing more is said."""
     reader.close()
-    return [envelope async for envelope in reader]
+    return [decode(row.frame) async for row in reader]
 
 
 async def take(reader: Subscription, n_messages: int) -> list[Envelope]:
     """The next messages."""
     found: list[Envelope] = []
     if n_messages:
-        async for envelope in reader:
-            found.append(envelope)
+        async for row in reader:
+            found.append(decode(row.frame))
             if len(found) == n_messages:
                 break
     return found
@@ -96,7 +108,7 @@ def test_a_reader_sees_every_logged_message_once_and_in_order(
                     if i in reads and reader.n_waiting:
                         found += await take(reader, 1)
                 found += await rest(reader)
-            last = it.log.last_seq("a")
+            last = it.log.directory.last_seq("a")
         first = n_before if after is None else (after if after <= n_before else 0)
         logged = [e.seq for e in found if isinstance(e.message, Flushed)]
         assert logged == list(range(first + 1, last + 1))
@@ -164,8 +176,8 @@ async def test_a_reader_overtaken_by_retention_is_over() -> None:
         with it.hub.subscription() as reader:
             it.hub.subscribe(reader, Subscribe(("a",), after=0))
             assert (await take(reader, 1))[0].seq == 1
-            assert it.log._store is not None
-            it.log._store._writer.execute("DELETE FROM messages WHERE seq < ?", (3 * REPLAY_BATCH,))
+            with closing(sqlite3.connect(it.path, isolation_level=None)) as other:
+                other.execute("DELETE FROM messages WHERE seq < ?", (3 * REPLAY_BATCH,))
             with pytest.raises(SlowReader, match="left the log"):
                 await rest(reader)
 
@@ -179,7 +191,7 @@ async def test_types_choose_what_is_read() -> None:
             assert await take(reader, 0) == []
             await it.say_many("a", 100)
             reader.close()
-            assert [envelope async for envelope in reader] == []
+            assert [row async for row in reader] == []
 
 
 async def test_a_reader_that_leaves_is_forgotten() -> None:
@@ -222,7 +234,7 @@ def test_many_streams_are_resumed_after_the_last_message_of_any(
             after: int | dict[str, int] = 0
             for begin, end in pairwise(sorted({0, *(cut for cut in cuts if cut < len(said)), len(said)})):
                 for name in said[begin:end]:
-                    if not it.log.has(name):  # "d" begins late
+                    if not it.log.directory.has(name):  # "d" begins late
                         it.log.open(name)
                     await it.say(name, Flushed(name, 0))
                 with it.hub.subscription() as reader:
@@ -236,3 +248,57 @@ def test_many_streams_are_resumed_after_the_last_message_of_any(
             assert [e.stream for e in found] == said
 
     asyncio.run(check())
+
+
+async def test_patterns_are_compared_with_many_streams_away_from_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the loop compares does not grow with the number of streams that the log keeps."""
+    compared: Counter[str] = Counter()
+    match = Patterns.match
+
+    def noted(patterns: Patterns, name: str) -> bool:
+        compared[threading.current_thread().name.partition("_")[0]] += 1
+        return match(patterns, name)
+
+    async with source(capacity=16) as it:
+        for i in range(300):
+            it.log.open(f"s{i}")
+            it.log.append(f"s{i}", SessionClosed("closed", 0, 0, 0))
+            it.log.close(f"s{i}")
+        await it.log.settled()
+        monkeypatch.setattr(Patterns, "match", noted)
+        with it.hub.subscription() as reader:
+            it.hub.subscribe(reader, Subscribe(tuple(f"*{i}" for i in range(10)), after=0))
+            assert len(await rest(reader)) == 300
+        assert compared["log-work"] == 302
+        assert compared["MainThread"] < 10
+
+
+async def test_a_reader_that_comes_or_goes_leaves_other_streams_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who reads a stream is looked for once in its life, whatever other readers do."""
+    compared: list[str] = []
+    match = Patterns.match
+
+    def noted(patterns: Patterns, name: str) -> bool:
+        compared.append(name)
+        return match(patterns, name)
+
+    async with source(capacity=16) as it:
+        await it.say_many("a", 1)
+        await it.say_many("b", 1)
+        with it.hub.subscription() as one, it.hub.subscription() as other:
+            it.hub.subscribe(one, Subscribe(("a", "c")))
+            it.hub.subscribe(other, Subscribe(("*",)))
+            await it.say_many("a", 1)
+            with it.hub.subscription() as third:
+                it.hub.subscribe(third, Subscribe(("*",)))
+            it.hub.subscribe(other, Subscribe(("b*",)))
+            monkeypatch.setattr(Patterns, "match", noted)
+            await it.say_many("a", 1)
+            await it.say_many("b", 1)
+            assert compared == []
+            assert [(e.stream, e.seq) for e in await rest(one)] == [("a", 2), ("a", 3)]
+            assert [(e.stream, e.seq) for e in await rest(other)] == [("a", 2), ("b", 2)]

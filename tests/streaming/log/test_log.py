@@ -8,10 +8,11 @@ import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 from streaming.config import LogConfig
 from streaming.errors import LogError
 from streaming.log.log import MAX_WAITING, Log
+from streaming.log.row import Row
 from streaming.log.store import TRIM_ROWS, Closed, Logged, Opened, Query, Saved, Store
-from streaming.protocol import Ack, Envelope, Flushed, Message, TranscriptInterim
+from streaming.patterns import Patterns
+from streaming.protocol import Ack, Flushed, Message, TranscriptInterim, decode
 from tests.streaming.support import TIMEOUT_S
 
 DAY_MS = 24 * 3600 * 1000
@@ -32,25 +35,27 @@ class Opener:
     """A log in a folder, what it delivered, and the clock it goes by."""
 
     log: Log
-    delivered: list[Envelope] = field(default_factory=list)
+    delivered: list[Row] = field(default_factory=list)
 
-    async def replay(self, name: str, after: int, types: tuple[str, ...] = ()) -> list[Envelope]:
+    async def replay(self, name: str, after: int, types: tuple[str, ...] = ()) -> list[Row]:
         """Everything that is kept of a stream after a `seq`, from the file."""
-        found: list[Envelope] = []
+        found: list[Row] = []
         at = 0
+        ids = await self.log.reader.ids(Patterns([name]))
         while at < self.log.published:
-            query = Query(at, self.log.published, self.log.ids([name]), types, after)
-            page, at = await self.log.read(query, 7)
-            found += page
+            page = await self.log.reader.page(Query(at, self.log.published, ids, types, after), 7)
+            found += page.rows
+            at = page.upto_id
         return found
 
 
 @asynccontextmanager
 async def opened(folder: Path, *, now_ms: int = 0) -> AsyncIterator[Opener]:
     """A running log."""
-    delivered: list[Envelope] = []
+    delivered: list[Row] = []
     config = LogConfig(path=str(folder / "log.sqlite"))
-    log = Log(config, delivered.append, lambda: now_ms)
+    log = Log(config, lambda: now_ms)
+    log.deliver_to(delivered.append)
     async with asyncio.timeout(TIMEOUT_S), log.running():
         yield Opener(log, delivered)
 
@@ -71,13 +76,13 @@ def test_what_was_said_is_delivered_and_kept(said: list[Message], after: int, pa
                 if i in pauses:
                     await it.log.settled()
             await it.log.settled()
-            assert [e.message for e in it.delivered] == said
-            logged = [e for e in it.delivered if isinstance(e.message, Flushed)]
+            assert [decode(row.frame).message for row in it.delivered] == said
+            logged = [row for row in it.delivered if row.type == Flushed.type]
             assert [e.seq for e in logged] == list(range(1, len(logged) + 1))
             assert await it.replay("a", after) == logged[after:]
             it.log.append("a", Flushed("last", 0))  # committed by the end of the log
         async with opened(folder) as again:
-            assert again.log.last_seq("a") == len(logged) + 1
+            assert again.log.directory.last_seq("a") == len(logged) + 1
             assert (await again.replay("a", 0))[:-1] == logged
 
     with TemporaryDirectory() as folder:
@@ -94,8 +99,7 @@ async def test_nothing_is_delivered_before_it_is_on_the_disk(tmp_path: Path) -> 
         it.log.append("a", Flushed("x", 0))
         it.log.append("a", TranscriptInterim("two", 0, 0))
         assert len(it.delivered) == 1
-        while len(it.delivered) == 1:  # noqa: ASYNC110  until the writer's thread is done
-            await asyncio.sleep(0)
+        await it.log.until(lambda: len(it.delivered) > 1)
         with sqlite3.connect(tmp_path / "log.sqlite") as reader:
             assert reader.execute("SELECT count(*) FROM messages").fetchone() == (1,)
         reader.close()
@@ -112,7 +116,7 @@ async def test_a_stream_that_begins_again_goes_on_counting(tmp_path: Path) -> No
         await it.log.settled()
         assert [e.seq for e in await it.replay("a", 0)] == [1, 2]
         assert [e.seq for e in await it.replay("b", 0)] == [1]
-        row = it.log.row("a")
+        row = it.log.directory.row("a")
         assert row is not None
         assert (row.session, row.is_live) == (2, False)
 
@@ -153,9 +157,9 @@ async def test_a_killed_writer_leaves_all_that_was_delivered(n_lines: int, tmp_p
         kept = await it.replay("a", 0)
         assert [e.seq for e in kept] == list(range(1, len(kept) + 1))
         assert len(kept) >= seen
-        assert it.log.last_seq("a") == len(kept)
-        assert it.log.left() == ("a",)
-        left = await it.log.read_left("a")
+        assert it.log.directory.last_seq("a") == len(kept)
+        assert it.log.directory.left() == ("a",)
+        left = await it.log.reader.read_left("a")
         assert left.state is not None
         assert int(left.state) == len(kept)  # the state is that of the last message, never another
         it.log.reopen("a", None)
@@ -171,7 +175,7 @@ def fill(store: Store, stream: int, n_messages: int, *, at_ms: int, first_id: in
     """A stream of some messages that ends."""
     ops: list[Opened | Logged | Closed] = [Opened(stream, f"s{stream}", 1, 0, at_ms, b"")]
     ops += [
-        Logged(first_id + i, stream, 1, i + 1, "flushed", at_ms, "x" * n_chars) for i in range(n_messages)
+        Logged(first_id + i, stream, 1, i + 1, "flushed", at_ms, b"x" * n_chars) for i in range(n_messages)
     ]
     store.write([*ops, Closed(stream, at_ms)])
 
@@ -180,9 +184,9 @@ def kept(store: Store) -> dict[str, int]:
     """How many messages there are of each stream."""
     rows = {row.id: row.name for row in store.streams()}
     query = Query(0, store.last_id(), tuple(rows), (), 0)
-    n_all = len(store.messages(query, 100_000).frames)
+    n_all = len(store.messages(query, 100_000).rows)
     counts = {
-        name: len(store.messages(Query(0, store.last_id(), (number,), (), 0), 100_000).frames)
+        name: len(store.messages(Query(0, store.last_id(), (number,), (), 0), 100_000).rows)
         for number, name in rows.items()
     }
     assert sum(counts.values()) == n_all
@@ -217,7 +221,7 @@ def test_retention_by_size_takes_live_streams_last(tmp_path: Path) -> None:
     store.write([Opened(2, "s2", 1, 0, 0, b"")])
     n_live = 3 * TRIM_ROWS
     first = 2 * TRIM_ROWS + 1
-    store.write([Logged(first + i, 2, 1, i + 1, "flushed", 0, "x" * 1000) for i in range(n_live)])
+    store.write([Logged(first + i, 2, 1, i + 1, "flushed", 0, b"x" * 1000) for i in range(n_live)])
     trim(store, max_bytes=TRIM_ROWS * 1600)
     assert kept(store) == {"s2": TRIM_ROWS}
     store.close()
@@ -244,11 +248,11 @@ def test_many_streams_are_read_in_the_order_of_the_log(tmp_path: Path) -> None:
     store.write([Opened(i, f"s{i}", 1, 0, 0, b"") for i in (1, 2, 3)])
     kinds = ("flushed", "degraded")
     store.write(
-        [Logged(n + 1, 1 + n % 3, 1, n // 3 + 1, kinds[n % 2], 0, f"{n}") for n in range(60)],
+        [Logged(n + 1, 1 + n % 3, 1, n // 3 + 1, kinds[n % 2], 0, b"%d" % n) for n in range(60)],
     )
     page = store.messages(Query(3, 50, (1, 3), ("flushed",), 2), 1000)
     expected = [n for n in range(3, 50) if n % 3 in (0, 2) and n % 2 == 0 and n // 3 + 1 > 2]
-    assert page.frames == tuple(map(str, expected))
+    assert [int(row.frame) for row in page.rows] == expected
     assert page.upto_id == 50
     assert store.messages(Query(3, 50, (1, 3), ("flushed",), 2), 2).upto_id == expected[1] + 1
     store.close()
@@ -300,18 +304,24 @@ def test_two_servers_do_not_share_a_log(tmp_path: Path) -> None:
 async def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is delivered while it is full, the log says so, and all of it comes when there is room."""
     monkeypatch.setattr("streaming.log.log.RETRY_S", 0.01)
+    connections: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        connections.append(connect(*args, **kwargs))
+        return connections[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted)
     async with opened(tmp_path) as it:
         it.log.open("a")
         it.log.append("a", Flushed("first", 0))
         await it.log.settled()
-        assert it.log._store is not None
-        limit = it.log._store._writer  # a limit of the file stands for the disk's
+        limit = connections[0]  # the writer's; a limit of the file stands for the disk's
         n_pages = limit.execute("PRAGMA page_count").fetchone()[0]
         limit.execute(f"PRAGMA max_page_count = {n_pages}")
         for i in range(100):
             it.log.append("a", Flushed(f"{i:04}" * 1000, i))
-        while not it.log.is_full:  # noqa: ASYNC110  until the thread has tried
-            await asyncio.sleep(0)
+        await it.log.until(lambda: it.log.is_full)
         assert len(it.delivered) == 1
         limit.execute("PRAGMA max_page_count = 1000000")
         await it.log.settled()
@@ -325,8 +335,8 @@ async def test_a_broken_file_ends_the_waiting(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
         it.log.open("a")
         await it.log.settled()
-        assert it.log._store is not None
-        it.log._store._writer.execute("DROP TABLE messages")
+        with closing(sqlite3.connect(tmp_path / "log.sqlite", isolation_level=None)) as other:
+            other.execute("DROP TABLE messages")
         it.log.append("a", Flushed("x", 0))
         for waiting in (it.log.settled(), it.log.fault(), it.log.room("a")):
             with pytest.raises(LogError, match="no such table"):

@@ -74,7 +74,7 @@ async def leave(
         pcm: The audio of each, float32 from its first sample on.
         said: By each of them, after its `session.created`.
     """
-    log = Log(LogConfig(path=str(folder / "log.sqlite")), lambda _: None, lambda: 0)
+    log = Log(LogConfig(path=str(folder / "log.sqlite")), lambda: 0)
     async with log.running():
         for name, saved in states.items():
             log.open(name, _Given(encode_stream(saved), pcm), digest_of(name))

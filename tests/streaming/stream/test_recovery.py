@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streaming.audio.vad import VadState
 from streaming.engine.messages import Mark
 from streaming.errors import LogError
+from streaming.log.row import Row
 from streaming.log.store import Store
 from streaming.protocol import (
     AnswerFinal,
@@ -123,10 +124,10 @@ async def test_the_server_may_stop_while_it_closes_one(
     is_reading, has_stopped = asyncio.Event(), threading.Event()
     stop, read = Streams.stop, Store.of_session
 
-    def slow(store: Store, stream: int, session: int, types: Sequence[str], limit: int) -> list[str]:
+    def slow(store: Store, *question: Any) -> list[Row]:
         loop.call_soon_threadsafe(is_reading.set)
         assert has_stopped.wait(TIMEOUT_S)
-        return read(store, stream, session, types, limit)
+        return read(store, *question)
 
     def stopped(streams: Streams) -> None:
         stop(streams)
@@ -148,7 +149,7 @@ async def test_what_was_committed_is_counted_away_from_the_event_loop(
     """It may be an hour of words, while other streams speak."""
     threads: list[str] = []
 
-    def noted(frame: str) -> Envelope:
+    def noted(frame: bytes) -> Envelope:
         threads.append(threading.current_thread().name)
         return decode(frame)
 
@@ -157,7 +158,7 @@ async def test_what_was_committed_is_counted_away_from_the_event_loop(
     async with running_server(SLOTS, folder=tmp_path) as running:
         assert await closed(running, "bad") == SessionClosed("server_lost", 900, 2, 1)
     assert len(threads) == len(SAID)
-    assert all(name.startswith("log-read") for name in threads)
+    assert all(name.startswith("log-work") for name in threads)
 
 
 async def test_words_that_cannot_be_read_are_not_counted(tmp_path: Path) -> None:
