@@ -16,6 +16,7 @@ import av
 import numpy as np
 from av.audio.resampler import AudioResampler
 
+from streaming.aio import Changed
 from streaming.engine.contract import Pcm
 from streaming.errors import BadAudio
 from streaming.protocol import SAMPLE_RATE_HZ
@@ -67,7 +68,7 @@ class ContainerDecoder:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()  # anything below, as the loop's side sees it
+        self._changed = Changed()  # anything below, as the loop's side sees it
         self._decoded: deque[Pcm] = deque()  # not taken yet
         self._is_taking = False  # the block that was taken last is still being worked on
         self._n_pushed = 0  # bytes
@@ -91,7 +92,7 @@ class ContainerDecoder:
             BadAudio: what came before cannot be decoded.
         """
         for at in range(0, len(data), PIECE_BYTES):
-            await self._until(lambda: len(self._bytes) < MAX_WAITING_BYTES or self._is_over)
+            await self._changed.wait_for(lambda: len(self._bytes) < MAX_WAITING_BYTES or self._is_over)
             if self._error is not None:
                 raise self._error
             if self._is_over:
@@ -109,8 +110,8 @@ class ContainerDecoder:
             BadAudio: the bytes cannot be decoded.
         """
         self._is_taking = False
-        self._changed.set()
-        await self._until(lambda: bool(self._decoded) or self._is_over)
+        self._changed.notify()
+        await self._changed.wait_for(lambda: bool(self._decoded) or self._is_over)
         if self._decoded:
             pcm = self._decoded.popleft()
             self._is_taking = True
@@ -128,7 +129,9 @@ class ContainerDecoder:
         def is_idle() -> bool:
             return not self._decoded and not self._is_taking
 
-        await self._until(lambda: is_idle() and (self._is_over or self._starved_at == self._n_pushed))
+        await self._changed.wait_for(
+            lambda: is_idle() and (self._is_over or self._starved_at == self._n_pushed)
+        )
 
     def end(self) -> None:
         """No more bytes come; `pull` gives what is left, then None."""
@@ -137,18 +140,13 @@ class ContainerDecoder:
         with self._shared:
             self._is_ended = True
             self._shared.notify()
-        self._changed.set()
+        self._changed.notify()
 
     def stop(self) -> None:
         """Nobody wants any more audio: the thread ends by itself, soon."""
         with self._shared:
             self._is_stopped = True
             self._shared.notify()
-
-    async def _until(self, is_true: Callable[[], bool]) -> None:
-        while not is_true():
-            self._changed.clear()
-            await self._changed.wait()
 
     def _start(self) -> None:
         if self._thread is None:
@@ -200,7 +198,7 @@ class ContainerDecoder:
                 return b""
             piece = bytes(self._bytes[:n_bytes])
             del self._bytes[: len(piece)]
-            self._tell(self._changed.set)
+            self._tell(self._changed.notify)
             return piece
 
     def _starve(self) -> None:
@@ -234,17 +232,17 @@ class ContainerDecoder:
 
     def _on_decoded(self, pcm: Pcm) -> None:
         self._decoded.append(pcm)
-        self._changed.set()
+        self._changed.notify()
 
     def _on_starved(self, n_pushed: int) -> None:
         self._starved_at = n_pushed
-        self._changed.set()
+        self._changed.notify()
 
     def _on_over(self, error: BadAudio | None) -> None:
         self._error = error
         self._is_over = True
         self._bytes.clear()  # the thread reads no more
-        self._changed.set()
+        self._changed.notify()
 
 
 def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[Pcm]:

@@ -7,12 +7,10 @@ alone, compared in constant time with every entry, and appears in no error text.
 from __future__ import annotations
 
 import enum
-import hashlib
 import hmac
 import json
 import logging
 import re
-import secrets
 import stat
 import tomllib
 from collections import Counter
@@ -40,6 +38,8 @@ from streaming.protocol import (
     SUBSCRIBE_PATH,
     TOKEN_PARAMETER,
 )
+from streaming.tokens import digest_of
+from streaming.tokens import new_token as secret_token
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Tokens:
         Every entry is compared, and each in constant time, so that the time taken tells nothing.
         """
         self._refresh()
-        digest = hash_of(token)
+        digest = digest_of(token)
         found: _Entry | None = None
         for entry in self._entries:
             if hmac.compare_digest(entry.digest, digest):
@@ -223,17 +223,9 @@ def parse_tokens(text: str, source: str = "tokens") -> tuple[TokenEntry, ...]:
     return tuple(entries)
 
 
-def hash_of(token: str) -> bytes:
-    """The SHA-256 of a token, as it is kept.
-
-    A plain hash is enough: a token holds 256 random bits, so there is nothing to guess.
-    """
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-
-
 def new_token() -> str:
     """A token that nobody can guess."""
-    return f"moss_{secrets.token_urlsafe(TOKEN_BYTES)}"
+    return f"moss_{secret_token(TOKEN_BYTES)}"
 
 
 def entry_text(
@@ -247,7 +239,7 @@ def entry_text(
     lines = [
         "[[token]]",
         f"name = {json.dumps(name)}",
-        f"hash = {json.dumps(HASH_PREFIX + hash_of(token).hex())}",
+        f"hash = {json.dumps(HASH_PREFIX + digest_of(token).hex())}",
         f"scopes = {json.dumps(scopes)}",
         f"streams = {json.dumps(streams)}",
     ]

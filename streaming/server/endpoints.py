@@ -25,7 +25,7 @@ from streaming.adaptors.base import Adaptor, Conversation
 from streaming.audio.ingest import AudioFormat, parse_query
 from streaming.config import Config, VadConfig
 from streaming.engine.client import EngineClient
-from streaming.errors import BadQuery, LogError, StreamFault
+from streaming.errors import BadQuery, LogError, Replaced, StreamFault
 from streaming.log.history import History, UnknownStream, is_history
 from streaming.log.hub import Hub, Subscription
 from streaming.log.log import Log
@@ -371,6 +371,9 @@ class Server:
                 await self._resume(connection, admission.name, admission.resumption)
         except ConnectionClosed:
             logger.debug("a connection was lost while it was being closed")
+        except Replaced as over:
+            logger.info("a connection that waited for its stream: %s", over)
+            await connection.close(over.close_code, str(over))
         except StreamFault:
             await connection.close(CloseCode.INTERNAL, "a fault of the server's")
         except Exception as exc:
@@ -390,7 +393,10 @@ class Server:
                 return
             live, token = self._streams.begin(name, admission.audio_format, admission.language)
             limits, stopping = self._limits(), self._stopping
-            await Producer(connection, live, reader, self._log, limits, stopping, token=token).run()
+            claim = live.slot.claim()
+            await Producer(
+                connection, live, reader, self._log, limits, stopping, claim=claim, token=token
+            ).run()
 
     async def _adapt(
         self, connection: _Connection, admission: _Admission, adaptor: Adaptor, reader: Subscription
@@ -412,17 +418,20 @@ class Server:
 
     async def _resume(self, connection: _Connection, name: str, resumption: Resumption) -> None:
         """A further connection of a stream; it hears what it missed first."""
-        live = self._streams.find(name)
+        live, claim = self._streams.find(name), 0
         if live is not None:
-            await aio.race(live.seat.vacated(), aio.until(live.is_over))
+            claim = live.slot.claim()
+            await aio.race(live.slot.wait_free(claim), live.wait_over())
         with self._hub.subscription() as reader:
             self._hub.subscribe(reader, Subscribe((name,), after=resumption.after))
-            if live is None or live.is_over.is_set():
+            if live is None or live.is_over:
                 await self._recite(connection, reader, name, resumption.after)
                 return
             logger.info("stream %s: its producer is back", name)
             limits, stopping = self._limits(), self._stopping
-            await Producer(connection, live, reader, self._log, limits, stopping, token=None).run()
+            await Producer(
+                connection, live, reader, self._log, limits, stopping, claim=claim, token=None
+            ).run()
 
     async def _recite(
         self, connection: _Connection, reader: Subscription, name: str, after: int | None

@@ -78,9 +78,10 @@ class Producer:
         limits: ProducerLimits,
         stopping: asyncio.Event,
         *,
+        claim: int,
         token: str | None,
     ) -> None:
-        """Speak for a stream whose seat is free.
+        """Speak for a stream whose slot is free.
 
         Args:
             connection: Open.
@@ -89,6 +90,7 @@ class Producer:
             log: Of all streams.
             limits: What the connection goes by.
             stopping: Set when the server stops.
+            claim: Of this connection on the stream's producer slot.
             token: Of a new stream, for its `session.created`; None: this connection resumes it.
         """
         self._connection = connection
@@ -96,6 +98,7 @@ class Producer:
         self._session = live.session
         self._audio = live.audio
         self._reader = reader
+        self._claim = claim
         self._token = token
         self._log = log
         self._limits = limits
@@ -109,8 +112,9 @@ class Producer:
         Raises:
             StreamFault: the stream failed.
             ConnectionClosed: the connection was lost before anything was said.
+            Replaced: a newer connection claimed the slot before this one had it.
         """
-        self._live.seat.take(self._reader)
+        self._live.slot.attach(self._claim, self._reader)
         tasks: list[asyncio.Task[None]] = []
         try:
             if self._token is None:
@@ -122,7 +126,7 @@ class Producer:
                 asyncio.create_task(ws.discard(self._connection), name=f"discard {self._session.name}")
             )
             if reason is None:
-                self._live.seat.leave(self._reader)
+                self._live.slot.detach(self._reader)
                 await aio.cancel(sender)
             else:
                 self._live.end(reason)
@@ -131,7 +135,7 @@ class Producer:
                     await ws.send_rest(self._connection, self._reader, sender)
             await ws.close(self._connection, self._reader, over)
         finally:
-            self._live.seat.leave(self._reader)
+            self._live.slot.detach(self._reader)
             await aio.cancel(*tasks)
 
     async def _send(self) -> None:
@@ -160,9 +164,7 @@ class Producer:
                 self._receive(),
                 _overtaken(sender),
                 self._live.ended(),
-                aio.raise_when(
-                    self._live.seat.is_wanted, Replaced("the stream goes on over a newer connection")
-                ),
+                self._live.slot.watch(self._claim),
                 self._session.watch_engine(),
                 aio.raise_when(self._stopping, ServerStopping("the server is stopping")),
                 aio.raise_when(self._reader.is_behind, SlowReader("the reader is too slow")),

@@ -1,4 +1,4 @@
-"""A live stream across its producer's connections: who may go on with it, and when it is over.
+"""A live stream across its producer's connections: who may resume it, and when it is over.
 
 A stream outlives a lost connection for the grace time, so that its producer may come back with the
 token it was given. Knows the session and who reads for the producer, not what a connection says.
@@ -7,16 +7,15 @@ token it was given. Knows the session and who reads for the producer, not what a
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
+import enum
 import logging
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode
 
 from streaming import aio
-from streaming.errors import BadQuery, EngineLost, StreamFault
+from streaming.aio import Changed
+from streaming.errors import BadQuery, EngineLost, Replaced, StreamFault
 from streaming.log.hub import Subscription
 from streaming.log.log import Log
 from streaming.log.store import Saved
@@ -24,10 +23,11 @@ from streaming.protocol import AFTER_PARAMETER, MAX_SEQ, RESUME_PARAMETER, Ack, 
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.session import Session
 from streaming.stream.snapshot import SavedStream, encode_stream
+from streaming.tokens import is_token_of
 
 logger = logging.getLogger(__name__)
 
-TOKEN_BYTES = 24
+TOKEN_BYTES = 24  # of randomness
 MAX_TOKEN_CHARS = 64
 MAX_PARAMETERS = 32  # in a stream's query
 
@@ -41,17 +41,7 @@ class Resumption:
 
     def is_for(self, digest: bytes) -> bool:
         """Whether it is the token of this digest; takes as long whether or not."""
-        return hmac.compare_digest(digest_of(self.token), digest)
-
-
-def new_token() -> str:
-    """A token that nobody can guess."""
-    return secrets.token_urlsafe(TOKEN_BYTES)
-
-
-def digest_of(token: str) -> bytes:
-    """What is kept of a token: who reads the log cannot resume a stream."""
-    return hashlib.sha256(token.encode()).digest()
+        return is_token_of(self.token, digest)
 
 
 def parse_resumption(query: str) -> tuple[Resumption | None, str]:
@@ -87,54 +77,105 @@ def parse_resumption(query: str) -> tuple[Resumption | None, str]:
     return Resumption(token, None if after is None else int(after)), urlencode(rest)
 
 
-class Seat:
-    """Where a live stream's producer sits: one connection's reader, or nobody."""
+class ProducerSlot:
+    """Who speaks for a live stream: the reader of one connection, or none.
+
+    The newest connection that claims the slot gets it. Older ones, the one that has it included, are
+    told so and leave. A connection takes the slot in three steps: `claim`, `wait_free`, `attach`.
+    """
 
     def __init__(self, log: Log, name: str) -> None:
-        self.reader: Subscription | None = None
-        self.is_wanted = asyncio.Event()  # by another connection: this one ends
-        self.changed = asyncio.Event()
+        self.changed = Changed()  # who has the slot, and whatever else its stream waits for
+        self._reader: Subscription | None = None
+        self._n_claims = 0
         self._log = log
         self._name = name
         self._for_next: list[Message] = []
 
-    def take(self, reader: Subscription) -> None:
-        """Sit down; nobody else does."""
-        assert self.reader is None, self._name
-        self.reader = reader
-        self.is_wanted.clear()
-        self.changed.set()
-        said, self._for_next = self._for_next, []
-        for message in said:
+    @property
+    def is_taken(self) -> bool:
+        """Whether a connection has the slot."""
+        return self._reader is not None
+
+    def claim(self) -> int:
+        """The newest claim on the slot, before which every other one gives way."""
+        self._n_claims += 1
+        self.changed.notify()
+        return self._n_claims
+
+    async def wait_free(self, claim: int) -> None:
+        """Wait until no connection has the slot.
+
+        Raises:
+            Replaced: a newer connection claimed it.
+        """
+        await self.changed.wait_for(lambda: self._reader is None or claim != self._n_claims)
+        self._check(claim)
+
+    def attach(self, claim: int, reader: Subscription) -> None:
+        """Take the slot, which is free, and what was kept for the next producer.
+
+        Raises:
+            Replaced: a newer connection claimed it since `wait_free`.
+        """
+        self._check(claim)
+        assert self._reader is None, self._name
+        self._reader = reader
+        self.changed.notify()
+        kept, self._for_next = self._for_next, []
+        for message in kept:
             self.tell(message)
 
-    def leave(self, reader: Subscription) -> None:
-        """Stand up, if it is still this one that sits."""
-        if self.reader is reader:
-            self.reader = None
-            self.changed.set()
+    async def watch(self, claim: int) -> None:
+        """Wait until another connection claims the slot.
 
-    async def vacated(self) -> None:
-        """Wait until nobody sits here, asking who does to leave."""
-        while self.reader is not None:
-            self.is_wanted.set()
-            self.changed.clear()
-            await self.changed.wait()
+        Raises:
+            Replaced: it did.
+        """
+        await self.changed.wait_for(lambda: claim != self._n_claims)
+        self._check(claim)
+
+    def detach(self, reader: Subscription) -> None:
+        """Give the slot back, if it is still this one that has it."""
+        if self._reader is reader:
+            self._reader = None
+            self.changed.notify()
 
     def tell(self, message: Message) -> None:
-        """Say something to the producer alone. An `ack` waits until what it acknowledges is on the disk."""
+        """Send a message to the producer alone. An `ack` waits until what it acknowledges is on the disk."""
         if isinstance(message, Ack):
             self._log.confirm(self._name, message, self._put)
         else:
             self._put(Envelope(self._name, self._log.directory.last_seq(self._name), message))
 
     def tell_next(self, message: Message) -> None:
-        """Keep a message for whoever sits down next. Only a restart does so, once for each lost question."""
+        """Keep a message for the next producer. Only a restart does so, once for each lost question."""
         self._for_next.append(message)
 
+    def _check(self, claim: int) -> None:
+        if claim != self._n_claims:
+            raise Replaced("the stream goes on over a newer connection")
+
     def _put(self, envelope: Envelope) -> None:
-        if self.reader is not None:  # else it is told by `session.resumed`
-            self.reader.put(envelope)
+        if self._reader is not None:  # else `session.resumed` says how far its audio came
+            self._reader.put(envelope)
+
+
+class LifeState(enum.Enum):
+    """Where a stream is in its life."""
+
+    LIVE = "live"  # a producer speaks for it, or may come back
+    ENDING = "ending"  # what was said is being finalised
+    OVER = "over"  # closed in good order
+    FAILED = "failed"  # closed as "internal"
+
+
+_NEXT_STATES = {
+    LifeState.LIVE: {LifeState.ENDING, LifeState.FAILED},
+    LifeState.ENDING: {LifeState.OVER, LifeState.FAILED},
+    LifeState.OVER: set[LifeState](),
+    LifeState.FAILED: set[LifeState](),
+}
 
 
 class LiveStream:
@@ -144,28 +185,43 @@ class LiveStream:
         self,
         session: Session,
         audio: AudioInput,
-        seat: Seat,
+        slot: ProducerSlot,
         log: Log,
         *,
         grace_s: float,
         stop_timeout_s: float,
     ) -> None:
+        """A stream that `run` lets live.
+
+        Args:
+            session: Open, or about to be.
+            audio: The producer's way into the session.
+            slot: Of its producer.
+            log: Of all streams.
+            grace_s: How long a stream waits for a producer that is away, seconds.
+            stop_timeout_s: How long its end may take while the server stops, seconds.
+        """
         self.session = session
         self.audio = audio
-        self.seat = seat
-        self.is_over = asyncio.Event()
+        self.slot = slot
         self._log = log
         self._grace_s = grace_s
         self._stop_timeout_s = stop_timeout_s
+        self._state = LifeState.LIVE
+        self._changed = slot.changed
         self._reason: str | None = None  # that it ends for
-        self._is_stopping = asyncio.Event()  # the server is
-        self._is_unsaved = asyncio.Event()  # the log could not save it
-        self._has_failed = True  # until it ended well
+        self._fault: StreamFault | None = None  # that it ends with
+        self._is_server_stopping = False
 
     @property
     def name(self) -> str:
         """The stream's."""
         return self.session.name
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed, in good order or not."""
+        return self._state in (LifeState.OVER, LifeState.FAILED)
 
     def save(self, stream: int) -> Saved:
         """What the stream continues from after the server's death, and its audio since the last call."""
@@ -177,53 +233,62 @@ class LiveStream:
     def end(self, reason: str) -> None:
         """Finalise it; the first reason counts."""
         self._reason = self._reason or reason
-        self.seat.changed.set()
+        self._changed.notify()
 
     def stop(self) -> None:
-        """The server stops: nobody waits for a producer any more, and not for long for the engine."""
-        self._is_stopping.set()
-        self.seat.changed.set()
+        """The server stops: it waits for no producer any more, and not for long for the engine."""
+        self._is_server_stopping = True
+        self._changed.notify()
 
     def fail(self) -> None:
         """The log could not save it: it would not survive the server, and ends."""
-        self._is_unsaved.set()
+        self._fault = StreamFault(f"stream {self.name}: its state cannot be saved")
+        self._changed.notify()
+
+    async def wait_over(self) -> None:
+        """Wait until it is closed, in good order or not."""
+        await self._changed.wait_for(lambda: self.is_over)
 
     async def ended(self) -> None:
         """Wait until it is over.
 
         Raises:
-            StreamFault: it did not end well.
+            StreamFault: it did not end in good order.
         """
-        await self.is_over.wait()
-        if self._has_failed:
-            raise StreamFault(f"stream {self.name}: a fault of the server's")
+        await self.wait_over()
+        if self._state is LifeState.FAILED:
+            raise StreamFault(f"stream {self.name}: an internal error")
 
     async def run(self) -> None:
-        """Live until somebody ends it, or nobody came back in time; then finalise.
+        """Live until somebody ends it, or no producer came back in time; then finalise.
 
         Raises:
-            Exception: a fault of ours; the stream is closed as "internal".
+            Exception: an internal error; the stream is closed as "internal".
         """
         taking = asyncio.create_task(self.session.run(), name=f"results {self.name}")
         try:
-            unsaved = StreamFault(f"stream {self.name}: its state cannot be saved")
-            await aio.race(
-                self._until_ended(),
-                aio.ended(taking),
-                self._watch_engine(),
-                aio.raise_when(self._is_unsaved, unsaved),
-            )
+            # 1. Live.
+            await aio.race(self._until_ended(), aio.ended(taking), self._watch_engine())
+            # 2. Finalise, which needs the engine's last results, but no longer than a stop may take.
+            self._move(LifeState.ENDING)
             reason = self._reason or "internal"
             try:
                 await aio.race(self._finalise(reason), aio.ended(taking), self._stop_deadline())
             finally:
                 self.session.abandon(reason)
+            # 3. What it led to is on the disk.
             await self._log.settled()
-            self._has_failed = False
+            self._move(LifeState.OVER)
         finally:
             self.session.abandon("internal")  # changes nothing unless something above failed
-            self.is_over.set()
+            if not self.is_over:
+                self._move(LifeState.FAILED)
             await aio.cancel(taking)
+
+    def _move(self, state: LifeState) -> None:
+        assert state in _NEXT_STATES[self._state], (self.name, self._state, state)
+        self._state = state
+        self._changed.notify()
 
     async def _finalise(self, reason: str) -> None:
         if not self.session.is_lost:
@@ -231,31 +296,42 @@ class LiveStream:
         await self.session.finish(reason)
 
     async def _until_ended(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._reason is None:
-            self.seat.changed.clear()
-            if self.seat.reader is not None:
-                await self.seat.changed.wait()
-                continue
-            if self._is_stopping.is_set():
+        """Wait for a reason to end; a producer that stays away for the grace time is one.
+
+        Raises:
+            StreamFault: the stream failed.
+        """
+        while not self._is_ending:
+            if self.slot.is_taken:
+                await self._changed.wait_for(lambda: self._is_ending or not self.slot.is_taken)
+            elif self._is_server_stopping:
                 self.end("server_stopping")
-                continue
-            logger.info("stream %s: waits %g s for its producer", self.name, self._grace_s)
-            try:
-                async with asyncio.timeout_at(loop.time() + self._grace_s):
-                    await self.seat.changed.wait()
-            except TimeoutError:
-                self.end("disconnected")
+            else:
+                await self._wait_for_producer()
+        if self._fault is not None:
+            raise self._fault
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._reason is not None or self._fault is not None
+
+    async def _wait_for_producer(self) -> None:
+        logger.info("stream %s: waits %g s for its producer", self.name, self._grace_s)
+        try:
+            async with asyncio.timeout(self._grace_s):
+                await self._changed.wait_for(
+                    lambda: self._is_ending or self.slot.is_taken or self._is_server_stopping
+                )
+        except TimeoutError:
+            self.end("disconnected")
 
     async def _watch_engine(self) -> None:
-        """End the stream with a lost engine. A connected producer is told first, and ends it itself."""
+        """End the stream with a lost engine. A connected producer learns it first, and ends it itself."""
         with suppress(EngineLost):
             await self.session.watch_engine()
-        while self.seat.reader is not None:
-            self.seat.changed.clear()
-            await self.seat.changed.wait()
+        await self._changed.wait_for(lambda: not self.slot.is_taken)
         self.end("engine_lost")
 
     async def _stop_deadline(self) -> None:
-        await self._is_stopping.wait()
+        await self._changed.wait_for(lambda: self._is_server_stopping)
         await asyncio.sleep(self._stop_timeout_s)

@@ -1,4 +1,4 @@
-"""All live streams of a server: begun, kept through lost connections, found again after its death.
+"""All live streams of a server: begun, kept through lost connections, resumed after its death.
 
 Knows sessions and the log, not connections.
 """
@@ -10,46 +10,36 @@ import itertools
 import logging
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
 from streaming import aio
 from streaming.audio.ingest import AudioFormat
 from streaming.audio.vad import Vad
 from streaming.config import Config, VadConfig
-from streaming.engine.client import EngineClient, EngineState
+from streaming.engine.client import EngineClient
 from streaming.engine.contract import Pcm
 from streaming.errors import LogError
 from streaming.log.log import Log
 from streaming.log.reader import Left
-from streaming.log.row import Row
 from streaming.logging_setup import where_raised
 from streaming.metrics import Metrics
-from streaming.protocol import (
-    SAMPLE_RATE_HZ,
-    Error,
-    Message,
-    ProtocolError,
-    SessionClosed,
-    TranscriptDelta,
-    TranscriptFinal,
-    decode,
-)
+from streaming.protocol import SAMPLE_RATE_HZ, Error, Message, SessionClosed
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.feed import Feed
-from streaming.stream.lifetime import LiveStream, Seat, digest_of, new_token
+from streaming.stream.lifetime import TOKEN_BYTES, LiveStream, ProducerSlot
+from streaming.stream.recovery import Recovery
 from streaming.stream.session import Outlets, Session
 from streaming.stream.snapshot import InputState, SessionState, decode_stream, for_model
 from streaming.timeline.transcript import new_timeline
+from streaming.tokens import digest_of, new_token
 
 logger = logging.getLogger(__name__)
 
-MAX_COUNTED = 100_000  # messages of a stream that cannot go on, whose words are counted
 STOP_TIMEOUT_S = 5.0  # for what is left to do when every connection is closed
 
 
 class Streams:
-    """The streams that can be gone on with, by name. Belongs to the event loop."""
+    """The resumable live streams, by name. Belongs to the event loop."""
 
     def __init__(
         self,
@@ -67,18 +57,17 @@ class Streams:
             engine: Runs, or will.
             log: Of all streams.
             clock_ms: Unix time.
-            release: Called with the name of a dead server's stream that this one leaves alone.
+            release: Called with the name of a dead server's stream that this one leaves to the next.
         """
         self._config = config
         self._engine = engine
         self._log = log
         self._clock_ms = clock_ms
-        self._release = release
         self._metrics: Metrics = engine.metrics
         self._live: dict[str, LiveStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
-        self._left: dict[str, None] = {}  # names of a dead server's streams that are not back yet
+        self._recovery = Recovery(engine, log, resume=self._resume, publish=self.publish, release=release)
 
     def find(self, name: str) -> LiveStream | None:
         """A live stream."""
@@ -86,10 +75,10 @@ class Streams:
 
     def begin(self, name: str, audio_format: AudioFormat, language: str | None) -> tuple[LiveStream, str]:
         """A new stream, and the token that it is resumed with."""
-        token = new_token()
-        seat = Seat(self._log, name)
-        session = self._session(name, language, seat.tell)
-        live = self._live_stream(session, self._input(session, audio_format, seat), seat)
+        token = new_token(TOKEN_BYTES)
+        slot = ProducerSlot(self._log, name)
+        session = self._session(name, language, slot.tell)
+        live = self._live_stream(session, audio_format, slot)
         self._log.open(name, live, digest_of(token))
         session.open(self._clock_ms())
         self._keep(live)
@@ -125,9 +114,7 @@ class Streams:
         """The server stops: finalise every stream whose producer is away; the others' producers do it."""
         for live in self._live.values():
             live.stop()
-        for name in self._left:  # the next server finds them again
-            self._release(name)
-        self._left.clear()
+        self._recovery.stop()
 
     async def ended(self) -> None:
         """Wait until every task has ended, within `STOP_TIMEOUT_S`; then end it."""
@@ -135,37 +122,17 @@ class Streams:
             _, late = await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S)
             await aio.cancel(*late)
 
-    # --- what a killed server left -------------------------------------------------------
-
     def restore(self) -> tuple[str, ...]:
-        """Go on with a dead server's streams once the engine is ready; their names, which are taken."""
-        names = self._log.directory.left()
-        self._left = dict.fromkeys(names)
+        """Resume a dead server's streams once the engine is ready; their names, which are taken."""
+        names = self._recovery.begin()
         if names:
-            self._spawn(asyncio.create_task(self._restore(), name="restore"))
+            self._spawn(asyncio.create_task(self._recovery.run(), name="restore"))
         return names
 
-    async def _restore(self) -> None:
-        await self._engine.until(EngineState.READY, EngineState.LOST, EngineState.STOPPED)
-        while self._left and self._engine.ready is not None:
-            name = next(iter(self._left))
-            try:
-                left = await self._log.reader.read_left(name)
-                if name not in self._left:
-                    return  # the server stops
-                self._restore_one(left)
-            except (LogError, msgspec.MsgspecError) as exc:
-                logger.warning("stream %s: cannot go on: %s", name, exc)
-                await self._close_left(name)
-            except Exception as exc:
-                # A fault of ours costs this stream and no other. Without its text, as in `_live_through`.
-                logger.error("stream %s: cannot go on: %s", name, where_raised(exc))  # noqa: TRY400
-                logger.debug("the fault's text", exc_info=True)
-                await self._close_left(name)
-            self._left.pop(name, None)
+    # --- inside --------------------------------------------------------------------------
 
-    def _restore_one(self, left: Left) -> None:
-        """Go on with one stream.
+    def _resume(self, left: Left) -> None:
+        """Resume one stream of a dead server.
 
         Raises:
             LogError: there is no slot, no state, or not the audio that its state needs.
@@ -177,44 +144,21 @@ class Streams:
             raise LogError("it had no state" if left.state is None else f"there are {ready.n_slots} slots")
         saved = decode_stream(left.state)
         feed, unanswered = for_model(saved.session.feed, ready.tasks, ready.languages)
-        state = SessionState(feed, saved.session.vad)
         start = left.audio[0][0] if left.audio else feed.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
-        end = start + len(audio)
-        if end != feed.ring_end or start > state.needed_from:
-            raise LogError(f"its audio from {start} to {end} is kept; expected it up to {feed.ring_end}")
-        seat = Seat(self._log, left.name)
-        session = self._session(left.name, feed.language, seat.tell, restored=(state, audio))
-        live = self._live_stream(
-            session, self._input(session, saved.input.audio_format, seat, saved.input), seat
-        )
+        state = SessionState(feed, saved.session.vad)
+        if start + len(audio) != feed.ring_end or start > state.needed_from:
+            kept = f"its audio from {start} to {start + len(audio)} is kept"
+            raise LogError(f"{kept}; expected it from {state.needed_from} to {feed.ring_end}")
+        slot = ProducerSlot(self._log, left.name)
+        session = self._session(left.name, feed.language, slot.tell, restored=(state, audio))
+        live = self._live_stream(session, saved.input.audio_format, slot, saved.input)
         self._log.reopen(left.name, live)
         session.reopen()
         for question in unanswered:
             text = f"ask {question.client_id!r}: the loaded model answers no questions"
-            seat.tell_next(Error("unsupported", text, fatal=False))
+            slot.tell_next(Error("unsupported", text, fatal=False))
         self._keep(live)
-
-    async def _close_left(self, name: str) -> None:
-        """Close a stream that cannot go on, with what was committed; with nothing if that is unreadable."""
-        row = self._log.directory.row(name)
-        assert row is not None
-        if row.closed_ms is not None:
-            return  # its session was there already, and closed it
-        types = (TranscriptDelta.type, TranscriptFinal.type)
-        try:
-            rows = await self._log.reader.of_session(row, types, MAX_COUNTED)
-            closed = await self._log.reader.apart(lambda: _server_lost(rows))
-        except (LogError, ProtocolError) as exc:
-            logger.warning("stream %s: its words are not counted: %s", name, exc)
-            closed = _server_lost([])
-        if name not in self._left:
-            return  # the server stops, and has let go of it
-        if not row.is_live:
-            self._log.reopen(name, None)
-        self.publish(name, closed)
-
-    # --- inside --------------------------------------------------------------------------
 
     def _session(
         self,
@@ -254,21 +198,24 @@ class Streams:
         )
         return Session(name, number, feed, endpointing, engine=self._engine, outlets=outlets)
 
-    def _input(
-        self, session: Session, audio_format: AudioFormat, seat: Seat, state: InputState | None = None
-    ) -> AudioInput:
-        interval_s = self._config.ingest.ack_interval_s
-        return AudioInput(audio_format, session, seat.tell, ack_interval_s=interval_s, state=state)
-
-    def _live_stream(self, session: Session, audio: AudioInput, seat: Seat) -> LiveStream:
-        config = self._config.server
+    def _live_stream(
+        self,
+        session: Session,
+        audio_format: AudioFormat,
+        slot: ProducerSlot,
+        state: InputState | None = None,
+    ) -> LiveStream:
+        ingest, server = self._config.ingest, self._config.server
+        audio = AudioInput(
+            audio_format, session, slot.tell, ack_interval_s=ingest.ack_interval_s, state=state
+        )
         return LiveStream(
             session,
             audio,
-            seat,
+            slot,
             self._log,
-            grace_s=config.resume_grace_s,
-            stop_timeout_s=config.stop_timeout_s,
+            grace_s=server.resume_grace_s,
+            stop_timeout_s=server.stop_timeout_s,
         )
 
     def _keep(self, live: LiveStream) -> None:
@@ -281,32 +228,19 @@ class Streams:
         task.add_done_callback(self._on_end)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
-        """A fault that a task did not expect is seen."""
+        """Log an error that a task did not expect."""
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             logger.error("the task %r failed: %s", task.get_name(), where_raised(exc))
 
     async def _live_through(self, live: LiveStream) -> None:
-        """One stream, to its end; a fault of ours ends it and nothing else."""
+        """One stream, to its end; an internal error ends it and nothing else."""
         try:
             await live.run()
         except Exception as exc:
-            # Without the text of the fault, which may hold what a client sent.
+            # Without the text of the error, which may hold what a client sent.
             logger.error("stream %s failed: %s", live.name, where_raised(exc))  # noqa: TRY400
             logger.debug("the fault's text", exc_info=True)
         finally:
             if self._live.get(live.name) is live:
                 del self._live[live.name]
-
-
-def _server_lost(rows: list[Row]) -> SessionClosed:
-    """The end of a stream that cannot go on, after its committed words and closed segments.
-
-    Raises:
-        ProtocolError: a message cannot be read.
-    """
-    said = [decode(row.frame).message for row in rows]
-    deltas = [message for message in said if isinstance(message, TranscriptDelta)]
-    n_words = sum(len(delta.words) for delta in deltas)
-    end_ms = max((delta.end_ms for delta in deltas), default=0)
-    return SessionClosed("server_lost", end_ms, n_words, len(said) - len(deltas))

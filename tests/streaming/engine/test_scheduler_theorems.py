@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.engine.messages import Mark
+from streaming.engine.scheduler import WORDS_ALONE, Listening
 from streaming.protocol import TranscriptFinal
-from tests.streaming.engine.fake_runner import NAMED, WORDS_ALONE, Listening, listenings
+from tests.streaming.engine.fake_runner import NAMED, listenings
 from tests.streaming.engine.harness import (
     LONG,
     SECOND,

@@ -20,7 +20,6 @@ from streaming.server.auth import (
     Scope,
     Tokens,
     entry_text,
-    hash_of,
     is_host_allowed,
     is_origin_allowed,
     need_of,
@@ -29,6 +28,7 @@ from streaming.server.auth import (
     presented,
     without_token,
 )
+from streaming.tokens import digest_of
 
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
 
@@ -85,7 +85,7 @@ def test_every_entry_is_compared_in_constant_time(path: Path, monkeypatch: pytes
     for token in (made[0], made[4], "stranger"):
         compared.clear()
         tokens.grant(token, NOW)
-        assert compared == [hash_of(t) for t in made]
+        assert compared == [digest_of(t) for t in made]
 
 
 def test_admin_may_everything_on_its_streams_alone() -> None:

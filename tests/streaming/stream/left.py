@@ -16,9 +16,9 @@ from streaming.log.log import Log
 from streaming.log.store import Saved
 from streaming.protocol import Message, SessionCreated
 from streaming.stream.feed import FeedState
-from streaming.stream.lifetime import digest_of
 from streaming.stream.snapshot import InputState, SavedStream, SessionState, encode_stream
 from streaming.timeline.transcript import TimelineState
+from streaming.tokens import digest_of
 
 CREATED = SessionCreated("fake", ("transcript",), ("de", "en"), 0)
 

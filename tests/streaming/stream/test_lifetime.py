@@ -172,6 +172,37 @@ async def test_a_newer_connection_takes_over() -> None:
     assert said([seen[seq] for seq in sorted(seen)]) == reference
 
 
+async def test_of_several_resumes_at_once_the_newest_wins() -> None:
+    """The others are closed as replaced, whether they spoke already or still waited; nothing is lost."""
+    reference = await undisturbed(Talk())
+    talk = Talk()
+    async with running_server(GRACE) as running:
+        connection = await talk.begin(running)
+        for part in (3, 4, 5):
+            await talk.send(connection, len(AUDIO) * part // 8)
+            resume = f"resume={talk.token}&after={talk.after}"
+            rivals = await asyncio.gather(*(running.stream("a", resume) for _ in range(3)))
+            await connection.wait_closed()
+            assert connection.close_code == CloseCode.REPLACED
+            done, pending = set[ClientConnection](), set(rivals)
+            while len(pending) > 1:
+                ends = {asyncio.create_task(rival.wait_closed()): rival for rival in pending}
+                await asyncio.wait(ends, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+                ended = {rival for task, rival in ends.items() if task.done()}
+                for task in ends:
+                    task.cancel()
+                assert ended, "more than one goes on"
+                done, pending = done | ended, pending - ended
+            assert [rival.close_code for rival in done] == [CloseCode.REPLACED] * 2
+            (connection,) = pending
+            resumed = (await receive(connection)).message
+            assert isinstance(resumed, SessionResumed)
+            talk.sent = resumed.n_samples * 2
+        await talk.end(connection)
+    assert said(talk.found) == reference
+    assert has_no_hole(talk.found)
+
+
 async def test_without_its_producer_a_stream_is_finalised_after_the_grace_time() -> None:
     """Everything sent is heard; the name is free again; the old token then tells how it ended."""
     talk = Talk()

@@ -153,7 +153,7 @@ async def test_what_was_committed_is_counted_away_from_the_event_loop(
         threads.append(threading.current_thread().name)
         return decode(frame)
 
-    monkeypatch.setattr("streaming.stream.registry.decode", noted)
+    monkeypatch.setattr("streaming.stream.recovery.decode", noted)
     await leave(tmp_path, {"bad": NO_FORMAT}, said=SAID)
     async with running_server(SLOTS, folder=tmp_path) as running:
         assert await closed(running, "bad") == SessionClosed("server_lost", 900, 2, 1)
