@@ -331,8 +331,11 @@ async def test_a_subscription_is_replaced_by_the_next() -> None:
 
 
 @pytest.mark.slow
-async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody() -> None:
+async def test_a_reader_that_does_not_read_is_closed_and_delays_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its queue overflows behind the kernel's buffers; another subscriber gets every message."""
+    monkeypatch.setattr("streaming.server.subscriber.SUBSCRIBES_BURST", 4000)  # else the answers come slowly
     async with running_server("[server]\nsubscriber_queue = 100") as running:
         slow = await running.subscribe()
         slow.transport.pause_reading()
