@@ -152,7 +152,8 @@ def run(
         for stream in streams:
             stream.arrive(now_s, scheduler)
         schedule = scheduler.schedule()
-        for message in (*schedule.skipped, *schedule.progress, *schedule.results):
+        found: tuple[FromEngine, ...] = (*schedule.skipped, *schedule.progress, *schedule.results)
+        for message in found:
             streams[message.stream].take(message, now_s, scheduler)
         if schedule.plan.slots:
             wall, cpu = time.perf_counter(), time.process_time()
