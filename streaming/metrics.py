@@ -19,9 +19,9 @@ from streaming.protocol import (
     MESSAGE_TYPES,
     SAMPLE_RATE_HZ,
     Message,
-    Refusal,
     TranscriptDelta,
 )
+from streaming.refusals import Refusal
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Around the default tick of 0.64 s: a step that takes longer than the tick falls behind.

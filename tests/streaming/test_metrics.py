@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from streaming.engine import messages
 from streaming.engine.contract import HeardWord
 from streaming.metrics import Metrics, Observed
-from streaming.protocol import Close, Refusal, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
+from streaming.protocol import Close, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
+from streaming.refusals import Refusal
 from tests.streaming.server.test_admission import ask
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
 
