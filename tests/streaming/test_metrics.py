@@ -62,7 +62,7 @@ def test_a_step_that_takes_longer_than_a_tick_is_an_overrun() -> None:
     """The tick of the configuration, not the default one."""
     metrics = Metrics(tick_ms=320)
     for wall_s in (0.1, 0.32, 0.33):
-        metrics.stepped(messages.Tick(wall_s, 0.1, 2))
+        metrics.stepped(wall_s)
     found = read(metrics)
     assert found["moss_live_tick_overruns_total"] == 1
     assert found["moss_live_tick_seconds_count"] == 3
@@ -79,7 +79,7 @@ def test_loops_silences_and_skipped_points_are_counted() -> None:
         replace_result(no_speech=0.1),
         replace_result(compute_s=0.0),  # nothing was decoded
     ):
-        metrics.decoded(result)
+        metrics.decoded(result.n_loops_cut, is_silence=result.is_silence)
     metrics.skipped(3)
     found = read(metrics)
     assert found["moss_live_loops_cut_total"] == 2
