@@ -1,7 +1,7 @@
 """Captions in a terminal: committed words firm, interim words grey, with sounds, emotion and times.
 
 `CaptionState` holds what is on the screen and knows no terminal; `LiveCaptions` draws it where
-there is one, `PlainCaptions` prints lines where there is none. Neither knows a socket.
+there is one, `PlainCaptions` prints lines elsewhere. Neither uses a socket.
 """
 
 from __future__ import annotations
