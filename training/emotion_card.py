@@ -11,7 +11,8 @@ from training.emotion_measures import Recalls, Report
 LICENCE = (
     "## Licence and limits",
     "",
-    "**The training data are acted and partly non-commercial. The weights are therefore non-commercial too.**",
+    "**The training data are acted and partly non-commercial. "
+    "The weights are therefore non-commercial too.**",
     "",
     "- RAVDESS (Livingstone and Russo 2018): CC BY-NC-SA 4.0. "
     "North American actors speak two sentences in each emotion, on demand.",
