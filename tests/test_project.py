@@ -62,6 +62,18 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
         assert not heading or heading in headings(path), f"{page.name}: {target}"
 
 
+FOLDERS = "bench|clients|docs|model|scripts|streaming|tests|training"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    """A page names files from the repository's root, and nothing outside of it."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text):
+        assert "NNN" in name or (ROOT / name).exists(), f"{page.name}: {name}"
+    assert not re.search(r"\b(?:the )?issue #?\d|\.\./shared|MOSS_AUDIO\.md", text), page.name
+
+
 def headings(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
