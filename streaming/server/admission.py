@@ -1,6 +1,6 @@
 """Lets requests in or refuses them: the rules of `access` and `limits`, applied to connections.
 
-Every refusal is one of `protocol.Refusal`, is answered as that says, and is counted.
+Every refusal is one of `refusals.Refusal`, is answered as that says, and is counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from websockets.http11 import Request, Response
 
 from streaming.config import Config, ConfigError, is_loopback
 from streaming.metrics import Metrics
-from streaming.protocol import METRICS_PATH, CloseCode, HttpStatus, Refusal
+from streaming.protocol import METRICS_PATH, CloseCode, HttpStatus
+from streaming.refusals import Refusal
 from streaming.server.auth import (
     EVERYTHING,
     Grant,

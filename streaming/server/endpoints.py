@@ -39,9 +39,9 @@ from streaming.protocol import (
     CloseCode,
     Envelope,
     HttpStatus,
-    Refusal,
     Subscribe,
 )
+from streaming.refusals import Refusal
 from streaming.server.admission import Guard, GuardedConnection, split_target, tls_context
 from streaming.server.auth import Scope, without_token
 from streaming.server.producer import Producer, ProducerLimits
