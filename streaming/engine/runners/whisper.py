@@ -157,7 +157,6 @@ class WhisperRunner:
             max_window_s=config.n_frames / 100,
             min_tick_s=0.08,
             sounds=() if sounds is None else sounds.labels,
-            emotions=() if emotion is None else emotion.labels,
         )
 
     def reset(self, slots: Sequence[int]) -> None:
