@@ -99,14 +99,22 @@ class Layout:
         text = f"<|im_start|>system\n{system_message()}<|im_end|>\n<|im_start|>user\n"
         self.prefix = (*tokenizer.encode(text), special.audio_start)
 
-    def question(self, text: str, answer: str = "") -> tuple[int, ...]:
+    def question(self, text: str, answer: str = "", max_tokens: int | None = None) -> tuple[int, ...]:
         """What follows the audio: its end, the question, and the beginning of the answer.
 
         Question and answer may come from outside: no special token is made of what they spell.
+
+        Args:
+            text: The question.
+            answer: What the model's answer goes on from.
+            max_tokens: Where the whole is longer, the end of `text` is left out, and only that.
         """
         asked = self.tokenizer.encode_plain(f"\n{text}")
         header = self.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
-        return (self.special.audio_end, *asked, *header, *self.tokenizer.encode_plain(answer))
+        said = self.tokenizer.encode_plain(answer)
+        if max_tokens is not None:
+            asked = asked[: max(0, max_tokens - 1 - len(header) - len(said))]
+        return (self.special.audio_end, *asked, *header, *said)
 
     def audio(self, n_tokens: int, first_marker_s: int = SECONDS_PER_MARKER) -> tuple[int, ...]:
         """`n_tokens` audio ids with the markers between and behind them.

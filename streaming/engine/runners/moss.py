@@ -208,7 +208,8 @@ class MossRunner:
                 break
             n_said = max(0, n_said - n_said // 2 - 1)  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
-            ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
+            ids = self._layout.question(text, said, n_scratch - MIN_ANSWER_TOKENS)
+            room = MIN_ANSWER_TOKENS
         n_wanted = fork.max_tokens
         if fork.task == "transcript":  # its budget is for words; times come on top
             n_wanted += self._time_tokens(slot, heard, agreed, offset_s)

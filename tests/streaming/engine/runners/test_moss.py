@@ -312,7 +312,7 @@ def test_a_cut_answer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
-    """A prefix loses its older words and keeps its times, a question its end."""
+    """A prefix loses its older words and keeps its times, a question its end but not its template's."""
     runner = make_runner()
     sentences = "".join(f"[{k / 100:.2f}]word{k}[{k / 100 + 0.01:.2f}]" for k in range(400))
     says(sentences)
@@ -326,6 +326,10 @@ def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
         result = runner.step(one(0, position, pcm(0.1), long, question))
         assert [word.text for word in result.hypotheses[0].words] == ["and", "on"]
         assert len(result.answers) == 1
+        cut = LAYOUT.tokenizer.decode(asked[1].ids)
+        assert cut.startswith("\nwhy why ")
+        assert cut.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert cut.count("<|im_start|>") == 1
         told.append(LAYOUT.tokenizer.decode(asked[0].ids).rpartition("\n")[2])
     assert told[0] == told[1] != ""
     assert sentences.removesuffix("[4.00]").endswith(told[0])
