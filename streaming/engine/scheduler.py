@@ -263,8 +263,9 @@ class Scheduler:
         if stream is None:
             return
         point = stream.awaiting
-        assert point is not None, message
-        assert (point.at, point.kind) == (message.point, message.kind), (point, message)
+        assert point is not None, (message.point, message.kind)
+        expected = (point.at, point.kind)
+        assert expected == (message.point, message.kind), (expected, message.point, message.kind)
         stream.committed.extend(stream.hypothesis[: message.n_words])
         stream.hypothesis = ()
         stream.awaiting = None
@@ -307,7 +308,7 @@ class Scheduler:
             if stream is None:
                 continue  # the slot changed hands meanwhile
             point = stream.awaiting
-            assert point is not None, step
+            assert point is not None, step.owner
             stream.findings = findings.or_else(stream.findings)
             if hypothesis is not None:
                 stream.hypothesis = _words_after(stream, hypothesis)
@@ -336,7 +337,7 @@ class Scheduler:
             self._begin_speech(stream, mark)
             stream.consumed = max(stream.consumed, mark.at)
         if mark is not None:
-            assert mark.kind != "started", mark
+            assert mark.kind != "started", mark.at
             stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
             if mark.kind == "stopped":
