@@ -244,8 +244,9 @@ class EngineSettings(_Section):
 
 
 class EngineStart(EngineSettings):
-    """What an engine process gets when it starts: its sections, and how it writes its log."""
+    """What an engine process gets when it starts: its sections, and what else concerns it."""
 
+    max_ahead_s: float  # of [ingest]
     log_format: LogFormat = "text"
     is_verbose: bool = False
 

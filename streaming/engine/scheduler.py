@@ -78,6 +78,10 @@ class Listening:
     reach: int = SOUND_REACH  # samples before the last answer that a restart hears again for sounds
     answer_tokens: int = 0  # budget of an answer to a question, its thinking included
 
+    def max_step(self, tick: int) -> int:
+        """Samples between two decode points of a stream at most, with `tick` samples between ticks."""
+        return max(MIN_SPEECH + tick, self.sound_ticks * tick)
+
     @classmethod
     def to(
         cls, capabilities: Capabilities, events: EventsConfig, emotion: EmotionConfig, tick: int
