@@ -160,15 +160,13 @@ class Conversation:
         Raises:
             BadAudio, TooFast: as `feed`.
         """
-        audio_s = len(data) / audio_format.frame_bytes / audio_format.rate_hz
-        wait_s = self._pace.take(audio_s, asyncio.get_running_loop().time())
+        read_at = self._read_at(len(data) / audio_format.frame_bytes / audio_format.rate_hz)
         size = int(audio_format.rate_hz * SLICE_S) * audio_format.frame_bytes
         for at in range(0, len(data), size):
             if at:
                 await asyncio.sleep(0)  # a frame of minutes must not hold up the other streams
             await self._take_pcm(ingest.push(data[at : at + size]))
-        if wait_s:
-            await asyncio.sleep(wait_s)
+        await _until(read_at)
 
     async def feed(self, pcm: Pcm) -> None:
         """Take 16 kHz mono audio of the client's; waits while the ring is full or it comes too fast.
@@ -176,10 +174,14 @@ class Conversation:
         Raises:
             TooFast: it is further ahead of real time than the server puts up with.
         """
-        wait_s = self._pace.take(len(pcm) / SAMPLE_RATE_HZ, asyncio.get_running_loop().time())
+        read_at = self._read_at(len(pcm) / SAMPLE_RATE_HZ)
         await self._take_pcm(pcm)
-        if wait_s:
-            await asyncio.sleep(wait_s)
+        await _until(read_at)
+
+    def _read_at(self, audio_s: float) -> float:
+        """Count audio that came; when the next may be read, in the event loop's time."""
+        now = asyncio.get_running_loop().time()
+        return now + self._pace.take(audio_s, now)
 
     async def flush(self, flush_id: str) -> None:
         """Commit everything fed so far; `flushed` follows when that is done."""
@@ -285,6 +287,11 @@ class Conversation:
         await self.say(lambda: self._adaptor.complaint(exc, frame))
         if self._n_bad >= self.limits.server.max_bad_messages:
             raise BadMessages(f"{self._n_bad} messages that could not be read")
+
+
+async def _until(at: float) -> None:
+    if (left_s := at - asyncio.get_running_loop().time()) > 0:
+        await asyncio.sleep(left_s)
 
 
 def new_id() -> str:

@@ -18,6 +18,7 @@ from websockets.asyncio.server import Server as SocketServer
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from streaming import aio, protocol
 from streaming.adaptors import deepgram, openai
@@ -149,7 +150,7 @@ class Server:
             self._handle,
             config.host,
             config.port,
-            process_request=self._answer_http,
+            process_request=self._answer,
             process_response=self._admit,
             create_connection=cast("type[ServerConnection]", partial(_Connection, guard=self._guard)),
             compression=None,  # audio does not compress, and captions are small
@@ -192,7 +193,7 @@ class Server:
 
     # --- who is let in -------------------------------------------------------------------
 
-    async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         assert isinstance(connection, _Connection), connection
         refusal = self._guard.check(connection, request)
         if refusal is not None:
@@ -245,6 +246,8 @@ class Server:
             if response.status_code == HttpStatus.UPGRADE_REQUIRED:
                 return self._guard.refuse(connection, Refusal.NO_UPGRADE)
             return None
+        if connection.state is not State.CONNECTING:  # lost meanwhile: nobody would give anything back
+            return connection.respond(HttpStatus.BAD_REQUEST, "the connection is lost\n")  # to nobody
         path, query = split_target(request)
         is_stream = path != SUBSCRIBE_PATH
         admission: _Admission | None = None

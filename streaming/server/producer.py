@@ -197,11 +197,12 @@ class Producer:
         while True:
             frame = await self._next_frame()
             if isinstance(frame, bytes):
-                now = asyncio.get_running_loop().time()
-                wait_s = self._pace.take(self._audio.seconds_of(len(frame)), now)
+                loop = asyncio.get_running_loop()
+                came_at = loop.time()
+                wait_s = self._pace.take(self._audio.seconds_of(len(frame)), came_at)
                 await self._audio.feed(frame)
-                if wait_s:
-                    await asyncio.sleep(wait_s)  # and the socket is not read meanwhile
+                if (left_s := came_at + wait_s - loop.time()) > 0:
+                    await asyncio.sleep(left_s)  # and the socket is not read meanwhile
                 continue
             try:
                 message = decode_client(frame, STREAM_MESSAGES)
@@ -261,9 +262,9 @@ class Producer:
 
 
 async def _overtaken(sender: asyncio.Task[None]) -> None:
-    """Raise `SlowReader` when the log left a reader behind. Else wait: what was received is still taken."""
+    """Raise what ended the sender. A lost connection is no reason: what was received is still taken."""
     await asyncio.wait({sender})
-    if not sender.cancelled() and isinstance(sender.exception(), SlowReader):
+    if not sender.cancelled() and not isinstance(sender.exception(), ConnectionClosed):
         sender.result()
     await asyncio.Event().wait()
 
