@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 
+from streaming.app import build
 from streaming.config import Config, parse_config
-from streaming.engine.client import EngineClient, EngineState, engine_settings
+from streaming.engine.client import EngineClient, EngineState
 from streaming.engine.contract import Pcm
 from streaming.errors import EngineLost
 from streaming.protocol import UNLOGGED, Envelope, Message, SessionCreated, TranscriptDelta, decode
@@ -126,8 +127,7 @@ async def running_server(
         return
     config = with_port_0(text, folder)
     command = (*FAKE_ENGINE, f"--fault={fault}") if command is None else command
-    engine = EngineClient(config.engine, engine_settings(config), command)
-    server = Server(config, engine)
+    engine, server = build(config, command)
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

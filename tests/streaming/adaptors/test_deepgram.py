@@ -16,7 +16,9 @@ from pydantic import BaseModel
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from streaming.adaptors.deepgram import Deepgram, Results, parse_options
+from streaming.adaptors.deepgram import Deepgram
+from streaming.adaptors.deepgram_query import parse_options
+from streaming.adaptors.deepgram_results import Results
 from streaming.config import VadConfig
 from streaming.errors import BadQuery
 from streaming.protocol import (

@@ -455,7 +455,7 @@ def test_a_turn_without_a_word_is_completed_once_the_clock_goes_on() -> None:
     assert kinds(openai, Ack(1, 1)) == []
     (event,) = translate(openai, Ack(2, 2))
     assert (event["type"], event["transcript"]) == (COMPLETED, "")
-    assert openai.idle() == []
+    assert openai.due() == []
 
 
 def test_the_next_turn_completes_one_without_a_word() -> None:

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
+from streaming.app import build
 from streaming.config import ConfigError, parse_config
-from streaming.engine.client import EngineClient, engine_settings
 from streaming.protocol import (
     MAX_TEXT_CHARS,
     Close,
@@ -35,7 +35,6 @@ from streaming.protocol import (
     encode_client,
 )
 from streaming.server.auth import Scope, entry_text, new_token
-from streaming.server.endpoints import Server
 from tests.streaming.support import (
     TIMEOUT_S,
     Running,
@@ -623,7 +622,7 @@ async def test_files_that_cannot_be_used_stop_the_start(text: str, named: str) -
     """With the setting that names them."""
     config = parse_config(text)
     with pytest.raises(ConfigError, match=named):
-        Server(config, EngineClient(config.engine, engine_settings(config)))
+        build(config)
 
 
 async def test_every_refusal_has_an_answer_of_its_own() -> None:

@@ -40,7 +40,7 @@ async def test_a_fault_while_sending_closes_the_connection_and_the_stream_resume
     send = GuardedConnection.send
 
     async def fail_once(self: GuardedConnection, message: Any, *, text: bool | None = None) -> None:
-        if b'"transcript.delta"' in message:
+        if isinstance(message, bytes) and b'"transcript.delta"' in message:
             monkeypatch.setattr(GuardedConnection, "send", send)
             raise AssertionError(SECRET)
         await send(self, message, text=text)
