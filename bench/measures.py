@@ -189,7 +189,9 @@ def n_flickers(arrivals: Sequence[Arrival]) -> int:
 
 def transcript(arrivals: Iterable[Arrival]) -> str:
     """The committed text: every delta's, joined by a space."""
-    return " ".join(message.text for _, message in arrivals if isinstance(message, TranscriptDelta))
+    return "".join(
+        message.separator + message.text for _, message in arrivals if isinstance(message, TranscriptDelta)
+    )
 
 
 def percentiles(values: Sequence[float]) -> Percentiles:

@@ -76,6 +76,7 @@ class CaptionState:
     position: Position = lambda: None
     committed: str = ""
     interim: str = ""
+    interim_separator: str = ""
     start_ms: int | None = None  # of the open segment
     is_speech: bool = False
     heard_ms: int = 0  # the latest time any message spoke of
@@ -89,14 +90,15 @@ class CaptionState:
         match message:
             case TranscriptDelta():
                 self._open(message.start_ms)
-                self.committed = f"{self.committed} {message.text}".strip()[-MAX_OPEN_CHARS:]
+                between = message.separator if self.committed else ""
+                self.committed = f"{self.committed}{between}{message.text}"[-MAX_OPEN_CHARS:]
                 self.interim = ""
                 self._measure_lag(message.end_ms)
             case TranscriptInterim():
                 if message.text:
                     self._open(message.start_ms)
                     self._measure_lag(message.end_ms)
-                self.interim = message.text[-MAX_OPEN_CHARS:]
+                self.interim, self.interim_separator = message.text[-MAX_OPEN_CHARS:], message.separator
             case TranscriptFinal():
                 self.committed, self.interim, self.start_ms = "", "", None
             case SpeechStarted():
@@ -166,7 +168,8 @@ class LiveCaptions:
         if state.committed:
             caption.append(" " + printable(state.committed), "bold")
         if state.interim:
-            caption.append(" " + printable(state.interim), "grey50")
+            between = state.interim_separator if state.committed else " "
+            caption.append(between + printable(state.interim), "grey50")
         status = Text("● speech " if state.is_speech else "○ silence", "green" if state.is_speech else "dim")
         status.append(f"  heard {clock(state.heard_ms)}", "dim")
         if state.lag_s is not None:

@@ -49,7 +49,7 @@ class ServerConfig(_Section):
 
     @field_validator("origins", "trusted_proxies", mode="before")
     @classmethod
-    def _a_list_will_do(cls, value: object) -> object:
+    def _list_to_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
 
     @field_validator("trusted_proxies")
@@ -263,7 +263,7 @@ class Config(EngineSettings):
         return self
 
     @model_validator(mode="after")
-    def _strangers_need_a_word(self) -> Config:
+    def _require_auth_off_loopback(self) -> Config:
         is_guarded = self.access.tokens or self.access.allow_anonymous
         if not is_guarded and not is_loopback(self.server.host):
             raise ValueError(

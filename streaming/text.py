@@ -19,6 +19,11 @@ def join_words(words: Iterable[str]) -> str:
     return text
 
 
+def separator(before: str, text: str) -> str:
+    """What stands between `text` and the running text before it: a space, or nothing."""
+    return join_words((before[-1], text[0]))[1:-1] if before and text else ""
+
+
 def split_words(text: str) -> list[str]:
     """Running text as words that `join_words` makes into it again, but for the width of spaces.
 

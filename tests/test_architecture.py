@@ -17,6 +17,7 @@ OURS = ("bench", "clients", "model", "scripts", "streaming", "tests", "training"
 MAY_IMPORT = {
     "model": ("model",),
     "streaming": ("streaming",),
+    "streaming/protocol": ("streaming.protocol",),
     "streaming/engine": ("streaming", "model"),
     "clients": ("clients", "streaming.protocol"),
 }
@@ -80,10 +81,12 @@ def test_the_server_starts_the_engine_without_importing_its_model() -> None:
                 assert not heavy, f"{path} imports {name}, which imports {heavy}"
 
 
-def test_the_protocol_is_standard_library_only() -> None:
-    """A client can be written with this one file."""
-    for name in imported(ROOT / "streaming" / "protocol.py"):
-        assert name.split(".")[0] in sys.stdlib_module_names, name
+def test_the_protocol_needs_msgspec_alone() -> None:
+    """A client can be written with this one package: no other module of ours, no other library."""
+    for path in files_of("streaming/protocol"):
+        for name in imported(path):
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names or top == "msgspec" or within(name, ("streaming.protocol",))
 
 
 def test_the_model_does_no_io_and_starts_nothing() -> None:

@@ -15,6 +15,7 @@ from streaming import protocol
 from streaming.config import Config
 from streaming.metrics import Metrics, Observed
 from streaming.protocol import Close, Envelope, Flush, Lag, SessionClosed, encode, encode_client
+from streaming.refusals import Refusal
 from streaming.server.auth import parse_tokens
 from tests.protocol_schema import SchemaCheck
 from tests.streaming.support import receive_until, running_server, s16, utterances
@@ -116,7 +117,7 @@ def test_every_query_is_whole() -> None:
     blocks = re.findall(r"```promql\n(.*?)```", read("operate.md"), re.DOTALL)
     queries = [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
     assert len(queries) > 10
-    reasons = {refusal.label for refusal in protocol.Refusal}
+    reasons = {refusal.label for refusal in Refusal}
     for query in queries:
         for opening, closing in ("()", "[]", "{}"):
             assert query.count(opening) == query.count(closing), query
@@ -141,7 +142,7 @@ def test_every_refusal_is_explained() -> None:
     """What it means, and what to do."""
     page = read("operate.md")
     table = page[page.index("## What each refusal means") : page.index("## Metrics")]
-    assert {refusal.label for refusal in protocol.Refusal} <= set(re.findall(r"`([a-z_]+)`", table))
+    assert {refusal.label for refusal in Refusal} <= set(re.findall(r"`([a-z_]+)`", table))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,6 @@ from streaming.server.conversation import BadMessage, Conversation, Dialect, Fra
 from streaming.stream.lifetime import LiveStream
 from streaming.stream.registry import Streams
 
-MAX_SHOWN_CHARS = 80  # of a client's value in an error text
-
 Event = dict[str, Any]  # one JSON object of the foreign protocol
 
 
@@ -99,9 +97,3 @@ class Adaptor(Dialect):
 def new_id() -> str:
     """An id nobody can guess: the name of a stream that its client did not name."""
     return secrets.token_hex(8)
-
-
-def shown(value: object) -> str:
-    """A client's value for an error text: cut, so that it cannot flood logs or replies."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."

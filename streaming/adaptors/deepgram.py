@@ -14,12 +14,13 @@ from typing import cast
 from uuid import uuid4
 
 from streaming.adaptors.audio import ContainerInput, RawInput
-from streaming.adaptors.base import Adaptor, Event, shown
+from streaming.adaptors.base import Adaptor, Event
 from streaming.adaptors.deepgram_query import MIN_ENDPOINTING_MS, Options, parse_options
 from streaming.adaptors.deepgram_results import Results
 from streaming.config import VadConfig
 from streaming.errors import BadAudio, BadMessages, ConnectionOver, IdleConnection
 from streaming.protocol import Envelope, Message, SessionClosed
+from streaming.protocol.codes import shown
 from streaming.server.conversation import BadMessage, Conversation
 from streaming.server.routes import Handshake, StreamRoute
 from streaming.server.ws import Closing

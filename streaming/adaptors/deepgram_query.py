@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
-from streaming.adaptors.base import shown
 from streaming.audio.ingest import AudioFormat, Encoding
 from streaming.errors import BadQuery
 from streaming.protocol import MAX_CHANNELS, MAX_RATE_HZ, MIN_RATE_HZ
+from streaming.protocol.codes import shown
 from streaming.query import integer
 
 MAX_PARAMETERS = 128  # keyterms among them

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from streaming.adaptors.audio import RawInput
-from streaming.adaptors.base import Adaptor, Event, new_id, shown
+from streaming.adaptors.base import Adaptor, Event, new_id
 from streaming.adaptors.openai_session import (
     FORMATS,
     Settings,
@@ -45,6 +45,7 @@ from streaming.protocol import (
     TranscriptFinal,
     Word,
 )
+from streaming.protocol.codes import shown
 from streaming.query import read
 from streaming.server.conversation import BadMessage, Conversation
 from streaming.server.routes import Handshake, StreamRoute

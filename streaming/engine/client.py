@@ -222,7 +222,7 @@ class EngineClient:
             case messages.Ready():
                 raise EngineFault("said twice that it is ready")
             case messages.Tick():
-                self._metrics.stepped(message)
+                self._metrics.stepped(message.wall_s)
                 logger.debug("engine step: %.3f s, %d streams", message.wall_s, message.n_streams)
 
     async def _after(self, fault: EngineFault) -> None:

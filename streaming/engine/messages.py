@@ -191,6 +191,11 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     emotion: Emotion | None = None
     answer: Answer | None = None  # of an "ask"
 
+    @property
+    def is_silence(self) -> bool:
+        """Whether a window was decoded in which the model found no speech."""
+        return self.compute_s > 0 and not self.words and self.no_speech > 0.5  # else nothing was decoded
+
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """How far the engine is with a stream: flow control, and what the ring may forget.

@@ -1,6 +1,6 @@
 """Lets requests in or refuses them: the rules of `auth` and `limits`, applied to connections.
 
-Every refusal is one of `protocol.Refusal`, raised as `Refused`, answered as it says, and counted.
+Every refusal is one of `refusals.Refusal`, raised as `Refused`, answered as it says, and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from websockets.http11 import Request, Response
 
 from streaming.config import AccessConfig, ConfigError, LimitsConfig, ServerConfig, is_loopback
 from streaming.metrics import Metrics
-from streaming.protocol import CloseCode, HttpStatus, Refusal
+from streaming.protocol import CloseCode, HttpStatus
+from streaming.refusals import Refusal
 from streaming.server.auth import (
     EVERYTHING,
     Grant,

@@ -20,7 +20,8 @@ from streaming.config import ServerConfig
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.log import Log
 from streaming.logging_setup import socket_logger, where_raised
-from streaming.protocol import CloseCode, HttpStatus, Refusal
+from streaming.protocol import CloseCode, HttpStatus
+from streaming.refusals import Refusal
 from streaming.server.admission import Guard, GuardedConnection, Refused
 from streaming.server.auth import without_token
 from streaming.server.http import split_target, text_response

@@ -6,11 +6,11 @@ Its streams are resumable: the audio path and the token outlive the connection.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Annotated, cast
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from streaming.audio.ingest import AudioFormat, Encoding
 from streaming.config import VadConfig

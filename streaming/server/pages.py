@@ -12,7 +12,8 @@ from streaming.log.history import History, UnknownStream
 from streaming.log.hub import Hub
 from streaming.log.log import Log
 from streaming.metrics import CONTENT_TYPE, Metrics, Observed
-from streaming.protocol import HEALTH_PATH, HISTORY_PATH, METRICS_PATH, READY_PATH, HttpStatus, Refusal
+from streaming.protocol import HEALTH_PATH, HISTORY_PATH, METRICS_PATH, READY_PATH, HttpStatus
+from streaming.refusals import Refusal
 from streaming.server.admission import Guard, Refused
 from streaming.server.auth import Scope
 from streaming.server.http import page, text_response

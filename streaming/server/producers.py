@@ -19,7 +19,8 @@ from streaming.engine.client import EngineClient
 from streaming.errors import BadQuery, Replaced
 from streaming.log.hub import Hub, Subscription
 from streaming.log.log import Log
-from streaming.protocol import CloseCode, Refusal, Subscribe
+from streaming.protocol import CloseCode, Subscribe
+from streaming.refusals import Refusal
 from streaming.server.admission import Admitted, Guard, GuardedConnection, Refused
 from streaming.server.conversation import Conversation, Dialect, Place, ResumableDialect
 from streaming.server.limits import ProducerLimits

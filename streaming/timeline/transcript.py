@@ -40,7 +40,7 @@ from streaming.protocol import (
     Word,
     ms_of,
 )
-from streaming.text import comparable, ends_sentence, join_words
+from streaming.text import comparable, ends_sentence, join_words, separator
 from streaming.timeline.emotion import EmotionState, EmotionTracker
 from streaming.timeline.scored_events import EventTracker
 
@@ -266,6 +266,7 @@ class Timeline:
         return n
 
     def _commit(self, words: Sequence[HeardWord]) -> Message:
+        between = separator(self._text_before(), words[0].text)
         self._segment.extend(words)
         self._kept.extend(words)
         self.n_words += len(words)
@@ -275,8 +276,16 @@ class Timeline:
         if gone:
             self._context = join_words([self._context, *gone] if self._context else gone)[-MAX_CONTEXT_CHARS:]
         return TranscriptDelta(
-            join_words(word.text for word in words), _wire(words), ms_of(words[0].start), ms_of(words[-1].end)
+            join_words(word.text for word in words),
+            _wire(words),
+            ms_of(words[0].start),
+            ms_of(words[-1].end),
+            between,
         )
+
+    def _text_before(self) -> str:
+        """The end of the committed text; empty where nothing is committed."""
+        return self._kept[-1].text if self._kept else self._context
 
     def _show(self, words: Sequence[HeardWord], point: int) -> list[Message]:
         """An interim message, if what is shown changes."""
@@ -285,7 +294,7 @@ class Timeline:
             return []
         self._interim = text
         start = words[0].start if words else point
-        return [TranscriptInterim(text, ms_of(start), ms_of(point))]
+        return [TranscriptInterim(text, ms_of(start), ms_of(point), separator(self._text_before(), text))]
 
     def _close_long(self, point: int) -> list[Message]:
         """Close a segment that goes on and on: at its last sentence, or, much later, wherever it is."""

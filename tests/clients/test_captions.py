@@ -96,6 +96,15 @@ def test_on_a_terminal_interim_words_are_grey_and_committed_ones_firm() -> None:
     assert "1.0 s behind" in text
 
 
+def test_an_unspaced_script_is_joined_as_it_is_written() -> None:
+    """Committed and interim words alike, by the separators that came with them."""
+    state = CaptionState()
+    state.apply(TranscriptDelta("你好", (), 0, 500, ""))
+    state.apply(TranscriptDelta("世界", (), 500, 900, ""))
+    state.apply(TranscriptInterim("再见", 900, 1200, ""))
+    assert (state.committed, state.interim_separator, state.interim) == ("你好世界", "", "再见")
+
+
 def test_a_final_closes_the_open_segment() -> None:
     """The next segment begins empty, with its own time."""
     state = CaptionState()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from http import HTTPStatus
 
 import pytest
+from msgspec.structs import replace
 from websockets.asyncio.server import ServerConnection
 
 from clients.backlog import Backlog

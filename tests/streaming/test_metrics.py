@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from streaming.engine import messages
 from streaming.engine.contract import HeardWord
 from streaming.metrics import Metrics, Observed
-from streaming.protocol import Close, Refusal, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
+from streaming.protocol import Close, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
+from streaming.refusals import Refusal
 from tests.streaming.server.test_admission import ask
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
 
@@ -61,7 +62,7 @@ def test_a_step_that_takes_longer_than_a_tick_is_an_overrun() -> None:
     """The tick of the configuration, not the default one."""
     metrics = Metrics(tick_ms=320)
     for wall_s in (0.1, 0.32, 0.33):
-        metrics.stepped(messages.Tick(wall_s, 0.1, 2))
+        metrics.stepped(wall_s)
     found = read(metrics)
     assert found["moss_live_tick_overruns_total"] == 1
     assert found["moss_live_tick_seconds_count"] == 3
@@ -78,7 +79,7 @@ def test_loops_silences_and_skipped_points_are_counted() -> None:
         replace_result(no_speech=0.1),
         replace_result(compute_s=0.0),  # nothing was decoded
     ):
-        metrics.decoded(result)
+        metrics.decoded(result.n_loops_cut, is_silence=result.is_silence)
     metrics.skipped(3)
     found = read(metrics)
     assert found["moss_live_loops_cut_total"] == 2

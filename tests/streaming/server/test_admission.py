@@ -1,4 +1,4 @@
-"""Who is let in, over real sockets: every refusal gets what `protocol.Refusal` says, and is counted."""
+"""Who is let in, over real sockets: every refusal gets what `refusals.Refusal` says, and is counted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from streaming.protocol import (
     Flush,
     Flushed,
     HttpStatus,
-    Refusal,
     SessionClosed,
     SessionCreated,
     Subscribe,
     encode_client,
 )
+from streaming.refusals import Refusal
 from streaming.server.auth import Scope, entry_text, new_token
 from tests.streaming.support import (
     TIMEOUT_S,

@@ -196,6 +196,33 @@ def test_a_word_is_committed_when_two_updates_agree() -> None:
     assert shown(list(applied.messages)) == ["morning"]
 
 
+@pytest.mark.parametrize(
+    ("text", "running"),
+    [
+        ("good morning", "good morning"),
+        ("你 好 世 界", "你好世界"),
+        ("こ れ は moss だ", "これは moss だ"),
+    ],
+)
+def test_separators_and_texts_joined_are_the_transcript(text: str, running: str) -> None:
+    """Of deltas and of the interim behind them: a space between words, nothing in an unspaced script."""
+    timeline = Timeline(TranscriptConfig(agreement=1, edge_s=0.0))
+    said = ""
+    words = heard(text)
+    n_committed = 0
+    for n in range(1, len(words) + 1):  # a word more at each tick, of which the last stays open
+        applied = timeline.apply(result(words[n - 1].end + SECOND, words[n_committed:n]))
+        n_committed += applied.n_committed
+        for message in applied.messages:
+            if isinstance(message, TranscriptDelta):
+                said += message.separator + message.text
+            elif isinstance(message, TranscriptInterim):
+                assert running.startswith(said + message.separator + message.text)
+    final = timeline.apply(result(words[-1].end + 2 * SECOND, words[n_committed:], "flush"))
+    said += "".join(m.separator + m.text for m in final.messages if isinstance(m, TranscriptDelta))
+    assert said == running == next(m.text for m in final.messages if isinstance(m, TranscriptFinal))
+
+
 def test_after_a_flush_agreement_begins_anew() -> None:
     """What was said before it says nothing of what follows."""
     timeline = Timeline(CONFIG)

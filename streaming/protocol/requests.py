@@ -1,0 +1,191 @@
+"""What a client sends: every message, and the checks that name what is wrong with one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from streaming.protocol.codes import (
+    MAX_ID_CHARS,
+    MAX_QUESTION_CHARS,
+    MAX_SEQ,
+    MAX_SUBSCRIBED_STREAMS,
+    MAX_TEXT_CHARS,
+    STREAM_NAME,
+    STREAM_PATTERN,
+    ProtocolError,
+    shown,
+)
+from streaming.protocol.messages import MESSAGE_TYPES, Tagged
+
+_HALF_A_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+
+
+class _Request(Tagged, frozen=True, forbid_unknown_fields=True):
+    """A message whose fields are checked; the client must not send others."""
+
+
+def _text(max_chars: int) -> Meta:
+    return Meta(
+        min_length=1, max_length=max_chars, extra={"expected": f"a text of 1 to {max_chars} characters"}
+    )
+
+
+def _integer(low: int, high: int) -> Meta:
+    return Meta(ge=low, le=high, extra={"expected": f"an integer from {low} to {high}"})
+
+
+def _texts(max_items: int) -> Meta:
+    return Meta(max_length=max_items, extra={"expected": f"a list of at most {max_items} texts"})
+
+
+Name = Annotated[str, Meta(min_length=1, max_length=64)]  # of a stream, a pattern or a type of message
+
+
+class SessionUpdate(_Request, frozen=True):
+    """Change a setting of the live stream from here on. None leaves it as it is."""
+
+    language: Annotated[str, _text(16)] | None = None
+
+
+class Flush(_Request, frozen=True):
+    """Commit all audio sent so far, then answer `flushed` with this id."""
+
+    id: Annotated[str, _text(MAX_ID_CHARS)]
+
+
+class Ask(_Request, frozen=True):
+    """A question about the last `last_ms` milliseconds."""
+
+    id: Annotated[str, _text(MAX_ID_CHARS)]
+    question: Annotated[str, _text(MAX_QUESTION_CHARS)]
+    last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000)]
+
+
+class Close(_Request, frozen=True):
+    """No more audio: finalise, send `session.closed`, close the connection."""
+
+
+class Subscribe(_Request, frozen=True):
+    """What a subscriber wants to receive. An empty `types` means all of them.
+
+    `streams` are names, or patterns in which `*` stands for any characters: those pick up every
+    stream that begins later, and their subscription does not end by itself. `after` asks for
+    logged messages first, oldest first:
+
+    - a number: of each stream, those after this `seq`; 0 for all that is kept;
+    - an object with one name and `seq`: the last logged message that was received, of whichever
+      stream. It gives what the log took after that message, of all the streams. So a
+      subscription of many streams resumes without a gap. All that is kept comes where the log
+      does not have that message any more;
+    - None: begins with the next message.
+    """
+
+    streams: Annotated[tuple[Name, ...], _texts(MAX_SUBSCRIBED_STREAMS)]
+    types: Annotated[tuple[Name, ...], _texts(len(MESSAGE_TYPES))] = ()
+    after: Annotated[int, _integer(0, MAX_SEQ)] | Mapping[str, int] | None = None
+
+
+ClientMessage = SessionUpdate | Flush | Ask | Close | Subscribe
+STREAM_MESSAGES: tuple[type[ClientMessage], ...] = (SessionUpdate, Flush, Ask, Close)
+SUBSCRIBER_MESSAGES: tuple[type[ClientMessage], ...] = (Subscribe, Close)
+
+
+def encode_client(message: ClientMessage) -> str:
+    """The text frame of one client message."""
+    return msgspec.json.encode(message).decode()
+
+
+def decode_client(text: str | bytes, allowed: Sequence[type[ClientMessage]]) -> ClientMessage:
+    """Read one client message of the types this endpoint takes.
+
+    Raises:
+        ProtocolError: no JSON object, another type, an unknown field, or a value out of range.
+    """
+    if len(text) > MAX_TEXT_CHARS:
+        raise ProtocolError(
+            "bad_message", f"a text frame of {len(text)} characters; expected at most {MAX_TEXT_CHARS}"
+        )
+    body = _json_object(text)
+    names = {cls.type: cls for cls in allowed}
+    kind = body.get("type")
+    cls = names.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ProtocolError("bad_message", f"type is {shown(kind)}; expected one of {sorted(names)}")
+    try:
+        message = msgspec.convert(body, cls)
+    except msgspec.ValidationError as exc:
+        raise _complaint(cls, body, str(exc)) from exc
+    if isinstance(message, Subscribe):
+        _check_subscribe(message)
+    return message
+
+
+def _check_subscribe(message: Subscribe) -> None:
+    """What the types of its fields cannot say."""
+    if not message.streams:
+        raise ProtocolError("bad_message", "subscribe.streams is empty; expected a stream's name")
+    for name in message.streams:
+        if not STREAM_PATTERN.fullmatch(name):
+            raise ProtocolError(
+                "bad_message", f"{shown(name)} is no stream name or pattern: {STREAM_PATTERN.pattern}"
+            )
+    for name in message.types:
+        if name not in MESSAGE_TYPES:
+            raise ProtocolError("bad_message", f"unknown message type {shown(name)}")
+    if isinstance(message.after, Mapping):
+        places = [
+            name for name, seq in message.after.items() if STREAM_NAME.fullmatch(name) and 0 <= seq <= MAX_SEQ
+        ]
+        if len(places) != 1 or len(message.after) != 1:
+            raise _wrong(Subscribe, "after", message.after)
+
+
+def _complaint(cls: type[ClientMessage], body: Mapping[str, Any], found: str) -> ProtocolError:
+    """What is wrong with the fields of a message, in our words: which, what came, what was expected."""
+    fields = msgspec.structs.fields(cls)
+    unknown = sorted(set(body) - {"type", *(field.name for field in fields)})
+    if unknown:
+        return ProtocolError("bad_message", f"{cls.type} has no field {shown(unknown[0])}")
+    path = re.search(r"at `\$\.(\w+)", found)
+    missing = [field.name for field in fields if field.required and field.name not in body]
+    name = path[1] if path else missing[0]
+    return _wrong(cls, name, body[name]) if name in body else _wrong(cls, name)
+
+
+_MISSING = object()
+
+
+def _wrong(cls: type[ClientMessage], name: str, value: object = _MISSING) -> ProtocolError:
+    got = "missing" if value is _MISSING else shown(value)
+    expected = _EXPECTED.get((cls, name)) or _expected(get_type_hints(cls, include_extras=True)[name])
+    return ProtocolError("bad_message", f"{cls.type}.{name} is {got}; expected {expected}")
+
+
+_EXPECTED: Mapping[tuple[type[ClientMessage], str], str] = {
+    (Subscribe, "after"): f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}"
+}
+
+
+def _expected(hint: Any) -> str:
+    """What a field's type says in words: of a union, its first member."""
+    meta = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Meta)), None)
+    if meta is not None and meta.extra is not None:
+        return str(meta.extra["expected"])
+    return _expected(get_args(hint)[0])
+
+
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    try:
+        body = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
+        is_half = isinstance(text, str) and _HALF_A_PAIR.search(text)
+        reason = "half a surrogate pair, which UTF-8 cannot say" if is_half else exc
+        raise ProtocolError("bad_json", f"no JSON: {reason}"[:200]) from exc
+    if not isinstance(body, dict):
+        raise ProtocolError("bad_json", f"got JSON of type {type(body).__name__}; expected an object")
+    return body
