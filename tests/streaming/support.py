@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,13 @@ def with_port_0(text: str, folder: Path) -> Config:
         else:
             text = f"{section}\n{setting}\n{text}"
     return parse_config(text)
+
+
+async def eventually(is_true: Callable[[], bool]) -> None:
+    """Wait for what no event tells of; looks every 10 ms."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not is_true():  # noqa: ASYNC110  as it says
+            await asyncio.sleep(0.01)
 
 
 async def receive(connection: ClientConnection) -> Envelope:

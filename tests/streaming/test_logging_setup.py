@@ -16,7 +16,7 @@ from streaming.engine.messages import Result
 from streaming.logging_setup import TEXT_FORMAT, JsonFormatter, TextFormatter, where_raised
 from streaming.protocol import Ask, Close, Flush, Subscribe, encode_client
 from streaming.timeline.transcript import Applied, Timeline
-from tests.streaming.server.test_admission import Tokens, settings, tokens
+from tests.streaming.server.admission_support import Tokens, settings, tokens
 from tests.streaming.support import TIMEOUT_S, Running, running_server, s16, utterances
 
 __all__ = ["tokens"]  # a fixture

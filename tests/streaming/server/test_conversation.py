@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
+from streaming.adaptors.base import Event
+from streaming.adaptors.deepgram import Deepgram
 from streaming.protocol import (
     Close,
     CloseCode,
+    Envelope,
     Flush,
     Flushed,
     SessionClosed,
     SessionCreated,
+    Subscribe,
+    TranscriptDelta,
     encode_client,
 )
 from streaming.server.admission import GuardedConnection
@@ -93,3 +102,56 @@ async def test_time_that_the_session_took_for_audio_is_not_waited_for_again(
         assert (await receive_until(connection, Flushed))[-1].message == Flushed("all", 2000)
         monkeypatch.undo()
     assert not waits_s  # the second one is 0.4 s early when it comes, and in time when it is taken
+
+
+async def test_a_fault_while_sending_ends_the_stream_of_a_dialect_that_is_not_resumable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its audio is decoded to the end, the readers are told "internal", and its slot is free."""
+    translate = Deepgram.translate
+
+    def fail_once(self: Deepgram, envelope: Envelope) -> list[Event]:
+        if isinstance(envelope.message, TranscriptDelta):
+            monkeypatch.setattr(Deepgram, "translate", translate)
+            raise RuntimeError(SECRET)
+        return translate(self, envelope)
+
+    monkeypatch.setattr(Deepgram, "translate", fail_once)
+    async with running_server("[engine]\nn_slots = 1") as running, running.subscribe() as subscriber:
+        await subscriber.send(encode_client(Subscribe(("deepgram-*",))))
+        uri = f"ws://127.0.0.1:{running.port}/v1/listen?encoding=linear16&sample_rate=16000"
+        async with connect(uri) as connection:
+            await connection.send(AUDIO)
+            async with asyncio.timeout(TIMEOUT_S):
+                await connection.wait_closed()
+            assert connection.close_code == CloseCode.INTERNAL
+        found = await receive_until(subscriber, SessionClosed)
+        assert isinstance(found[-1].message, SessionClosed)
+        assert found[-1].message.reason == "internal"
+        assert found[-1].message.n_words == len(said(found)) > 3
+        async with running.stream("a") as other:
+            assert isinstance((await receive(other)).message, SessionCreated)
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "connection failed: RuntimeError" in errors[0]
+    assert SECRET not in errors[0]
+
+
+async def test_bytes_that_ended_a_stream_are_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Though the client is told how its audio began."""
+    caplog.set_level(logging.INFO)
+    async with running_server() as running, connect(f"ws://127.0.0.1:{running.port}/v1/listen") as connection:
+        await connection.send(SECRET.encode())
+        heard = "".join([str(text) async for text in _until_closed(connection)])
+    begin = SECRET.encode()[:4].hex(" ")
+    assert begin in heard
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+    assert any("ends: BadAudio" in line for line in lines)
+    assert all(begin not in line for line in lines)
+
+
+async def _until_closed(connection: ClientConnection) -> AsyncIterator[str | bytes]:
+    """All that comes, whatever the close code is."""
+    with suppress(ConnectionClosed):
+        async for frame in connection:
+            yield frame
