@@ -1,4 +1,4 @@
-"""Audio that a server has not said to be safe: kept to be sent again."""
+"""Audio that a server has not acknowledged: kept, to be sent again over a new connection."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Captions in a terminal: committed words firm, interim words grey, with sounds, emotion and times.
 
 `CaptionState` holds what is on the screen and knows no terminal; `LiveCaptions` draws it where
-there is one, `PlainCaptions` prints lines where there is none. Neither knows a socket.
+there is one, `PlainCaptions` prints lines elsewhere. Neither uses a socket.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Captions(Protocol):
     ) -> None: ...
 
     def show(self, envelope: Envelope) -> None:
-        """Take in one message and show what it changes."""
+        """Apply one message and show what it changes."""
 
 
 def clock(time_ms: int) -> str:
@@ -65,13 +65,13 @@ def clock(time_ms: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey instead of show."""
+    """`text` without control characters, which a terminal would obey instead of show."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 @dataclass(slots=True)
 class CaptionState:
-    """The open segment, whether somebody speaks, and how far the captions are behind."""
+    """The open segment, whether there is speech, and how far the captions lag."""
 
     position: Position = lambda: None
     committed: str = ""
@@ -79,7 +79,7 @@ class CaptionState:
     interim_separator: str = ""
     start_ms: int | None = None  # of the open segment
     is_speech: bool = False
-    heard_ms: int = 0  # the latest time any message spoke of
+    heard_ms: int = 0  # the latest end of any message
     lag_s: float | None = None  # how far the newest words were behind the audio when they came
     open_events: dict[str, str] = field(default_factory=dict)  # id -> label, as many as the server has open
     emotion: str | None = None  # of whoever speaks; None while nobody does
@@ -132,7 +132,7 @@ class LiveCaptions:
         self._state = CaptionState(position)
         self._emotions = EmotionChanges()
         self._live = Live(
-            console=console, refresh_per_second=REDRAWS_PER_S, get_renderable=self._draw, transient=True
+            console=console, refresh_per_second=REDRAWS_PER_S, get_renderable=self._render, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -160,7 +160,7 @@ class LiveCaptions:
                 if line:
                     self._live.console.print(Text(line, "magenta"))
 
-    def _draw(self) -> Group:
+    def _render(self) -> Group:
         state = self._state
         caption = Text()
         if state.start_ms is not None:

@@ -1,4 +1,4 @@
-"""One WebSocket to the server: opened with errors a user can read, and its messages decoded."""
+"""One WebSocket to the server: opens it with errors that a user can read, and decodes its messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def open_connection(
 
     Args:
         url: With its query.
-        token: For a server that asks for one; sent in a header, where no log of addresses shows it.
+        token: For a server that requires one; sent in a header, which access logs do not show.
         ping_interval_s: Seconds between pings, which find a dead peer; None sends none.
 
     Raises:
@@ -72,7 +72,7 @@ async def open_connection(
     except InvalidURI as exc:
         raise ConnectFailed(str(exc), is_lasting=True) from exc
     except InvalidHandshake as exc:
-        # A server that died in the middle of the handshake may be there again soon.
+        # A server that crashed during the handshake may be back soon.
         is_cut = isinstance(exc.__cause__, EOFError | ConnectionError)
         raise ConnectFailed(f"{place}: no WebSocket server: {exc}", is_lasting=not is_cut) from exc
     except TimeoutError as exc:
@@ -83,7 +83,7 @@ async def open_connection(
 
 
 async def receive(connection: ClientConnection) -> Envelope:
-    """The next message. One of a type this version does not know is left out, with a warning.
+    """The next message. Skips one of a type that this version does not know, with a warning.
 
     Raises:
         ConnectionClosed: the connection is over.
@@ -93,7 +93,7 @@ async def receive(connection: ClientConnection) -> Envelope:
         try:
             return decode(text)
         except ProtocolError as exc:
-            logger.warning("left out a message: %s", exc)
+            logger.warning("skipped a message: %s", exc)
 
 
 def closed_because(exc: ConnectionClosed) -> str:

@@ -1,8 +1,8 @@
-"""Sends audio to a live stream and hands back what the server says meanwhile.
+"""Sends audio to a live stream and passes on the server's messages meanwhile.
 
-Knows the wire protocol; where the audio comes from and how messages are shown is the caller's.
-A lost connection is opened again and the stream gone on with, from the sample the server names:
-audio is kept until the server has it on disk.
+Knows the wire protocol; the caller chooses where audio comes from and how messages are shown.
+It reopens a lost connection and resumes the stream from the sample that the server names: audio is
+kept until the server has it on disk.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ FLUSH_ID = "end"
 MAX_UNACKNOWLEDGED_MS = 120_000  # of audio, kept until it is acknowledged; then the source waits
 MAX_FRAME_BYTES = bytes_of_ms(1_000)  # in one frame, where much waits
 PATIENT = Backoff(longest_s=5.0, max_attempts=30)  # a server's restart loads a model
-# What the server closes with when nothing is wrong with what the client does.
+# Close codes that say nothing against the client: it may come back.
 _PASSING = frozenset({CloseCode.GOING_AWAY, CloseCode.INTERNAL, CloseCode.TOO_SLOW})
 
 
 class StreamFailed(RuntimeError):
-    """The stream did not end well; says what the server said."""
+    """The stream ended with an error; says which, in the server's words."""
 
 
 class _ConnectionLost(Exception):
-    """Another connection may go on where this one ended."""
+    """Another connection may resume where this one ended."""
 
 
 @dataclass(slots=True)
 class Progress:
     """How far a stream has come. Written by the producer, read by whoever shows it."""
 
-    started_at: float | None = None  # `perf_counter` when the first audio began to be "heard"
+    started_at: float | None = None  # `perf_counter` when the first audio was due
     sent_s: float = 0.0  # audio handed to the connection, seconds
     flush_sent_at: float | None = None  # `perf_counter` after the last audio
     flushed_at: float | None = None  # `perf_counter` when everything was final
@@ -90,9 +90,9 @@ async def stream_audio(
 ) -> SessionClosed:
     """Send `chunks` to `url`, call `on_message` with every message, end the stream.
 
-    At the end of the audio, or once `stop` is set, everything heard is flushed and the stream
-    closed. A connection that is lost after the stream was created is opened again, also to a server
-    that was killed and started anew: no audio and no logged message is lost or repeated.
+    At the end of the audio, or once `stop` is set, flushes everything sent and closes the stream.
+    Reopens a connection that is lost after `session.created`, even to a server that crashed and
+    restarted: no audio and no logged message is lost or repeated.
 
     Args:
         url: As `stream_url` gives it.
@@ -103,12 +103,12 @@ async def stream_audio(
             server accepts.
         progress: Kept up to date where given.
         stop: Ends the audio early.
-        token: For a server that asks for one.
+        token: For a server that requires one.
         backoff: The pace of attempts to come back.
 
     Raises:
         ConnectFailed: no first connection.
-        StreamFailed: a fatal error, an end other than the one asked for, no way back to the stream,
+        StreamFailed: a fatal error, an end that was not requested, no way back to the stream,
             or no message for `REPLY_TIMEOUT_S`.
         SourceError: the audio failed.
     """
@@ -120,11 +120,11 @@ async def stream_audio(
     n_failed = 0
     try:
         while True:
-            n_heard = talk.n_heard
+            n_received = talk.n_received
             try:
                 return await talk.converse(connection, filling)
             except _ConnectionLost as exc:
-                n_failed = 1 if talk.n_heard > n_heard else n_failed + 1
+                n_failed = 1 if talk.n_received > n_received else n_failed + 1
                 connection = await _connect_again(talk, exc, n_failed, backoff)
     finally:
         filling.cancel()
@@ -149,7 +149,7 @@ async def _connect_again(
             return await talk.connect()
         except ConnectFailed as exc:
             if exc.is_lasting:
-                raise StreamFailed(f"{lost}; it cannot be gone on with: {exc}") from exc
+                raise StreamFailed(f"{lost}; it cannot be resumed: {exc}") from exc
             why = str(exc)
             n_failed += 1
     raise StreamFailed(why)
@@ -161,7 +161,7 @@ class _Talk:
     def __init__(
         self, url: str, on_message: Callable[[Envelope], None], progress: Progress, token: str | None
     ) -> None:
-        self.n_heard = 0  # messages
+        self.n_received = 0  # messages
         self._url = url
         self._on_message = on_message
         self._progress = progress
@@ -172,7 +172,7 @@ class _Talk:
         self._backlog = Backlog(bytes_of_ms(MAX_UNACKNOWLEDGED_MS))
 
     async def connect(self) -> ClientConnection:
-        """A connection to the stream: the first, or one that goes on.
+        """A connection to the stream: the first, or one that resumes it.
 
         Raises:
             ConnectFailed: it could not be opened.
@@ -207,10 +207,10 @@ class _Talk:
         self._backlog.finish()
 
     async def converse(self, connection: ClientConnection, filling: asyncio.Task[None]) -> SessionClosed:
-        """Send and hear on one connection, up to the stream's end.
+        """Send and receive on one connection, up to the stream's end.
 
         Raises:
-            _ConnectionLost: the stream may go on over another one.
+            _ConnectionLost: the stream may resume over another one.
             StreamFailed, SourceError: it may not.
         """
         is_first = self._resume_token is None
@@ -263,28 +263,22 @@ class _Talk:
             except TimeoutError as exc:
                 raise StreamFailed(f"no message from the server for {REPLY_TIMEOUT_S:g} s") from exc
             except ConnectionClosed as exc:
-                code = None if exc.rcvd is None else exc.rcvd.code
-                may_return = self._resume_token is not None and (code is None or code in _PASSING)
-                if fatal is None and may_return:
+                if fatal is None and self._may_return(exc):
                     raise _ConnectionLost(closed_because(exc)) from exc
                 raise StreamFailed(fatal.message if fatal else closed_because(exc)) from exc
-            self.n_heard += 1
+            self.n_received += 1
             if envelope.message.type not in UNLOGGED:
                 self._last_seq = envelope.seq
+            self._on_message(_without_token(envelope))
             match envelope.message:
-                case SessionCreated(resume_token=resume_token) as created if resume_token is not None:
+                case SessionCreated(resume_token=str(resume_token)):
                     self._resume_token = resume_token
-                    envelope = replace(envelope, message=replace(created, resume_token=None))
                 case SessionResumed(n_samples=n_samples):
-                    self._go_on(n_samples, begin)
+                    self._resume(n_samples, begin)
                 case Ack(n_samples=n_samples):
                     self._backlog.forget(min(n_samples * SAMPLE_BYTES, self._sent))
-                case _:
-                    pass
-            self._on_message(envelope)
-            match envelope.message:
                 case Error(fatal=True) as fatal:
-                    pass
+                    pass  # the connection ends next
                 case Flushed(id=id_) if id_ == FLUSH_ID:
                     self._progress.flushed_at = time.perf_counter()
                 case SessionClosed(reason="closed") as closed:
@@ -292,11 +286,23 @@ class _Talk:
                 case SessionClosed(reason=reason):
                     raise StreamFailed(fatal.message if fatal else f"the server ended the stream: {reason}")
 
-    def _go_on(self, n_samples: int, begin: asyncio.Future[int]) -> None:
+    def _may_return(self, exc: ConnectionClosed) -> bool:
+        """Whether the stream can resume over another connection."""
+        is_passing = exc.rcvd is None or exc.rcvd.code in _PASSING
+        return is_passing and self._resume_token is not None
+
+    def _resume(self, n_samples: int, begin: asyncio.Future[int]) -> None:
         at = n_samples * SAMPLE_BYTES
         if at < self._backlog.start:
             lost_s = (self._backlog.start - at) / bytes_of_ms(1000)
             raise StreamFailed(f"the server lost {lost_s:.2f} s of audio that it had acknowledged")
-        logger.warning("the stream goes on at %.1f s", n_samples / SAMPLE_RATE_HZ)
+        logger.warning("the stream resumes at %.1f s", n_samples / SAMPLE_RATE_HZ)
         if not begin.done():
             begin.set_result(at)
+
+
+def _without_token(envelope: Envelope) -> Envelope:
+    """The message as it may be shown: the resume token is a secret of this producer."""
+    if isinstance(envelope.message, SessionCreated):
+        return replace(envelope, message=replace(envelope.message, resume_token=None))
+    return envelope

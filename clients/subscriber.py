@@ -6,10 +6,12 @@ Knows the wire protocol and one WebSocket at a time, and resumes after the last 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 
+from msgspec.structs import replace
 from websockets.exceptions import ConnectionClosed
 
 from clients.connection import Backoff, ConnectFailed, closed_because, open_connection, receive
@@ -32,7 +34,7 @@ EAGER = Backoff()
 
 
 class SubscriptionFailed(RuntimeError):
-    """The messages cannot be had; says what the server said last."""
+    """The server does not give the messages; says why, in its words."""
 
 
 async def subscribe(
@@ -47,105 +49,126 @@ async def subscribe(
 ) -> AsyncIterator[Envelope]:
     """The messages of `stream` as they come, ending after its `session.closed`.
 
-    With a pattern, such as `room-*`: of every stream whose name it is, without end.
+    With a pattern, such as `room-*`: of every matching stream, without end.
 
-    A lost connection is opened again and resumed after the last `seq`, so that no logged
-    message is given twice or missed. An interim that was on its way may be missed: the next
-    one replaces it. Before the first message there is no `seq` to resume after.
+    Opens a lost connection again and resumes after the last `seq`, so that no logged message is
+    missed or given twice. An interim in flight may be missed: the next one replaces it. Before the
+    first message there is no `seq` to resume after.
 
     Args:
         server: Such as ws://127.0.0.1:8765.
         stream: Its name, or a pattern.
         types: Message types to give; none means all.
         after: Give the logged messages after this `seq` first; None begins with the next one.
-        wait_s: How long to wait for a stream the server does not know yet, seconds.
+        wait_s: How long to wait for a stream that the server does not know yet, seconds.
         backoff: The pace of further attempts.
-        token: For a server that asks for one.
+        token: For a server that requires one.
 
     Raises:
         SubscriptionFailed: the server refuses for good, does not know the stream within
             `wait_s`, or cannot be reached after `backoff.max_attempts`.
     """
-    # The end is always asked for, or nothing would tell a finished stream from a quiet one.
+    # The end is always requested, or a finished stream would look like a quiet one.
     wanted = tuple(dict.fromkeys([*types, SessionClosed.type])) if types else ()
+    subscription = _Subscription(server, Subscribe((stream,), wanted, after), token)
     deadline = time.monotonic() + wait_s
-    n_failed = 0
-    last: Mapping[str, int] | None = None  # of a pattern: the last logged message
     while True:
-        try:
-            position = after if last is None else last
-            async for envelope in _until_lost(server, Subscribe((stream,), wanted, position), token):
-                n_failed = 0
-                if is_pattern(stream):
-                    if envelope.message.type not in UNLOGGED:
-                        last = {envelope.stream: envelope.seq}
-                elif _was_given(envelope, after):
-                    continue
-                else:
-                    after = envelope.seq
-                if not types or envelope.message.type in types:
-                    yield envelope
-        except _StreamUnknown as exc:
-            delay_s = backoff.delay_s(1)
-            if time.monotonic() + delay_s > deadline:
-                raise SubscriptionFailed(str(exc)) from exc
-        except _ConnectionLost as exc:
-            n_failed += 1
-            if n_failed >= backoff.max_attempts:
-                raise SubscriptionFailed(str(exc)) from exc
-            delay_s = backoff.delay_s(n_failed)
-            logger.warning("%s; trying again in %.1f s", exc, delay_s)
-        else:
-            return
+        async for envelope in subscription.connection():
+            if not types or envelope.message.type in types:
+                yield envelope
+        match subscription.end:
+            case _End.OVER:
+                return
+            case _End.REFUSED:
+                raise SubscriptionFailed(subscription.reason)
+            case _End.UNKNOWN:
+                delay_s = backoff.delay_s(1)
+                if time.monotonic() + delay_s > deadline:
+                    raise SubscriptionFailed(subscription.reason)
+            case _End.LOST:
+                if subscription.n_failed >= backoff.max_attempts:
+                    raise SubscriptionFailed(subscription.reason)
+                delay_s = backoff.delay_s(subscription.n_failed)
+                logger.warning("%s; trying again in %.1f s", subscription.reason, delay_s)
         await asyncio.sleep(delay_s)
 
 
-class _StreamUnknown(Exception):
-    """The server knows no such stream, yet."""
+class _End(enum.Enum):
+    """Why a connection gives no more messages."""
+
+    OVER = enum.auto()  # the stream ended
+    UNKNOWN = enum.auto()  # the server knows no such stream, yet
+    LOST = enum.auto()  # another connection may resume
+    REFUSED = enum.auto()  # another attempt would not help
 
 
-class _ConnectionLost(Exception):
-    """Another connection may go on where this one ended."""
+class _Subscription:
+    """One subscription over all its connections."""
+
+    def __init__(self, server: str, request: Subscribe, token: str | None) -> None:
+        self.end = _End.LOST  # of the last connection
+        self.reason = ""
+        self.n_failed = 0  # connections lost in a row without a message
+        self._url = f"{server.rstrip('/')}{SUBSCRIBE_PATH}"
+        self._request = request
+        self._is_pattern = is_pattern(request.streams[0])
+        self._token = token
+
+    async def connection(self) -> AsyncIterator[Envelope]:
+        """The new messages of one more connection; then `end` and `reason` say why there are no more."""
+        error: str | None = None
+        try:
+            async with await open_connection(self._url, token=self._token) as connection:
+                await connection.send(encode_client(self._request))
+                while True:
+                    envelope = await receive(connection)
+                    match envelope.message:
+                        case Error(code="unknown_stream", message=reason):
+                            self._ended(_End.UNKNOWN, reason)
+                            return
+                        case Error(message=error, fatal=True):
+                            pass  # the close code that follows decides
+                    self.n_failed = 0
+                    if self._is_new(envelope):
+                        yield envelope
+                    if isinstance(envelope.message, SessionClosed) and not self._is_pattern:
+                        self._ended(_End.OVER, "the stream is over")
+                        return
+        except ConnectFailed as exc:
+            self._ended(_End.REFUSED if exc.is_lasting else _End.LOST, str(exc))
+        except ConnectionClosed as exc:
+            self._ended(_end_of(exc), error or closed_because(exc))
+
+    def _ended(self, end: _End, reason: str) -> None:
+        self.end, self.reason = end, reason
+        self.n_failed += end is _End.LOST
+
+    def _is_new(self, envelope: Envelope) -> bool:
+        """Whether a message was not given before; it then moves the position to resume from.
+
+        `session.created` is always new: with a `seq` already seen, the name has a new stream.
+        """
+        message, after = envelope.message, self._request.after
+        is_logged = message.type not in UNLOGGED
+        may_repeat = is_logged and not isinstance(message, SessionCreated)
+        if self._is_pattern:
+            if is_logged:
+                self._request = replace(self._request, after={envelope.stream: envelope.seq})
+            return True
+        if may_repeat and isinstance(after, int) and envelope.seq <= after:
+            return False
+        if envelope.stream:  # else it concerns the connection, and its `seq` is no position
+            self._request = replace(self._request, after=envelope.seq)
+        return True
 
 
-async def _until_lost(server: str, request: Subscribe, token: str | None) -> AsyncIterator[Envelope]:
-    """The messages of one connection, up to the stream's end.
-
-    Raises:
-        SubscriptionFailed, _StreamUnknown, _ConnectionLost: why there are no more.
-    """
-    error: str | None = None
-    try:
-        async with await open_connection(f"{server.rstrip('/')}{SUBSCRIBE_PATH}", token=token) as connection:
-            await connection.send(encode_client(request))
-            while True:
-                envelope = await receive(connection)
-                match envelope.message:
-                    case Error(code="unknown_stream", message=error):
-                        raise _StreamUnknown(error)
-                    case Error(message=error, fatal=True):
-                        pass  # what its close code says decides
-                yield envelope
-                if isinstance(envelope.message, SessionClosed) and not is_pattern(request.streams[0]):
-                    return
-    except ConnectFailed as exc:
-        raise (SubscriptionFailed if exc.is_lasting else _ConnectionLost)(str(exc)) from exc
-    except ConnectionClosed as exc:
-        code = exc.rcvd.code if exc.rcvd else None
-        reason = error or closed_because(exc)
-        if code == CloseCode.NORMAL:
-            return
-        if code == CloseCode.NOT_FOUND:
-            raise _StreamUnknown(reason) from exc
-        is_lasting = code in (CloseCode.BAD_MESSAGE, CloseCode.FORBIDDEN)
-        raise (SubscriptionFailed if is_lasting else _ConnectionLost)(reason) from exc
-
-
-def _was_given(envelope: Envelope, after: int | None) -> bool:
-    """Whether a logged message came before the connection was lost.
-
-    `session.created` is always news: with a `seq` already seen, the name has a new stream.
-    """
-    if after is None or envelope.message.type in UNLOGGED or isinstance(envelope.message, SessionCreated):
-        return False
-    return envelope.seq <= after
+def _end_of(exc: ConnectionClosed) -> _End:
+    match exc.rcvd.code if exc.rcvd else None:
+        case CloseCode.NORMAL:
+            return _End.OVER
+        case CloseCode.NOT_FOUND:
+            return _End.UNKNOWN
+        case CloseCode.BAD_MESSAGE | CloseCode.FORBIDDEN:
+            return _End.REFUSED
+        case _:
+            return _End.LOST

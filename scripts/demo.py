@@ -80,7 +80,7 @@ def main() -> int:
 class Heard:
     """What stays of the messages."""
 
-    words: list[str] = field(default_factory=list)  # of each delta
+    transcript: str = ""  # every delta's separator and text
     sounds: Counter[str] = field(default_factory=Counter)  # events by label
     emotions: Counter[str] = field(default_factory=Counter)  # updates by label
 
@@ -88,7 +88,7 @@ class Heard:
         """Take in one message."""
         match message:
             case TranscriptDelta():
-                self.words.append(message.text)
+                self.transcript += message.separator + message.text
             case EventEnded():
                 self.sounds[message.label] += 1
             case EmotionUpdate():
@@ -119,7 +119,7 @@ async def stream(recording: str, port: int, console: Console) -> tuple[Heard, fl
 
 def report(console: Console, heard: Heard, flush_s: float | None, reference: Path) -> int:
     """Print what was heard, and what was said where that is known; the exit status."""
-    committed = " ".join(heard.words)
+    committed = heard.transcript
     if not committed:
         print("demo: no word was committed", file=sys.stderr)
         return 1

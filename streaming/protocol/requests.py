@@ -1,4 +1,4 @@
-"""What a client sends: every message, and the checks that name what is wrong with one."""
+"""What a client sends: every message, and checks whose errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -26,68 +26,76 @@ _HALF_A_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 class _Request(Tagged, frozen=True, forbid_unknown_fields=True):
-    """A message whose fields are checked; the client must not send others."""
+    """A message of a client: its fields are checked, others are refused."""
 
 
-def _text(max_chars: int) -> Meta:
-    return Meta(
-        min_length=1, max_length=max_chars, extra={"expected": f"a text of 1 to {max_chars} characters"}
-    )
+def _text(max_chars: int, about: str | None = None) -> Meta:
+    expected = f"a text of 1 to {max_chars} characters"
+    return Meta(min_length=1, max_length=max_chars, description=about, extra={"expected": expected})
 
 
-def _integer(low: int, high: int) -> Meta:
-    return Meta(ge=low, le=high, extra={"expected": f"an integer from {low} to {high}"})
+def _integer(low: int, high: int, about: str | None = None) -> Meta:
+    expected = f"an integer from {low} to {high}"
+    return Meta(ge=low, le=high, description=about, extra={"expected": expected})
 
 
-def _texts(max_items: int) -> Meta:
-    return Meta(max_length=max_items, extra={"expected": f"a list of at most {max_items} texts"})
+def _texts(max_items: int, about: str) -> Meta:
+    expected = f"a list of at most {max_items} texts"
+    return Meta(max_length=max_items, description=about, extra={"expected": expected})
 
 
 Name = Annotated[str, Meta(min_length=1, max_length=64)]  # of a stream, a pattern or a type of message
 
 
 class SessionUpdate(_Request, frozen=True):
-    """Change a setting of the live stream from here on. None leaves it as it is."""
+    """Change a setting of the live stream from now on."""
 
-    language: Annotated[str, _text(16)] | None = None
+    language: Annotated[
+        Annotated[str, _text(16)] | None,
+        Meta(description="a code of `session.created`, or `auto`; null leaves it as it is"),
+    ] = None
 
 
 class Flush(_Request, frozen=True):
     """Commit all audio sent so far, then answer `flushed` with this id."""
 
-    id: Annotated[str, _text(MAX_ID_CHARS)]
+    id: Annotated[str, _text(MAX_ID_CHARS, "chosen by the client")]
 
 
 class Ask(_Request, frozen=True):
-    """A question about the last `last_ms` milliseconds."""
+    """Ask the model about the newest audio; `answer.delta` and `answer.final` answer."""
 
-    id: Annotated[str, _text(MAX_ID_CHARS)]
-    question: Annotated[str, _text(MAX_QUESTION_CHARS)]
-    last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000)]
+    id: Annotated[str, _text(MAX_ID_CHARS, "chosen by the client")]
+    question: Annotated[str, _text(MAX_QUESTION_CHARS, "in any language that the model knows")]
+    last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000, "how much of the newest audio it is about")]
 
 
 class Close(_Request, frozen=True):
-    """No more audio: finalise, send `session.closed`, close the connection."""
+    """No more audio: finalise the stream, send `session.closed`, close the connection."""
 
 
 class Subscribe(_Request, frozen=True):
-    """What a subscriber wants to receive. An empty `types` means all of them.
+    """Receive messages of streams. Replaces the subscription before it.
 
-    `streams` are names, or patterns in which `*` stands for any characters: those pick up every
-    stream that begins later, and their subscription does not end by itself. `after` asks for
-    logged messages first, oldest first:
+    In a pattern `*` stands for any characters. A pattern also matches streams that begin later, so
+    its subscription does not end by itself. `after` requests logged messages first, oldest first:
 
-    - a number: of each stream, those after this `seq`; 0 for all that is kept;
-    - an object with one name and `seq`: the last logged message that was received, of whichever
-      stream. It gives what the log took after that message, of all the streams. So a
-      subscription of many streams resumes without a gap. All that is kept comes where the log
-      does not have that message any more;
+    - a number: of each stream, those after this `seq`; 0 for all that the log keeps;
+    - an object with one name and `seq`: the last logged message received, of whichever stream.
+      Replays what the log took after that message, of all the streams, so that a subscription of
+      many streams resumes without a gap. Replays everything where the log no longer has that
+      message;
     - None: begins with the next message.
     """
 
-    streams: Annotated[tuple[Name, ...], _texts(MAX_SUBSCRIBED_STREAMS)]
-    types: Annotated[tuple[Name, ...], _texts(len(MESSAGE_TYPES))] = ()
-    after: Annotated[int, _integer(0, MAX_SEQ)] | Mapping[str, int] | None = None
+    streams: Annotated[tuple[Name, ...], _texts(MAX_SUBSCRIBED_STREAMS, "names of streams, or patterns")]
+    types: Annotated[
+        tuple[Name, ...], _texts(len(MESSAGE_TYPES), "types of messages to receive; empty for all")
+    ] = ()
+    after: Annotated[
+        Annotated[int, _integer(0, MAX_SEQ)] | Mapping[str, int] | None,
+        Meta(description="where a replay begins, see above; null for none"),
+    ] = None
 
 
 ClientMessage = SessionUpdate | Flush | Ask | Close | Subscribe

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from clients.captions import CaptionState, LiveCaptions, PlainCaptions, captions_for, clock, printable
+from clients.captions import CaptionState, PlainCaptions, captions_for, clock, printable
 from streaming.protocol import (
     Degraded,
     EmotionUpdate,
@@ -84,12 +84,7 @@ def test_on_a_terminal_finals_and_events_stay() -> None:
 def test_on_a_terminal_interim_words_are_grey_and_committed_ones_firm() -> None:
     """The two differ in style, and lag and speech are on the status line."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system="256")
-    captions = LiveCaptions(console, lambda: 63.0)
-    for seq, message in enumerate(TALK[:5]):
-        captions.show(Envelope("test", seq, message))
-    console.print(captions._draw())
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    text = shown(console, TALK[:5])  # the last state is drawn on the way out
     assert "\x1b[1m Hello" in text
     assert "\x1b[38;5;244m world" in text
     assert "● speech" in text

@@ -167,7 +167,7 @@ async def test_a_server_that_gave_the_stream_up_is_not_asked_again() -> None:
         connection.transport.abort()
 
     async with running(handler) as fake:
-        with pytest.raises(StreamFailed, match=r"cannot be gone on with: .*410: the stream is over"):
+        with pytest.raises(StreamFailed, match=r"cannot be resumed: .*410: the stream is over"):
             await stream_audio(
                 stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True, backoff=QUICK
             )

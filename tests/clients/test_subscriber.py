@@ -9,7 +9,7 @@ from websockets.asyncio.server import ServerConnection
 
 from clients.connection import Backoff
 from clients.subscriber import SubscriptionFailed, subscribe
-from streaming.protocol import Error, SessionClosed, SpeechStarted, TranscriptInterim
+from streaming.protocol import Envelope, Error, SessionClosed, SpeechStarted, TranscriptInterim, encode
 from tests.clients.fake_server import CLOSED, CREATED, FakeServer, running
 
 QUICK = Backoff(first_s=0.01, longest_s=0.02, max_attempts=3)
@@ -57,6 +57,24 @@ async def test_a_lost_connection_is_resumed_after_the_last_seq() -> None:
         "transcript.interim",
         "session.closed",
     ]
+
+
+async def test_an_error_of_the_connection_does_not_move_the_position() -> None:
+    """It has no stream and `seq` 0; the next connection still resumes after the last message."""
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        await _take_request(fake, connection)
+        if len(fake.requests) == 1:
+            await fake.send(connection, 2, SpeechStarted(100))
+            await connection.send(encode(Envelope("", 0, Error("bad_message", "unread", fatal=False))))
+            await connection.close(4410)
+        else:
+            await fake.send(connection, 3, CLOSED)
+
+    async with running(handler) as fake:
+        messages = [m async for m in subscribe(fake.url, "test", after=0, backoff=QUICK)]
+    assert [request["after"] for request in fake.requests] == [0, 2]
+    assert [m.message.type for m in messages] == ["speech.started", "error", "session.closed"]
 
 
 async def test_attempts_are_limited() -> None:

@@ -1,6 +1,6 @@
 """Garbage on the adaptors' endpoints: errors there in their own words, and nothing anywhere else.
 
-`MOSS_LIVE_FUZZ_CASES` sets how many cases each test runs; docs/decisions.md says how many were run.
+`MOSS_LIVE_FUZZ_CASES` sets how many cases each test runs; docs/measurements.md says how many were run.
 """
 
 from __future__ import annotations
