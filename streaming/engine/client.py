@@ -303,7 +303,7 @@ async def _engine_process(command: Sequence[str]) -> AsyncIterator[_Pipe]:
             str(theirs.fileno()),
             pass_fds=(theirs.fileno(),),
             stdin=asyncio.subprocess.DEVNULL,
-            # Torch's threads would otherwise spin while they wait, beside this process (DESIGN.md).
+            # Torch's threads would otherwise spin while they wait, beside this process.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
             # Ctrl-C goes to the whole group of the terminal, and the engine must outlive the flush.
             process_group=0,

@@ -145,7 +145,7 @@ class Tokens:
         try:
             self._entries, self._signature = _load(self.path)
         except ConfigError as exc:
-            logger.error("the tokens read before stay in force: %s", exc)  # noqa: TRY400  no fault of ours
+            logger.error("the tokens read before stay in force: %s", exc)  # noqa: TRY400  the file is wrong, not the server
         else:
             logger.info("tokens read again: %d", len(self._entries))
 

@@ -154,7 +154,7 @@ async def test_nothing_a_client_sends_is_logged_and_no_token_at_any_level(
 
     def fault(self: Timeline, result: Result) -> Applied:
         monkeypatch.setattr(Timeline, "apply", fail_at)
-        raise AssertionError(MARK)  # as a fault of ours whose text holds what a client said
+        raise AssertionError(MARK)  # as an internal error whose text holds what a client said
 
     async with running_server(settings(tokens)) as running:
         await misbehave(running, tokens)
