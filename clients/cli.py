@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -11,6 +12,9 @@ TOKEN_OPTION, TOKEN_ENV = "--token", "MOSS_LIVE_TOKEN"
 def main() -> None:
     """Run the command line."""
     _hide_token()
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a console that has no ♪ must not end a stream
     try:
         from clients.commands import group
     except ModuleNotFoundError as exc:
