@@ -48,7 +48,7 @@ def decode(location: str, chunk_ms: int = CHUNK_MS) -> Iterator[bytes]:
     pending = bytearray()  # less than a chunk and one decoded frame
     try:
         source = sys.stdin.buffer if location == STANDARD_INPUT else location
-        with av.open(source, timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S)) as container:
+        with av.open(source, "r", timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S)) as container:
             if not container.streams.audio:
                 raise SourceError(f"{location}: no audio in it")
             resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
