@@ -23,9 +23,9 @@ def main() -> None:
 
 
 def _hide_token() -> None:
-    """Start anew with a token of the command line in the environment instead.
+    """Restart with the token of the command line moved to the environment.
 
-    Every user of a machine may read every command line, but not the environment of another's.
+    Every user of a machine can read every command line, but not another user's environment.
     """
     rest, token = without_token(sys.orig_argv)
     if token is not None and os.name == "posix":

@@ -37,7 +37,7 @@ _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
 class CommandGroup(click.Group):
-    """The commands here and those of the entry points, each loaded when it is named."""
+    """The commands here and those of the entry points, each loaded when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every name, whether or not what it needs is installed."""
@@ -77,7 +77,7 @@ def _unavailable(name: str, why: str) -> click.Command:
 @click.group(cls=CommandGroup)
 @click.version_option(package_name="moss-live")
 def group() -> None:
-    """Live captions: run a server, send it audio, read what it hears."""
+    """Live captions: run a server, send it audio, read its captions."""
 
 
 def _streams(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
@@ -108,7 +108,7 @@ server_option = click.option(
 )  # fmt: skip
 token_option = click.option(
     "--token", envvar="MOSS_LIVE_TOKEN", show_envvar=True, metavar="TOKEN",
-    help="For a server that asks for one; better in the variable, where no shell history keeps it.",
+    help="For a server that requires one; better in the variable, which no shell history keeps.",
 )  # fmt: skip
 name_option = click.option("--name", callback=_stream_name, help="The stream's name; by default a new one.")
 name_argument = click.argument("name", callback=_stream_name)

@@ -24,7 +24,7 @@ MICROPHONE_QUEUE_S = 10.0  # audio kept while the connection is slow; beyond it 
 
 
 class SourceError(RuntimeError):
-    """Audio that cannot be had: says from where and why, for the user to read."""
+    """A source that gives no audio: names it and the reason, for the user to read."""
 
 
 def bytes_of_ms(duration_ms: int) -> int:
@@ -90,7 +90,7 @@ class ChunkQueue:
     def __init__(self, max_chunks: int) -> None:
         self._chunks: deque[bytes] = deque(maxlen=max_chunks)
         self._arrived = asyncio.Event()
-        self.n_dropped = 0  # chunks lost because nobody took them in time
+        self.n_dropped = 0  # chunks dropped because they were not taken in time
 
     def put(self, chunk: bytes) -> None:
         """Append `chunk`, dropping the oldest when full."""
@@ -150,7 +150,7 @@ async def microphone(device: str | int | None = None, chunk_ms: int = CHUNK_MS) 
 
 
 def _sounddevice() -> Any:
-    """The module `sounddevice`, or what to do where it cannot be had."""
+    """The module `sounddevice`, or an error that says what to install."""
     try:
         import sounddevice
     except ModuleNotFoundError as exc:

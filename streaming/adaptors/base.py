@@ -8,11 +8,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from streaming.adaptors.audio import ContainerInput, RawInput
+from streaming.adaptors.container_input import ContainerInput
 from streaming.config import VadConfig
 from streaming.log.row import Row
 from streaming.protocol import Envelope, decode
 from streaming.server.conversation import BadMessage, Conversation, Dialect, Frame
+from streaming.stream.audio_input import AudioInput
 from streaming.stream.lifetime import LiveStream
 from streaming.stream.registry import Streams
 
@@ -22,10 +23,10 @@ Event = dict[str, Any]  # one JSON object of the foreign protocol
 class Adaptor(Dialect):
     """One third-party protocol on one connection."""
 
-    _audio: RawInput | ContainerInput | None = None  # made by `start`
+    _audio: AudioInput | ContainerInput | None = None  # made by `start`
 
     @property
-    def audio(self) -> RawInput | ContainerInput:
+    def audio(self) -> AudioInput | ContainerInput:
         """The client's way into the session."""
         assert self._audio is not None, "used before the conversation has begun"
         return self._audio
@@ -84,14 +85,8 @@ class Adaptor(Dialect):
         self.audio.acknowledge()
         await self.say(talk, self.due)
 
-    async def work(self, talk: Conversation) -> None:
-        """What decodes on its own may fail."""
-        await self.audio.work()
-
     def stop(self) -> None:
-        """End what decodes on its own."""
-        if self._audio is not None:
-            self._audio.stop()
+        """Nothing is held."""
 
 
 def new_id() -> str:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 from uuid import uuid4
 
-from streaming.adaptors.audio import ContainerInput, RawInput
 from streaming.adaptors.base import Adaptor, Event
+from streaming.adaptors.container_input import ContainerInput
 from streaming.adaptors.deepgram_query import MIN_ENDPOINTING_MS, Options, parse_options
 from streaming.adaptors.deepgram_results import Results
 from streaming.config import VadConfig
@@ -84,8 +84,19 @@ class Deepgram(Adaptor):
     def start(self, talk: Conversation) -> Sequence[Message]:
         """Take audio of the declared format, or a container."""
         raw = self._options.audio_format
-        self._audio = ContainerInput(talk) if raw is None else RawInput(talk, raw)
+        self._audio = ContainerInput(talk) if raw is None else talk.new_input(raw)
         return ()
+
+    async def work(self, talk: Conversation) -> None:
+        """A container that cannot be decoded ends the connection, though nothing more is sent."""
+        if isinstance(self._audio, ContainerInput):
+            await self._audio.fed()
+        await super().work(talk)
+
+    def stop(self) -> None:
+        """End what decodes the container."""
+        if isinstance(self._audio, ContainerInput):
+            self._audio.stop()
 
     async def take(self, frame: str | bytes, talk: Conversation) -> bool:
         """Take audio, or do what one message asks for; False at the end.
@@ -97,7 +108,7 @@ class Deepgram(Adaptor):
         if isinstance(frame, bytes):
             self._sha256.update(frame)
             self._n_bytes += len(frame)
-            await self.audio.feed(frame)
+            await talk.feed(self.audio, frame)
             return bool(frame)  # an empty one asks for the end, as it does at Deepgram
         match read_message(frame):
             case "KeepAlive":

@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from streaming.adaptors.audio import RawInput
 from streaming.adaptors.base import Adaptor, Event, new_id
 from streaming.adaptors.openai_session import (
     FORMATS,
@@ -136,7 +135,7 @@ class OpenAi(Adaptor):
 
     def start(self, talk: Conversation) -> Sequence[Message]:
         """Take audio of the format that holds until an update."""
-        self._audio = RawInput(talk, FORMATS[self._settings.encoding])
+        self._audio = talk.new_input(FORMATS[self._settings.encoding])
         return ()
 
     # --- what the client says ------------------------------------------------------------
@@ -150,7 +149,7 @@ class OpenAi(Adaptor):
         event = read_event(frame)
         match event["type"]:
             case "input_audio_buffer.append":
-                await self._feed(read_audio(event))
+                await self._feed(read_audio(event), talk)
             case "input_audio_buffer.commit":
                 await self._commit(talk)
             case "input_audio_buffer.clear":
@@ -174,10 +173,9 @@ class OpenAi(Adaptor):
         """An `error` event that names the client's own event, where it named it."""
         return [self._error("invalid_request_error", exc.code, str(exc), exc.param, _event_id_of(frame))]
 
-    async def _feed(self, data: bytes) -> None:
-        audio_format = FORMATS[self._settings.encoding]
-        self._fed_ms += len(data) / audio_format.frame_bytes * 1000 / audio_format.rate_hz
-        await self.audio.feed(data)
+    async def _feed(self, data: bytes, talk: Conversation) -> None:
+        self._fed_ms += self.audio.seconds_of(len(data)) * 1000
+        await talk.feed(self.audio, data)
 
     async def _commit(self, talk: Conversation) -> None:
         waiting_ms = self._fed_ms - self._committed_ms
@@ -209,7 +207,7 @@ class OpenAi(Adaptor):
             )
         if after.encoding != before.encoding:
             await self.audio.flush()
-            self._audio = RawInput(talk, FORMATS[after.encoding])
+            self._audio = talk.new_input(FORMATS[after.encoding])
         self._settings = after
         if after.language != before.language:
             talk.session.set_language(after.language or talk.limits.language)

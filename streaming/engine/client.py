@@ -20,7 +20,7 @@ from typing import Protocol
 
 import msgspec
 
-from streaming.config import Config, EngineConfig, EngineSettings
+from streaming.config import Config, EngineConfig, EngineSettings, EngineStart
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost
 from streaming.metrics import Metrics
@@ -250,8 +250,11 @@ class EngineClient:
 
 
 def engine_settings(config: Config) -> bytes:
-    """The first frame an engine reads: JSON of the sections that concern it."""
-    return config.model_dump_json(include=set(EngineSettings.model_fields)).encode()
+    """The first frame an engine reads: JSON of `EngineStart`. Its log looks as this process' own."""
+    sections = {name: getattr(config, name) for name in EngineSettings.model_fields}
+    is_verbose = logging.getLogger().isEnabledFor(logging.DEBUG)
+    start = EngineStart(**sections, log_format=config.server.log_format, is_verbose=is_verbose)
+    return start.model_dump_json().encode()
 
 
 class _Frames:

@@ -194,6 +194,18 @@ class AnswerFinal(Tagged, frozen=True):
     text: Annotated[str, Meta(description="the answer")]
     start_ms: StartMs
     end_ms: EndMs
+    is_cut: Annotated[
+        bool,
+        Meta(
+            description="the answer did not end by itself: its budget of tokens ran out, or it "
+            "repeated itself",
+            extra=SINCE_0_2,
+        ),
+    ] = False
+    thinking: Annotated[
+        str,
+        Meta(description='what the model wrote before its answer; "" where it does not', extra=SINCE_0_2),
+    ] = ""
 
 
 class Lag(Tagged, frozen=True):

@@ -16,12 +16,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from streaming import aio
+from streaming.audio.ingest import AudioFormat
 from streaming.config import VadConfig
 from streaming.errors import ConnectionOver, IdleConnection, Replaced, ServerStopping, SlowReader
 from streaming.log.hub import Subscription
@@ -29,6 +30,7 @@ from streaming.log.row import Row, row_of
 from streaming.protocol import CloseCode, Envelope, Error, Message
 from streaming.server import ws
 from streaming.server.limits import ProducerLimits
+from streaming.stream.audio_input import AudioInput
 from streaming.stream.lifetime import LiveStream, ResumableStream, Resumption
 from streaming.stream.registry import Streams
 from streaming.stream.session import Session
@@ -128,6 +130,16 @@ class ResumableDialect(Dialect):
         """Continue a stream."""
 
 
+class ClientAudio(Protocol):
+    """What takes a client's audio bytes."""
+
+    def seconds_of(self, n_bytes: int) -> float:
+        """How long so many bytes last."""
+
+    async def feed(self, data: bytes) -> None:
+        """Take bytes, however cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a conversation stands: its stream, and what it reads."""
@@ -179,6 +191,21 @@ class Conversation:
         return self._live.session
 
     # --- for the dialect -----------------------------------------------------------------
+
+    def new_input(self, audio_format: AudioFormat) -> AudioInput:
+        """A way into the session for audio of a format."""
+        interval_s = self.limits.ack_interval_s
+        return AudioInput(audio_format, self.session, self.session.tell, ack_interval_s=interval_s)
+
+    async def feed(self, audio: ClientAudio, data: bytes) -> None:
+        """Take audio bytes, however cut; waits while the session is full or they come too fast.
+
+        Raises:
+            BadAudio: they cannot be audio of their format.
+            TooFast: they are further ahead of real time than the server puts up with.
+        """
+        async with self.paced(audio.seconds_of(len(data))):
+            await audio.feed(data)
 
     @asynccontextmanager
     async def paced(self, audio_s: float) -> AsyncIterator[None]:

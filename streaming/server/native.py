@@ -151,8 +151,7 @@ class Native(ResumableDialect):
             BadAudio: the bytes cannot be audio of what the URL declares.
         """
         if isinstance(frame, bytes):
-            async with talk.paced(self._input.seconds_of(len(frame))):
-                await self._input.feed(frame)
+            await talk.feed(self._input, frame)
             return True
         try:
             message = decode_client(frame, STREAM_MESSAGES)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from streaming.adaptors.audio import RawInput
 from streaming.adaptors.base import Adaptor, Event
 from streaming.audio.ingest import AudioFormat
 from streaming.config import VadConfig
@@ -30,7 +29,7 @@ class Toy(Adaptor):
 
     def start(self, talk: Conversation) -> Sequence[Message]:
         """Take audio."""
-        self._audio = RawInput(talk, AudioFormat())
+        self._audio = talk.new_input(AudioFormat())
         return ()
 
     def written(self, event: Event) -> Frame:
@@ -53,7 +52,7 @@ class Toy(Adaptor):
     async def take(self, frame: str | bytes, talk: Conversation) -> bool:
         """Audio, or the end."""
         if isinstance(frame, bytes):
-            await self.audio.feed(frame)
+            await talk.feed(self.audio, frame)
         elif frame != "bye":
             raise BadMessage(frame, "unknown")
         return frame != "bye"
