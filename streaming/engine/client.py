@@ -92,7 +92,7 @@ class EngineClient:
         command: Sequence[str] = ENGINE_COMMAND,
         metrics: Metrics | None = None,
     ) -> None:
-        self.metrics = metrics or Metrics(config.tick_ms)
+        self._metrics = metrics or Metrics(config.tick_ms)
         self.state = EngineState.STARTING
         self.ready: messages.Ready | None = None  # what the model can do; None until it was ready once
         self.n_restarts = 0
@@ -222,7 +222,7 @@ class EngineClient:
             case messages.Ready():
                 raise EngineFault("said twice that it is ready")
             case messages.Tick():
-                self.metrics.stepped(message.wall_s)
+                self._metrics.stepped(message.wall_s)
                 logger.debug("engine step: %.3f s, %d streams", message.wall_s, message.n_streams)
 
     async def _after(self, fault: EngineFault) -> None:
@@ -237,7 +237,7 @@ class EngineClient:
             logger.error("engine lost: %s", fault)
             raise EngineLost(f"the engine could not be kept running: {fault}") from fault
         self.n_restarts += 1
-        self.metrics.restarted()
+        self._metrics.restarted()
         # Jitter, so that several servers on one machine do not load their models at the same moment.
         delay_s = min(BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)
         logger.warning("engine down: %s; restart %d in %.2f s", fault, len(recent), delay_s)
@@ -311,7 +311,7 @@ async def _engine_process(command: Sequence[str]) -> AsyncIterator[_Pipe]:
             str(theirs.fileno()),
             pass_fds=(theirs.fileno(),),
             stdin=asyncio.subprocess.DEVNULL,
-            # Torch's threads would otherwise spin while they wait, beside this process (DESIGN.md).
+            # Torch's threads would otherwise spin while they wait, beside this process.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
             # Ctrl-C goes to the whole group of the terminal, and the engine must outlive the flush.
             process_group=0,

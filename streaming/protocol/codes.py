@@ -33,10 +33,6 @@ RESUME_PARAMETER, AFTER_PARAMETER = "resume", "after"
 HEALTH_PATH = "/healthz"
 READY_PATH = "/readyz"
 METRICS_PATH = "/metrics"
-OPENAI_PATH = "/v1/realtime"  # third-party protocols, see docs/openai.md and docs/deepgram.md;
-OPENAI_STREAMS = "openai-*"  # ... their streams get names of these patterns
-DEEPGRAM_PATH = "/v1/listen"
-DEEPGRAM_STREAMS = "deepgram-*"
 TOKEN_PARAMETER = "token"  # of a URL's query, for clients that cannot set the header `Authorization`
 
 

@@ -22,7 +22,8 @@ from streaming.protocol.codes import (
 )
 from streaming.protocol.messages import MESSAGE_TYPES, Tagged
 
-_HALF_A_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+_HALF_A_PAIR = re.compile(r"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+_PATH = re.compile(r"`\$\.(\w+)(?:\[(\d+)\])?")  # of a field, or of an item of its list, in msgspec's errors
 
 
 class _Request(Tagged, frozen=True, forbid_unknown_fields=True):
@@ -39,12 +40,23 @@ def _integer(low: int, high: int, about: str | None = None) -> Meta:
     return Meta(ge=low, le=high, description=about, extra={"expected": expected})
 
 
-def _texts(max_items: int, about: str) -> Meta:
-    expected = f"a list of at most {max_items} texts"
-    return Meta(max_length=max_items, description=about, extra={"expected": expected})
+def _texts(min_items: int, max_items: int, about: str) -> Meta:
+    expected = f"a list of {min_items} to {max_items} texts"
+    return Meta(min_length=min_items, max_length=max_items, description=about, extra={"expected": expected})
 
 
-Name = Annotated[str, Meta(min_length=1, max_length=64)]  # of a stream, a pattern or a type of message
+def _match(pattern: str, expected: str) -> Meta:
+    """A text that matches as a whole: `$` alone would also match before a line feed at the end."""
+    return Meta(pattern=f"^(?:{pattern})(?!\\n)$", extra={"expected": expected})
+
+
+_A_SEQ = _integer(0, MAX_SEQ)
+_StreamName = Annotated[str, _match(STREAM_NAME.pattern, "a stream's name")]
+_StreamPattern = Annotated[
+    str, _match(STREAM_PATTERN.pattern, f"a stream's name or a pattern: {STREAM_PATTERN.pattern}")
+]
+_MessageType = Annotated[str, _match("|".join(map(re.escape, MESSAGE_TYPES)), "a type of message")]
+_Position = Annotated[Mapping[_StreamName, Annotated[int, _A_SEQ]], Meta(min_length=1, max_length=1)]
 
 
 class SessionUpdate(_Request, frozen=True):
@@ -88,13 +100,18 @@ class Subscribe(_Request, frozen=True):
     - None: begins with the next message.
     """
 
-    streams: Annotated[tuple[Name, ...], _texts(MAX_SUBSCRIBED_STREAMS, "names of streams, or patterns")]
+    streams: Annotated[
+        tuple[_StreamPattern, ...], _texts(1, MAX_SUBSCRIBED_STREAMS, "names of streams, or patterns")
+    ]
     types: Annotated[
-        tuple[Name, ...], _texts(len(MESSAGE_TYPES), "types of messages to receive; empty for all")
+        tuple[_MessageType, ...], _texts(0, len(MESSAGE_TYPES), "types of messages to receive; empty for all")
     ] = ()
     after: Annotated[
-        Annotated[int, _integer(0, MAX_SEQ)] | Mapping[str, int] | None,
-        Meta(description="where a replay begins, see above; null for none"),
+        Annotated[int, _A_SEQ] | _Position | None,
+        Meta(
+            description="where a replay begins, see above; null for none",
+            extra={"expected": f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}"},
+        ),
     ] = None
 
 
@@ -125,32 +142,9 @@ def decode_client(text: str | bytes, allowed: Sequence[type[ClientMessage]]) -> 
     if cls is None:
         raise ProtocolError("bad_message", f"type is {shown(kind)}; expected one of {sorted(names)}")
     try:
-        message = msgspec.convert(body, cls)
+        return msgspec.convert(body, cls)
     except msgspec.ValidationError as exc:
         raise _complaint(cls, body, str(exc)) from exc
-    if isinstance(message, Subscribe):
-        _check_subscribe(message)
-    return message
-
-
-def _check_subscribe(message: Subscribe) -> None:
-    """What the types of its fields cannot say."""
-    if not message.streams:
-        raise ProtocolError("bad_message", "subscribe.streams is empty; expected a stream's name")
-    for name in message.streams:
-        if not STREAM_PATTERN.fullmatch(name):
-            raise ProtocolError(
-                "bad_message", f"{shown(name)} is no stream name or pattern: {STREAM_PATTERN.pattern}"
-            )
-    for name in message.types:
-        if name not in MESSAGE_TYPES:
-            raise ProtocolError("bad_message", f"unknown message type {shown(name)}")
-    if isinstance(message.after, Mapping):
-        places = [
-            name for name, seq in message.after.items() if STREAM_NAME.fullmatch(name) and 0 <= seq <= MAX_SEQ
-        ]
-        if len(places) != 1 or len(message.after) != 1:
-            raise _wrong(Subscribe, "after", message.after)
 
 
 def _complaint(cls: type[ClientMessage], body: Mapping[str, Any], found: str) -> ProtocolError:
@@ -159,24 +153,16 @@ def _complaint(cls: type[ClientMessage], body: Mapping[str, Any], found: str) ->
     unknown = sorted(set(body) - {"type", *(field.name for field in fields)})
     if unknown:
         return ProtocolError("bad_message", f"{cls.type} has no field {shown(unknown[0])}")
-    path = re.search(r"at `\$\.(\w+)", found)
+    path = _PATH.search(found)
     missing = [field.name for field in fields if field.required and field.name not in body]
-    name = path[1] if path else missing[0]
-    return _wrong(cls, name, body[name]) if name in body else _wrong(cls, name)
-
-
-_MISSING = object()
-
-
-def _wrong(cls: type[ClientMessage], name: str, value: object = _MISSING) -> ProtocolError:
-    got = "missing" if value is _MISSING else shown(value)
-    expected = _EXPECTED.get((cls, name)) or _expected(get_type_hints(cls, include_extras=True)[name])
-    return ProtocolError("bad_message", f"{cls.type}.{name} is {got}; expected {expected}")
-
-
-_EXPECTED: Mapping[tuple[type[ClientMessage], str], str] = {
-    (Subscribe, "after"): f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}"
-}
+    name, index = path.groups() if path else (missing[0], None)
+    hint = get_type_hints(cls, include_extras=True)[name]
+    got = shown(body[name]) if name in body else "missing"
+    if index is not None:  # an item of a list
+        got = shown(body[name][int(index)])
+        hint = get_args(get_args(hint)[0])[0]
+        name += f"[{index}]"
+    return ProtocolError("bad_message", f"{cls.type}.{name} is {got}; expected {_expected(hint)}")
 
 
 def _expected(hint: Any) -> str:
@@ -192,7 +178,7 @@ def _json_object(text: str | bytes) -> dict[str, Any]:
         body = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         is_half = isinstance(text, str) and _HALF_A_PAIR.search(text)
-        reason = "half a surrogate pair, which UTF-8 cannot say" if is_half else exc
+        reason = "half a surrogate pair, which UTF-8 cannot encode" if is_half else exc
         raise ProtocolError("bad_json", f"no JSON: {reason}"[:200]) from exc
     if not isinstance(body, dict):
         raise ProtocolError("bad_json", f"got JSON of type {type(body).__name__}; expected an object")

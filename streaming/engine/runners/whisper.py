@@ -40,9 +40,9 @@ from streaming.text import join_words
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
 GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
 PADDING_LEVEL = -0.8  # normalised log-mel of silence
-# A detected language that is no surer is detected, and its words are heard, with the window padded in
-# full: the short encoder decides near-ties otherwise (docs/short_context.md). Before so much audio was
-# heard no language settles, and the next update hears more.
+# Where a language is detected with less probability, language and words are decoded again with the window
+# padded in full: the short encoder decides near-ties otherwise
+# (docs/decisions/013-confirm-an-unsure-language.md). With less audio than this no language settles.
 UNSURE_LANGUAGE = 0.7
 UNSURE_SAMPLES = 3 * SAMPLE_RATE_HZ
 MAX_CONTEXT_TOKENS = 100

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
-from streaming.adaptors.deepgram import Options, parse_options
+from streaming.adaptors.deepgram_query import Options, parse_options
 from streaming.errors import BadQuery
 from streaming.protocol import CloseCode
 from tests.streaming.adaptors import test_deepgram, test_openai
