@@ -235,7 +235,6 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
     """What a step cost, for the metrics."""
 
     wall_s: float
-    cpu_s: float
     n_streams: int
 
 

@@ -53,10 +53,10 @@ CONFIG = TranscriptConfig(
     join_gap_s=1.0,
     use_context=True,
     agreement=2,
-    edge_s=0.2,
+    commit_delay_s=0.2,
     max_segment_s=6.0,
     max_tokens_per_s=12.0,
-    sure_score=0.0,
+    sure_confidence=0.0,
 )
 
 
