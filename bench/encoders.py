@@ -30,7 +30,7 @@ from streaming.text import join_words
 ENGLISH = "en"
 LONGEST_S = 28.0  # of one window; a longer clip is heard in pieces
 GRID = 320  # samples; windows begin on the encoder's grid
-TIGHT_POSITIONS = 10  # of 20 ms, behind a clip: the 0.2 s of issue 4
+TIGHT_POSITIONS = 10  # of 20 ms: 0.2 s of silence computed behind a clip
 LAST_S = 1.0  # of a window cut off in mid-word, in which words may differ
 SoundKind = Literal["silence", "noise", "music"]
 

@@ -298,7 +298,7 @@ def sounds_of(material: Material) -> list[tuple[SoundKind, Pcm]]:
 
 
 def met(result: Measures) -> dict[str, bool]:
-    """What of issue 4 holds, as far as it was measured."""
+    """Which limits of the short encoder hold, as far as they were measured."""
     found: dict[str, bool] = {}
     if (wer := result.get("wer", {})).get("n_clips"):
         found["wer"] = holds(wer["short"], wer["padded"])

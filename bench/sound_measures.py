@@ -69,24 +69,48 @@ def segment_counts(
 def event_counts(
     references: Sequence[Span], findings: Sequence[Span], labels: Iterable[str]
 ) -> dict[str, Counts]:
-    """Per label; an event is found where both its ends are, each within a collar."""
+    """Per label; an event is found where both its ends are, each within a collar.
+
+    Of all ways to pair references with findings the one with most pairs counts, as in sed_eval: a
+    first fit would use up a finding that only a later reference can have.
+    """
     counts = {}
     for label in labels:
-        free = [s for s in findings if s.label == label]
+        found = [s for s in findings if s.label == label]
         truth = [s for s in references if s.label == label]
-        hits = 0
-        for reference in truth:
-            collar_s = max(COLLAR_S, OFFSET_SHARE * (reference.end_s - reference.start_s))
-            for finding in free:
-                if (
-                    abs(finding.start_s - reference.start_s) <= COLLAR_S
-                    and abs(finding.end_s - reference.end_s) <= collar_s
-                ):
-                    free.remove(finding)
-                    hits += 1
-                    break
-        counts[label] = Counts(hits, len(free), len(truth) - hits)
+        fits = [[i for i, finding in enumerate(found) if _is_same(one, finding)] for one in truth]
+        hits = _most_pairs(fits)
+        counts[label] = Counts(hits, len(found) - hits, len(truth) - hits)
     return counts
+
+
+def _is_same(reference: Span, finding: Span) -> bool:
+    """Whether both ends of a finding lie within their collars."""
+    collar_s = max(COLLAR_S, OFFSET_SHARE * (reference.end_s - reference.start_s))
+    return (
+        abs(finding.start_s - reference.start_s) <= COLLAR_S
+        and abs(finding.end_s - reference.end_s) <= collar_s
+    )
+
+
+def _most_pairs(fits: Sequence[Sequence[int]]) -> int:
+    """Most pairs in which each left node has one of its right nodes and none is used twice.
+
+    Source: augmenting paths (Kuhn 1955).
+    """
+    owner: dict[int, int] = {}  # right node -> the left node that has it
+
+    def place(left: int, tried: set[int]) -> bool:
+        for right in fits[left]:
+            if right in tried:
+                continue
+            tried.add(right)
+            if right not in owner or place(owner[right], tried):
+                owner[right] = left
+                return True
+        return False
+
+    return sum(place(left, set()) for left in range(len(fits)))
 
 
 def matches(references: Sequence[Span], findings: Sequence[Span]) -> list[Match]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -11,6 +12,9 @@ TOKEN_OPTION, TOKEN_ENV = "--token", "MOSS_LIVE_TOKEN"
 def main() -> None:
     """Run the command line."""
     _hide_token()
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a console that has no ♪ must not end a stream
     try:
         from clients.commands import group
     except ModuleNotFoundError as exc:
@@ -19,9 +23,9 @@ def main() -> None:
 
 
 def _hide_token() -> None:
-    """Start anew with a token of the command line in the environment instead.
+    """Restart with the token of the command line moved to the environment.
 
-    Every user of a machine may read every command line, but not the environment of another's.
+    Every user of a machine can read every command line, but not another user's environment.
     """
     rest, token = without_token(sys.orig_argv)
     if token is not None and os.name == "posix":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -32,10 +33,11 @@ from streaming.protocol import (
 COMMANDS = "moss_live.commands"
 DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_WAIT_S = 30.0
+_SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
 class CommandGroup(click.Group):
-    """The commands here and those of the entry points, each loaded when it is named."""
+    """The commands here and those of the entry points, each loaded when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every name, whether or not what it needs is installed."""
@@ -75,7 +77,7 @@ def _unavailable(name: str, why: str) -> click.Command:
 @click.group(cls=CommandGroup)
 @click.version_option(package_name="moss-live")
 def group() -> None:
-    """Live captions: run a server, send it audio, read what it hears."""
+    """Live captions: run a server, send it audio, read its captions."""
 
 
 def _streams(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
@@ -90,12 +92,23 @@ def _stream_name(_ctx: click.Context, _param: click.Parameter, value: str | None
     return value
 
 
+def _server_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """The address of a server as people write it: `host:port`, or a URL of a page or a socket."""
+    scheme, found, rest = value.partition("://")
+    if not found:
+        return f"ws://{value}"
+    if scheme.lower() not in _SCHEMES:
+        raise click.BadParameter(f"{value!r} begins with {scheme}://; expected {', '.join(_SCHEMES)} or none")
+    return f"{_SCHEMES[scheme.lower()]}://{rest}"
+
+
 server_option = click.option(
-    "--server", default=DEFAULT_SERVER, envvar="MOSS_LIVE_SERVER", show_default=True, help="Where it listens."
-)
+    "--server", default=DEFAULT_SERVER, envvar="MOSS_LIVE_SERVER", show_default=True, callback=_server_url,
+    help="Where it listens: host:port, or a URL.",
+)  # fmt: skip
 token_option = click.option(
     "--token", envvar="MOSS_LIVE_TOKEN", show_envvar=True, metavar="TOKEN",
-    help="For a server that asks for one; better in the variable, where no shell history keeps it.",
+    help="For a server that requires one; better in the variable, which no shell history keeps.",
 )  # fmt: skip
 name_option = click.option("--name", callback=_stream_name, help="The stream's name; by default a new one.")
 name_argument = click.argument("name", callback=_stream_name)
@@ -125,7 +138,7 @@ def stream(
     with_captions: bool,
     fast: bool,
 ) -> None:
-    """Send a recording or a URL's audio, as if it were live."""
+    """Send a recording, a URL's audio or - (standard input), as if it were live."""
     with _missing_extra():
         from clients.sources import file_chunks
 
@@ -238,7 +251,8 @@ async def _produce(
     """Send `chunks` and show the captions, or where they can be read."""
     from clients.producer import Progress, stream_audio, stream_url
 
-    stream_name = name or datetime.now(UTC).strftime("live-%Y%m%d-%H%M%S")
+    # Two that start within a second get two names.
+    stream_name = name or f"{datetime.now(UTC):live-%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     progress = Progress()
     with contextlib.ExitStack() as stack:
         on_message: Callable[[Envelope], None] = _print_committed

@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from clients.backlog import Backlog
 from clients.connection import Backoff, ConnectFailed, closed_because, open_connection, receive
-from clients.sources import SAMPLE_BYTES, bytes_of_ms
+from clients.sources import SAMPLE_BYTES, SourceError, bytes_of_ms
 from streaming.protocol import (
     AFTER_PARAMETER,
     RESUME_PARAMETER,
@@ -90,6 +90,8 @@ async def stream_audio(
 ) -> SessionClosed:
     """Send `chunks` to `url`, call `on_message` with every message, end the stream.
 
+    Nothing is begun on the server before the source gave its first chunk. A source that fails later
+    ends its audio there: what was sent is flushed, the stream is closed, and then the failure raised.
     At the end of the audio, or once `stop` is set, flushes everything sent and closes the stream.
     Reopens a connection that is lost after `session.created`, even to a server that crashed and
     restarted: no audio and no logged message is lost or repeated.
@@ -114,6 +116,7 @@ async def stream_audio(
     """
     talk = _Talk(url, on_message, progress or Progress(), token)
     stop = stop or asyncio.Event()
+    chunks = await _begun(chunks)
     connection = await talk.connect()
     filling = asyncio.create_task(talk.fill(chunks, stop, paced=paced), name="stream.source")
     stopping = asyncio.create_task(talk.finish_when(stop), name="stream.stop")
@@ -122,14 +125,35 @@ async def stream_audio(
         while True:
             n_received = talk.n_received
             try:
-                return await talk.converse(connection, filling)
+                closed = await talk.converse(connection, filling)
             except _ConnectionLost as exc:
                 n_failed = 1 if talk.n_received > n_received else n_failed + 1
                 connection = await _connect_again(talk, exc, n_failed, backoff)
+            else:
+                if talk.failure is not None:
+                    raise talk.failure
+                return closed
     finally:
         filling.cancel()
         stopping.cancel()
         await asyncio.gather(filling, stopping, return_exceptions=True)
+
+
+async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The chunks, once there is a first: a source that cannot be opened must begin no stream.
+
+    Raises:
+        SourceError: there is none.
+    """
+    first = await anext(chunks, b"")
+
+    async def all_of_them() -> AsyncIterator[bytes]:
+        if first:
+            yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return all_of_them()
 
 
 async def _connect_again(
@@ -169,6 +193,7 @@ class _Talk:
         self._resume_token: str | None = None
         self._last_seq = 0
         self._sent = 0  # bytes, at most, on any connection
+        self.failure: SourceError | None = None  # of the source, after its first chunk
         self._backlog = Backlog(bytes_of_ms(MAX_UNACKNOWLEDGED_MS))
 
     async def connect(self) -> ClientConnection:
@@ -185,20 +210,19 @@ class _Talk:
         return await open_connection(url, token=self._token, ping_interval_s=None)
 
     async def fill(self, chunks: AsyncIterator[bytes], stop: asyncio.Event, *, paced: bool) -> None:
-        """Take the audio as it is due, or as there is room for it.
-
-        Raises:
-            SourceError: the audio failed.
-        """
+        """Take the audio as it is due, or as there is room for it, up to its end or failure."""
         start = self._progress.started_at = time.perf_counter()
         n_bytes = 0
-        async for chunk in chunks:
-            if stop.is_set():
-                break
-            n_bytes += len(chunk)
-            # A source that never waits must let the connection have its turn, too.
-            await asyncio.sleep(start + n_bytes / bytes_of_ms(1000) - time.perf_counter() if paced else 0)
-            await self._backlog.put(chunk)
+        try:
+            async for chunk in chunks:
+                if stop.is_set():
+                    break
+                n_bytes += len(chunk)
+                # A source that never waits must let the connection have its turn, too.
+                await asyncio.sleep(start + n_bytes / bytes_of_ms(1000) - time.perf_counter() if paced else 0)
+                await self._backlog.put(chunk)
+        except SourceError as exc:
+            self.failure = exc
         self._backlog.finish()
 
     async def finish_when(self, stop: asyncio.Event) -> None:
@@ -211,7 +235,7 @@ class _Talk:
 
         Raises:
             _ConnectionLost: the stream may resume over another one.
-            StreamFailed, SourceError: it may not.
+            StreamFailed: it may not.
         """
         is_first = self._resume_token is None
         async with connection:

@@ -7,6 +7,7 @@ opened: sounddevice raises OSError at import where PortAudio is missing.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from streaming.protocol import SAMPLE_RATE_HZ
 
+STANDARD_INPUT = "-"
 SAMPLE_BYTES = 2  # s16le, one channel
 CHUNK_MS = 40  # small enough not to add to the lag, large enough to be cheap
 OPEN_TIMEOUT_S = 10.0  # to open a URL
@@ -22,7 +24,7 @@ MICROPHONE_QUEUE_S = 10.0  # audio kept while the connection is slow; beyond it 
 
 
 class SourceError(RuntimeError):
-    """Audio that cannot be had: says from where and why, for the user to read."""
+    """A source that gives no audio: names it and the reason, for the user to read."""
 
 
 def bytes_of_ms(duration_ms: int) -> int:
@@ -32,6 +34,8 @@ def bytes_of_ms(duration_ms: int) -> int:
 
 def decode(location: str, chunk_ms: int = CHUNK_MS) -> Iterator[bytes]:
     """Audio of any file or URL that PyAV can open, in chunks of `chunk_ms`; the last may be shorter.
+
+    `-` is standard input.
 
     Blocks while it reads. Channels are mixed down; the first audio stream is taken.
 
@@ -43,7 +47,8 @@ def decode(location: str, chunk_ms: int = CHUNK_MS) -> Iterator[bytes]:
     n_bytes = bytes_of_ms(chunk_ms)
     pending = bytearray()  # less than a chunk and one decoded frame
     try:
-        with av.open(location, timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S)) as container:
+        source = sys.stdin.buffer if location == STANDARD_INPUT else location
+        with av.open(source, "r", timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S)) as container:
             if not container.streams.audio:
                 raise SourceError(f"{location}: no audio in it")
             resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
@@ -85,7 +90,7 @@ class ChunkQueue:
     def __init__(self, max_chunks: int) -> None:
         self._chunks: deque[bytes] = deque(maxlen=max_chunks)
         self._arrived = asyncio.Event()
-        self.n_dropped = 0  # chunks lost because nobody took them in time
+        self.n_dropped = 0  # chunks dropped because they were not taken in time
 
     def put(self, chunk: bytes) -> None:
         """Append `chunk`, dropping the oldest when full."""
@@ -145,7 +150,7 @@ async def microphone(device: str | int | None = None, chunk_ms: int = CHUNK_MS) 
 
 
 def _sounddevice() -> Any:
-    """The module `sounddevice`, or what to do where it cannot be had."""
+    """The module `sounddevice`, or an error that says what to install."""
     try:
         import sounddevice
     except ModuleNotFoundError as exc:

@@ -1,4 +1,4 @@
-"""The demo: a server, a recording streamed to it in real time, and what it hears as it comes.
+"""The demo: a server, a recording streamed to it in real time, and its captions as they come.
 
 Words, sound events and emotion stand on one timeline.
 
@@ -49,7 +49,7 @@ LOG_LINES = 30  # of the server's log, shown when it fails
 
 
 class DemoError(RuntimeError):
-    """The demo cannot go on; says why."""
+    """The demo cannot continue; says why."""
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ def main() -> int:
 
 @dataclass(slots=True)
 class Heard:
-    """What stays of the messages."""
+    """What the report needs of the messages."""
 
     transcript: str = ""  # every delta's separator and text
     sounds: Counter[str] = field(default_factory=Counter)  # events by label

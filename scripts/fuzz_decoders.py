@@ -117,10 +117,10 @@ def container() -> Callable[[bytes], None]:
 
 def openai() -> Callable[[bytes], None]:
     """Text frames, whole: an event with its audio or its settings, or `BadMessage`."""
-    from streaming.adaptors.base import BadMessage
     from streaming.adaptors.openai import CLIENT_EVENTS, read_audio, read_event
     from streaming.adaptors.openai_session import Settings, default_turn, updated, updated_beta
     from streaming.config import VadConfig
+    from streaming.server.conversation import BadMessage
 
     vad = VadConfig()
     settings = Settings(default_turn(vad))
@@ -142,9 +142,10 @@ def openai() -> Callable[[bytes], None]:
 
 def deepgram() -> Callable[[bytes], None]:
     """A query or a text frame: options or a type, or the error for it."""
-    from streaming.adaptors.base import BadMessage
-    from streaming.adaptors.deepgram import parse_options, read_message
+    from streaming.adaptors.deepgram import read_message
+    from streaming.adaptors.deepgram_query import parse_options
     from streaming.errors import BadQuery
+    from streaming.server.conversation import BadMessage
 
     def target(data: bytes) -> None:
         given = atheris.FuzzedDataProvider(data)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/protocol.schema.json and the tables of docs/protocol.md from streaming/protocol.py.
+"""Write docs/protocol.schema.json and the tables of docs/protocol.md from streaming/protocol/.
 
 Types, bounds and descriptions come from the messages, through msgspec. Run it after every change of
 the protocol; a test compares what is committed with what it would write.
@@ -25,11 +25,11 @@ PAGE_PATH = DOCS / "protocol.md"
 MARKERS = re.compile(r"(<!-- begin generated: (?P<name>[a-z ]+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 LIMITS = {
-    "MAX_ID_CHARS": "of a client's `flush` and `ask`",
-    "MAX_QUESTION_CHARS": "of an `ask`",
-    "MAX_TEXT_CHARS": "of a client's text frame; a subscriber's frame of more bytes closes with 1009",
+    "MAX_ID_CHARS": "characters of the `id` of a `flush` or `ask`",
+    "MAX_QUESTION_CHARS": "characters of the question of an `ask`",
+    "MAX_TEXT_CHARS": "characters of a client's text frame; a longer frame of a subscriber closes with 1009",
     "MAX_SUBSCRIBED_STREAMS": "names and patterns in one `subscribe`",
-    "MAX_CHANNELS": "of a stream's audio, mixed to one",
+    "MAX_CHANNELS": "channels of a stream's audio, mixed to one",
 }
 
 
@@ -64,7 +64,7 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "moss-live",
         "description": "Every message in a text frame. The server may add fields and message types; "
-        "a client leaves out what it does not know. Made by scripts/make_protocol_schema.py.",
+        "a client ignores what it does not know. Made by scripts/make_protocol_schema.py.",
         "anyOf": [{"$ref": "#/$defs/server"}, {"$ref": "#/$defs/client"}],
         "$defs": {
             "server": {"oneOf": [{"$ref": f"#/$defs/{kind}"} for kind in protocol.MESSAGE_TYPES]},
@@ -177,7 +177,9 @@ def _section(kind: str, definition: Mapping[str, Any]) -> list[str]:
 
 
 def _logged(kind: str) -> list[str]:
-    return ["Not in the log: carries the `seq` before it."] if kind in protocol.UNLOGGED else []
+    return (
+        ["", "Not logged: carries the `seq` of the last logged message."] if kind in protocol.UNLOGGED else []
+    )
 
 
 def _codes(enum: type[protocol.CloseCode] | type[protocol.HttpStatus]) -> list[str]:

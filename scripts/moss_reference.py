@@ -2,7 +2,7 @@
 
 A random model in the official checkpoint layout, and what it computes, by none of our code: the
 layers, the language model and the log-mel are those of transformers, put together as the published
-code does (OpenMOSS/MOSS-Audio, upstream commit 5cbb1d8). `tests/model/data/tiny` was made by it.
+code does (OpenMOSS/MOSS-Audio, upstream commit 5cbb1d8). `tests/model/moss/data/tiny` was made by it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Knows asyncio alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 
@@ -43,6 +44,23 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def background(coroutine: Coroutine[Any, Any, None], name: str) -> AsyncIterator[asyncio.Task[None]]:
+    """A task that runs beside the body, and is cancelled at its end, whatever the task ended with."""
+    task = asyncio.create_task(coroutine, name=name)
+    try:
+        yield task
+    finally:
+        await cancel(task)
+
+
+async def sleep_until(at: float) -> None:
+    """Sleep until a moment of the event loop's clock; one that has passed is not waited for."""
+    left_s = at - asyncio.get_running_loop().time()
+    if left_s > 0:
+        await asyncio.sleep(left_s)
 
 
 class Changed:

@@ -25,6 +25,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+LogFormat = Literal["text", "json"]
 PositiveSeconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -45,7 +46,7 @@ class ServerConfig(_Section):
     tls_key: str = ""
     origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
-    log_format: Literal["text", "json"] = "text"
+    log_format: LogFormat = "text"
 
     @field_validator("origins", "trusted_proxies", mode="before")
     @classmethod
@@ -240,6 +241,13 @@ class EngineSettings(_Section):
     transcript: TranscriptConfig = TranscriptConfig()
     events: EventsConfig = EventsConfig()
     emotion: EmotionConfig = EmotionConfig()
+
+
+class EngineStart(EngineSettings):
+    """What an engine process gets when it starts: its sections, and how it writes its log."""
+
+    log_format: LogFormat = "text"
+    is_verbose: bool = False
 
 
 class Config(EngineSettings):

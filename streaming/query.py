@@ -1,7 +1,6 @@
 """The parameters of a URL's query, read with errors that say what came and what was expected.
 
-`read` fills a msgspec struct whose fields are the parameters; `read_query` and `integer` read them
-one by one.
+`read` fills a msgspec struct whose fields are the parameters; `integer` reads a single one.
 """
 
 from __future__ import annotations
@@ -58,22 +57,6 @@ def read(query: str, kind: type[_Struct], at_most: int = MAX_PARAMETERS) -> _Str
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as exc:
         raise _complaint(exc, texts, fields) from exc
-
-
-def read_query(query: str, known: Sequence[str], at_most: int) -> dict[str, str]:
-    """The values of known parameters, each given once; of at most so many that are looked at.
-
-    Raises:
-        BadQuery: an unknown or repeated parameter, or too many.
-    """
-    values: dict[str, str] = {}
-    for key, value in _pairs(query, known, at_most):
-        if key not in known:
-            raise _unknown(key, known)
-        if key in values:
-            raise BadQuery(f"{key} was given twice; expected once")
-        values[key] = value
-    return values
 
 
 def integer(

@@ -13,16 +13,73 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("bench", "clients", "model", "scripts", "streaming", "tests", "training")
 
+# Leaves of `streaming`: each knows the standard library, other leaves before it, and no folder.
+LEAVES = (
+    "streaming.protocol",
+    "streaming.aio",
+    "streaming.text",
+    "streaming.patterns",
+    "streaming.tokens",
+    "streaming.errors",
+    "streaming.refusals",
+    "streaming.query",
+    "streaming.config",
+    "streaming.metrics",
+    "streaming.logging_setup",
+)
+# What server and engine say to each other: the engine's own side of it imports no more than the server does.
+CONTRACT = ("streaming.engine.contract", "streaming.engine.messages")
 # Package -> the modules of ours it may import. Programs beside the product may use all of it.
 MAY_IMPORT = {
     "model": ("model",),
-    "streaming": ("streaming",),
+    "streaming": ("streaming",),  # app and cli, which put the parts together
     "streaming/protocol": ("streaming.protocol",),
-    "streaming/engine": ("streaming", "model"),
+    "streaming/audio": ("streaming.audio", *CONTRACT, *LEAVES),
+    "streaming/timeline": ("streaming.timeline", *CONTRACT, *LEAVES),
+    "streaming/log": ("streaming.log", *LEAVES),
+    "streaming/stream": (
+        "streaming.stream",
+        "streaming.audio",
+        "streaming.timeline",
+        "streaming.log",
+        "streaming.engine.client",
+        *CONTRACT,
+        *LEAVES,
+    ),
+    "streaming/server": (
+        "streaming.server",
+        "streaming.stream",
+        "streaming.log",
+        "streaming.audio.ingest",
+        "streaming.engine.client",
+        *LEAVES,
+    ),
+    "streaming/adaptors": (
+        "streaming.adaptors",
+        "streaming.server.conversation",
+        "streaming.server.routes",
+        "streaming.server.ws",
+        "streaming.stream",
+        "streaming.log.row",
+        "streaming.audio",
+        *LEAVES,
+    ),
+    "streaming/engine": ("streaming.engine", "model", "streaming.cli", *LEAVES),
+    "streaming/engine/runners": ("streaming.engine", "model", *LEAVES),
     "clients": ("clients", "streaming.protocol"),
 }
+# What may not even be named: no clock and no event loop where results must follow from samples alone.
+IS_PURE = {
+    "streaming/timeline": ("asyncio", "time", "datetime", "socket", "threading"),
+    "streaming/audio": ("time", "datetime", "socket", "websockets"),
+    "streaming/stream": ("socket", "websockets"),
+    "streaming/log": ("websockets",),
+}
+SANS_IO = ("streaming/stream/feed.py", "streaming/stream/snapshot.py", "streaming/audio/vad.py")
 # Weights are a file, or come by a library; nothing else leaves `model`, and nothing runs beside it.
 NOT_IN_MODEL = ("asyncio", "socket", "threading", "multiprocessing", "subprocess", "websockets", "concurrent")
+MAX_FILE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 450, 300, 63
+OUR_FILES = sorted(path.relative_to(ROOT) for package in OURS for path in (ROOT / package).rglob("*.py"))
 TENSORS = ("torch", "transformers", "safetensors")
 
 
@@ -61,6 +118,44 @@ def test_imports_point_one_way(package: str) -> None:
         for name in imported(path):
             if within(name, OURS):
                 assert within(name, MAY_IMPORT[package]), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", IS_PURE)
+def test_a_folder_keeps_its_invariant(package: str) -> None:
+    """Its results follow from what it is given: it names no clock, no socket and no event loop."""
+    for path in files_of(package):
+        for name in imported(path):
+            assert not within(name, IS_PURE[package]), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("name", SANS_IO)
+def test_the_dialogue_does_no_io(name: str) -> None:
+    """One stream's dialogue with an engine, for any caller: a server, a test, a bench."""
+    for module in imported(ROOT / name):
+        assert not within(module, (*NOT_IN_MODEL, "time", "datetime")), f"{name} imports {module}"
+
+
+def test_leaves_import_leaves_alone() -> None:
+    """Each only those that stand before it in the list."""
+    for idx, leaf in enumerate(LEAVES):
+        path = ROOT / leaf.replace(".", "/")
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+            for name in imported(file):
+                if within(name, OURS):
+                    assert within(name, LEAVES[: idx + 1]), f"{file} imports {name}"
+
+
+def test_no_folder_imports_in_a_circle() -> None:
+    """The folders of `streaming` have an order: who imports whom, nobody the other way round."""
+    reached = {package: _folders_imported(package) for package in MAY_IMPORT if package.count("/") == 1}
+    for package, others in reached.items():
+        for other in others:
+            assert package not in reached.get(other, set()), f"{package} and {other} import one another"
+
+
+def _folders_imported(package: str) -> set[str]:
+    names = {"/".join(name.split(".")[:2]) for path in files_of(package) for name in imported(path)}
+    return {name for name in names if name in MAY_IMPORT and name != package}
 
 
 @pytest.mark.parametrize("package", ["streaming", "clients"])
@@ -103,6 +198,20 @@ def test_clients_import_without_torch(module: str) -> None:
     """What is imported at run time, by any detour."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'model' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("path", OUR_FILES, ids=str)
+def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
+    """No file over 450 lines; in the product no class over 300, no function over 60."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_FILE_LINES
+    if path.parts[0] not in ("model", "streaming", "clients"):
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            most = MAX_CLASS_LINES if isinstance(node, ast.ClassDef) else MAX_FUNCTION_LINES
+            assert node.end_lineno - node.lineno < most, f"{path}:{node.lineno}: {node.name}"
 
 
 def _file_of(module: str) -> Path:

@@ -38,18 +38,63 @@ def test_the_readme_names_the_first_commands(command: str) -> None:
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_tree_has_a_line_for_every_file() -> None:
-    """Every module and program is named, and everything named exists."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"## What lies where\n.*?```text\n(.*?)```", readme, re.DOTALL)
-    assert tree is not None
-    named = {line.split()[0] for line in tree[1].splitlines() if line.strip()}
-    for name in named:
-        assert (ROOT / name).exists(), f"README names {name}, which is not there"
-    for package in ("bench", "clients", "model", "scripts", "streaming", "training"):
-        for path in (ROOT / package).rglob("*.py"):
-            if path.name != "__init__.py":
-                assert str(path.relative_to(ROOT)) in named, f"README does not name {path}"
+def test_the_readme_is_short() -> None:
+    """A first user reads all of it: no list of files."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+PAGES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    """To a file that is there, and to a heading of it where one is named."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert not heading or heading in headings(path), f"{page.name}: {target}"
+
+
+FOLDERS = "bench|clients|docs|model|scripts|streaming|tests|training"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    """A page names files from the repository's root, and nothing outside of it."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text):
+        assert "NNN" in name or (ROOT / name).exists(), f"{page.name}: {name}"
+    assert not re.search(r"\b(?:the )?issue #?\d|\.\./shared|MOSS_AUDIO\.md", text), page.name
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs/decisions").glob("[0-9]*.md")), ids=lambda page: page.stem
+)
+def test_a_decision_is_short_and_says_whether_it_holds(page: Path) -> None:
+    """At most 25 lines with a status; a superseded one names its successor, and the index has it."""
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 25
+    [status] = re.findall(r"^Status: (.+)$", text, re.MULTILINE)
+    assert re.match(r"Accepted\b|Superseded by \[\d{3}\]\(", status), status
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
+        "Context",
+        "Decision",
+        "Consequences",
+    ]
+    assert f"({page.name})" in (page.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_ci_runs_what_a_developer_runs() -> None:

@@ -11,25 +11,26 @@ from training.emotion_measures import Recalls, Report
 LICENCE = (
     "## Licence and limits",
     "",
-    "**The training data are acted and partly non-commercial, and so the weights are too.**",
+    "**The training data are acted and partly non-commercial. "
+    "The weights are therefore non-commercial too.**",
     "",
     "- RAVDESS (Livingstone and Russo 2018): CC BY-NC-SA 4.0. "
-    "North American actors say two sentences, in one emotion after another, on demand.",
+    "North American actors speak two sentences in each emotion, on demand.",
     "- EmoDB (Burkhardt and others 2005): free for research, without a formal licence. "
-    "German actors say ten everyday sentences.",
-    "- LibriSpeech (CC BY 4.0) and speechocean762 (CC BY 4.0): read speech, taken for neutral.",
+    "German actors speak ten everyday sentences.",
+    "- LibriSpeech (CC BY 4.0) and speechocean762 (CC BY 4.0): read speech, used as neutral.",
     "",
     "`model/weights/emotion.safetensors` therefore carries CC BY-NC-SA 4.0, "
     "unlike the rest of the repository (Apache-2.0).",
     "For commercial use set `[emotion] enabled = false`: "
     "then the file is not loaded, nothing is scheduled, and it may be deleted.",
     "",
-    "What an actor shows is louder and purer than what people show in talk, "
+    "Acted emotion is louder and purer than emotion in conversation, "
     "and these are few actors of two languages.",
-    "The label is how a voice sounds like these actors, not what a person feels.",
-    "Do not decide about people by it.",
-    "The European Union's AI Act forbids inferring emotions at work and in schools, "
-    "but for medical and safety reasons.",
+    "The label says which acted emotion a voice resembles, not what a person feels.",
+    "Do not use it to make decisions about people.",
+    "The European Union's AI Act prohibits inferring emotions at work and in schools, "
+    "except for medical and safety reasons.",
     "",
 )
 
@@ -44,17 +45,17 @@ def write_card(path: Path, report: Report, labels: Sequence[str], taps: Sequence
         "",
         f"A linear map, {n_bytes:,} bytes, from pooled hidden states of the embedded Whisper base to "
         f"{len(labels)} labels: {', '.join(labels)}.",
-        "It reads the encoder pass that the words use: of the last 4 s of speech, mean and deviation over "
-        f"time of the outputs of encoder layers {', '.join(str(tap) for tap in taps)}.",
+        "It reads the encoder pass that the words use: mean and deviation over time, over the last 4 s of "
+        f"speech, of the outputs of encoder layers {', '.join(str(tap) for tap in taps)}.",
         "Valence and arousal are not trained: they are the labels' places in the circumplex (Russell and "
         "Mehrabian 1977), weighted by the scores.",
         "",
-        "## On actors it has not heard",
+        "## Held-out actors",
         "",
-        "Cross-validation over actors, six folds, windows of streams as the server cuts them; a clip's "
+        "Cross-validated over actors in six folds, on windows of streams as the server cuts them. A clip's "
         "answer is the average of its windows, and `neutral` where the likeliest label is below "
         "the tracker's limit.",
-        "Clips in which the endpointing hears nobody have no window and are not counted.",
+        "Clips in which endpointing finds no speech have no window and are not counted.",
         "UAR is the unweighted average of the classes' recalls, ECE the expected calibration error.",
         "",
         "| | clips | actors | UAR | accuracy | ECE | UAR by fold |",

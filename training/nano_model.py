@@ -32,7 +32,8 @@ WITHIN_WEIGHT = 0.3
 WITHIN = ("times", "heard", "edges", "kinds")
 # Language layers whose first head is taught to look at what the next token is about; the others of all but
 # the last of them at all of the sound that is asked for, and at where a question says that its answer begins
-# and ends. Left to itself a model of this size finds out late where it is in the audio (docs/decisions.md).
+# and ends. Left to itself a model of this size finds out late where it is in the audio
+# (docs/measurements.md, section 13).
 POINTING_LAYERS = (2, 3, 4)
 ABOUT_HEAD, SOUND_HEAD, SINCE_HEAD, LIMIT_HEAD = range(4)  # two and two share their keys
 SOUND_WEIGHT = 3.0  # its loss is a tenth of the others

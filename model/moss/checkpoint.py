@@ -5,6 +5,7 @@ The only part of `model.moss` that touches files.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,9 @@ class HubTokenizer:
         self._tokenizer = tokenizer  # a tokenizers.Tokenizer
         self._kept = {tokenizer.token_to_id(tag): tag for tag in ("<think>", "</think>")}
         self._kept.pop(None, None)
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        # Matches, without taking a character, wherever one of them begins; with none of them, nowhere.
+        self._added = re.compile("|".join(f"(?={re.escape(text)})" for text in added) or "(?!)")
 
     @staticmethod
     def of(folder: Path) -> HubTokenizer:
@@ -179,6 +183,15 @@ class HubTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added before or after."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """As `encode`, but added tokens in `text`, `<think>` among them, are spelled out.
+
+        The text is encoded in pieces, cut behind the first character of each added token.
+        """
+        cuts = [0, *(found.start() + 1 for found in self._added.finditer(text)), len(text)]
+        pieces = (text[start:end] for start, end in itertools.pairwise(cuts))
+        return [idx for piece in pieces for idx in self.encode(piece)]
 
     def decode(self, ids: Any) -> str:
         """Text of `ids`; `<think>` tags are kept, other special tokens dropped."""

@@ -20,7 +20,8 @@ from model.moss.network import AudioEmbeddings, MossAudio
 
 MAX_CALL_TOKENS = 4096  # padding included; slots beyond that follow in another call
 # Rows are padded to multiples of this: for every number of rows that a matrix product has not seen yet,
-# oneDNN compiles a kernel on a CPU and keeps it, a quarter to half a megabyte each.
+# oneDNN compiles a kernel on a CPU and keeps it, a quarter to half a megabyte each
+# (docs/decisions/019-round-tensor-lengths.md).
 TOKEN_MULTIPLE = 16
 
 

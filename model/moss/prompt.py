@@ -30,6 +30,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added before or after."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """As `encode`, for text from outside: `<|im_start|>` and its like stay plain characters."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; `<think>` tags are kept, other special tokens dropped."""
 
@@ -43,6 +46,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """One id per UTF-8 byte."""
         return [self.first_id + byte for byte in text.encode()]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """As `encode`: no byte is a special token."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids that are no byte are left out; broken UTF-8 becomes the replacement character."""
@@ -92,10 +99,22 @@ class Layout:
         text = f"<|im_start|>system\n{system_message()}<|im_end|>\n<|im_start|>user\n"
         self.prefix = (*tokenizer.encode(text), special.audio_start)
 
-    def question(self, text: str, answer: str = "") -> tuple[int, ...]:
-        """What follows the audio: its end, the question, and the beginning of the answer."""
-        text = f"\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        return (self.special.audio_end, *self.tokenizer.encode(text), *self.tokenizer.encode(answer))
+    def question(self, text: str, answer: str = "", max_tokens: int | None = None) -> tuple[int, ...]:
+        """What follows the audio: its end, the question, and the beginning of the answer.
+
+        Question and answer may come from outside: no special token is made of what they spell.
+
+        Args:
+            text: The question.
+            answer: What the model's answer goes on from.
+            max_tokens: Where the whole is longer, the end of `text` is left out, and only that.
+        """
+        asked = self.tokenizer.encode_plain(f"\n{text}")
+        header = self.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
+        said = self.tokenizer.encode_plain(answer)
+        if max_tokens is not None:
+            asked = asked[: max(0, max_tokens - 1 - len(header) - len(said))]
+        return (self.special.audio_end, *asked, *header, *said)
 
     def audio(self, n_tokens: int, first_marker_s: int = SECONDS_PER_MARKER) -> tuple[int, ...]:
         """`n_tokens` audio ids with the markers between and behind them.

@@ -8,7 +8,7 @@ costs what the audio lasts, with the weights as they are.
 Most padded positions are like many others. A head needs not look at each: its keys are put into
 groups, and a group counts as often as it has members behind the audio. The few keys that are like no
 other, on which much attention rests, are groups of their own.
-Measured in docs/decisions.md.
+Measured in docs/measurements.md, section 8.
 """
 
 from __future__ import annotations

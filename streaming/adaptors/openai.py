@@ -8,19 +8,17 @@ docs/openai.md says what is supported; event shapes are those of the package `op
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
-from websockets.http11 import Request
+import msgspec
 
-from streaming.adaptors.base import BadMessage, Closing, Conversation, Event, new_id, shown
+from streaming.adaptors.base import Adaptor, Event, new_id
 from streaming.adaptors.openai_session import (
     FORMATS,
     Settings,
@@ -30,13 +28,10 @@ from streaming.adaptors.openai_session import (
     updated,
     updated_beta,
 )
-from streaming.audio.ingest import Ingest
 from streaming.config import VadConfig
-from streaming.errors import BadQuery, ConnectionOver
+from streaming.errors import BadQuery
 from streaming.protocol import (
-    OPENAI_STREAMS,
     Ack,
-    CloseCode,
     Envelope,
     Error,
     Flushed,
@@ -49,8 +44,13 @@ from streaming.protocol import (
     TranscriptFinal,
     Word,
 )
+from streaming.protocol.codes import shown
+from streaming.query import read
+from streaming.server.conversation import BadMessage, Conversation
+from streaming.server.routes import Handshake, StreamRoute
 from streaming.text import join_words
 
+PATH, STREAMS = "/v1/realtime", "openai-*"
 BETA_HEADER, BETA = "OpenAI-Beta", "realtime=v1"
 SUBPROTOCOL, BETA_SUBPROTOCOL = "realtime", "openai-beta.realtime-v1"  # what a browser can say
 MIN_COMMIT_MS = 100  # of audio, as the API has it
@@ -69,25 +69,30 @@ CLIENT_EVENTS = (
 )
 
 
-def admit(request: Request, vad: VadConfig) -> OpenAi:
+class _Query(msgspec.Struct, frozen=True):
+    """What the URL may say; the rest is ignored, as the API does."""
+
+    intent: str = "transcription"
+    call_id: str | None = None
+
+
+def admit(handshake: Handshake, vad: VadConfig) -> OpenAi:
     """An adaptor for a handshake.
 
     Raises:
         BadQuery: the URL asks for another kind of session.
     """
-    try:
-        query = parse_qs(urlsplit(request.path).query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
-    except ValueError as exc:
-        raise BadQuery(f"more than {MAX_PARAMETERS} parameters") from exc
-    intent = query.get("intent", ["transcription"])[0]
-    if intent != "transcription":
-        raise BadQuery(f"intent is {shown(intent)}; expected 'transcription': this server does not speak")
-    if "call_id" in query:
+    query = read(handshake.query, _Query, MAX_PARAMETERS)
+    if query.intent != "transcription":
+        raise BadQuery(
+            f"intent is {shown(query.intent)}; expected 'transcription': this server does not speak"
+        )
+    if query.call_id is not None:
         raise BadQuery("call_id is not supported; expected a new transcription session")
     offered = [
-        name.strip() for name in ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
+        name.strip() for name in ",".join(handshake.headers.get_all("Sec-WebSocket-Protocol")).split(",")
     ]
-    is_beta = BETA in request.headers.get_all(BETA_HEADER) or BETA_SUBPROTOCOL in offered
+    is_beta = BETA in handshake.headers.get_all(BETA_HEADER) or BETA_SUBPROTOCOL in offered
     headers = {"Sec-WebSocket-Protocol": SUBPROTOCOL} if SUBPROTOCOL in offered else {}
     return OpenAi(new_id(), vad, headers, is_beta=is_beta)
 
@@ -103,18 +108,16 @@ class _Item:
     words: list[Word] = field(default_factory=list)  # kept only where their probabilities are asked for
 
 
-class OpenAi:
+class OpenAi(Adaptor):
     """One transcription session. Belongs to the event loop."""
 
     def __init__(self, key: str, vad: VadConfig, headers: Mapping[str, str], *, is_beta: bool) -> None:
-        self.stream = OPENAI_STREAMS.replace("*", key)
-        self.language: str | None = None  # set by an update, not by the URL
+        self.name = STREAMS.replace("*", key)
         self.headers = headers
         self._key = key
         self._vad = vad
         self._is_beta = is_beta
         self._settings = Settings(default_turn(vad))
-        self._ingest = Ingest(FORMATS[self._settings.encoding])
         self._model = ""
         self._fed_ms = 0.0  # audio appended
         self._committed_ms = 0.0  # of it, up to the last item's end
@@ -130,22 +133,12 @@ class OpenAi:
         """As the server is set to, until an update says otherwise."""
         return self._settings.vad(default)
 
-    def closing(self, over: ConnectionOver | None) -> Closing:
-        """The server's own codes: the API documents none."""
-        return Closing(CloseCode.NORMAL, "") if over is None else Closing(over.close_code, str(over))
-
-    async def end_audio(self, talk: Conversation) -> None:
-        """The resampler's rest."""
-        await self._feed_rest(talk)
-
-    def stop(self) -> None:
-        """Nothing is held."""
+    def start(self, talk: Conversation) -> Sequence[Message]:
+        """Take audio of the format that holds until an update."""
+        self._audio = talk.new_input(FORMATS[self._settings.encoding])
+        return ()
 
     # --- what the client says ------------------------------------------------------------
-
-    async def work(self, talk: Conversation) -> None:
-        """Nothing goes on beside taking frames."""
-        await asyncio.Event().wait()
 
     async def take(self, frame: str | bytes, talk: Conversation) -> bool:
         """Do what one client event asks for; the client ends by closing its connection.
@@ -156,7 +149,7 @@ class OpenAi:
         event = read_event(frame)
         match event["type"]:
             case "input_audio_buffer.append":
-                await self._feed(talk, read_audio(event))
+                await self._feed(read_audio(event), talk)
             case "input_audio_buffer.commit":
                 await self._commit(talk)
             case "input_audio_buffer.clear":
@@ -172,22 +165,17 @@ class OpenAi:
     async def _say_updated(self, talk: Conversation, kind: str) -> None:
         """The effective configuration; the current API knows one shape and one type of it."""
         if self._is_beta:
-            await talk.say(lambda: [self._event(kind, session=self._beta_session())])
+            await self.say(talk, lambda: [self._event(kind, session=self._beta_session())])
         else:
-            await talk.say(lambda: [self._event("session.updated", session=self._session())])
+            await self.say(talk, lambda: [self._event("session.updated", session=self._session())])
 
     def complaint(self, exc: BadMessage, frame: str | bytes) -> list[Event]:
         """An `error` event that names the client's own event, where it named it."""
         return [self._error("invalid_request_error", exc.code, str(exc), exc.param, _event_id_of(frame))]
 
-    async def _feed(self, talk: Conversation, data: bytes) -> None:
-        audio_format = FORMATS[self._settings.encoding]
-        self._fed_ms += len(data) / audio_format.frame_bytes * 1000 / audio_format.rate_hz
-        await talk.decode(self._ingest, audio_format, data)
-
-    async def _feed_rest(self, talk: Conversation) -> None:
-        """What the resampler still holds."""
-        await talk.feed(self._ingest.flush())
+    async def _feed(self, data: bytes, talk: Conversation) -> None:
+        self._fed_ms += self.audio.seconds_of(len(data)) * 1000
+        await talk.feed(self.audio, data)
 
     async def _commit(self, talk: Conversation) -> None:
         waiting_ms = self._fed_ms - self._committed_ms
@@ -201,10 +189,10 @@ class OpenAi:
 
     async def _mark(self, talk: Conversation, kind: str) -> None:
         """Everything appended so far belongs to what ends here; `Flushed` comes at its place in the log."""
-        await self._feed_rest(talk)
+        await self.audio.flush()
         self._committed_ms = self._fed_ms
         self._n_marks += 1
-        await talk.flush(f"{kind}-{self._n_marks}")
+        await talk.session.flush(f"{kind}-{self._n_marks}")
 
     async def _update(
         self, talk: Conversation, update: Callable[[Settings, Any, VadConfig], Settings], event: Event
@@ -218,8 +206,8 @@ class OpenAi:
                 "session.audio.input.transcription.language",
             )
         if after.encoding != before.encoding:
-            await self._feed_rest(talk)
-            self._ingest = Ingest(FORMATS[after.encoding])
+            await self.audio.flush()
+            self._audio = talk.new_input(FORMATS[after.encoding])
         self._settings = after
         if after.language != before.language:
             talk.session.set_language(after.language or talk.limits.language)
@@ -258,7 +246,7 @@ class OpenAi:
             case Flushed(id=mark, end_ms=end_ms):
                 return self._flushed(mark, end_ms)
             case Ack():
-                return self.idle()
+                return self.due()
             case SessionClosed(duration_ms=end_ms):
                 return self._closed(end_ms)
             case Error():
@@ -268,7 +256,7 @@ class OpenAi:
             case _:
                 return _untranslated(message)
 
-    def idle(self) -> list[Event]:
+    def due(self) -> list[Event]:
         """Complete an ended turn in which no word was found."""
         self._n_ticks += 1
         return self._complete_stopped() if self._n_ticks >= N_TICKS_TO_SETTLE else []
@@ -352,10 +340,10 @@ class OpenAi:
         return self._event("error", error=error)
 
     def _session(self) -> Event:
-        return session_object(self._settings, self.stream, self._model)
+        return session_object(self._settings, self.name, self._model)
 
     def _beta_session(self) -> Event:
-        return beta_session_object(self._settings, self.stream)
+        return beta_session_object(self._settings, self.name)
 
 
 def read_event(frame: str | bytes) -> Event:
@@ -439,3 +427,6 @@ def _untranslated(message: Message) -> list[Event]:
     """The API has no word for interims, sound events, emotion, answers and `degraded`."""
     del message
     return []
+
+
+ROUTE = StreamRoute(PATH, STREAMS, admit)

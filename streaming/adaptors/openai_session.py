@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from streaming.adaptors.base import BadMessage, Event, shown
+from streaming.adaptors.base import Event
 from streaming.audio.ingest import AudioFormat
 from streaming.config import VadConfig
+from streaming.protocol.codes import shown
+from streaming.server.conversation import BadMessage
 
 PCM_RATE_HZ = 24_000  # the only one the API has for pcm16
 G711_RATE_HZ = 8_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, Protocol, cast
 
 import av
 import msgspec
@@ -17,19 +17,16 @@ import soxr
 from numpy.typing import NDArray
 
 from streaming.engine.contract import Pcm
-from streaming.errors import BadAudio, BadQuery
-from streaming.protocol import MAX_CHANNELS, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE_HZ
-from streaming.query import integer, read_query
+from streaming.errors import BadAudio
+from streaming.protocol import SAMPLE_RATE_HZ
 
 Encoding = Literal["s16le", "f32le", "mulaw", "alaw"]
 BYTES_PER_SAMPLE = {"s16le": 2, "f32le": 4, "mulaw": 1, "alaw": 1}
 BLOCK_MS = 20
-MAX_LANGUAGE_CHARS = 16
 # Blocks whose bytes are kept to make a resampler's state again: half a second, and its filter looks
 # back much less far. At 16 kHz nothing is resampled and none are kept.
 KEPT_BLOCKS = 25
 MAX_HELD = SAMPLE_RATE_HZ // 5  # samples that a resampler has not given out yet
-_QUERY_KEYS = ("format", "rate", "channels", "language")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +46,6 @@ class AudioFormat:
     def is_as(self, other: AudioFormat) -> bool:
         """Whether the same bytes mean the same audio."""
         return replace(self, language=None) == replace(other, language=None)
-
-
-def parse_query(query: str) -> AudioFormat:
-    """Read the query of a stream's URL; what is left out has its default.
-
-    Raises:
-        BadQuery: an unknown or repeated key, or a value out of range.
-    """
-    values = read_query(query, _QUERY_KEYS, len(_QUERY_KEYS))
-    encoding = values.get("format", "s16le")
-    if encoding not in get_args(Encoding):
-        raise BadQuery(f"format is {encoding[:80]!r}; expected one of {', '.join(get_args(Encoding))}")
-    return AudioFormat(
-        cast("Encoding", encoding),
-        integer(values, "rate", MIN_RATE_HZ, MAX_RATE_HZ, SAMPLE_RATE_HZ),
-        integer(values, "channels", 1, MAX_CHANNELS, 1),
-        _language(values.get("language")),
-    )
 
 
 class IngestState(msgspec.Struct, frozen=True, array_like=True):
@@ -240,9 +219,3 @@ def _from_f32(data: bytes) -> Pcm:
 
 def _joined(pieces: list[Pcm]) -> Pcm:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-
-
-def _language(text: str | None) -> str | None:
-    if text is not None and not 0 < len(text) <= MAX_LANGUAGE_CHARS:
-        raise BadQuery(f"language is {text[:80]!r}; expected a code like 'en', or 'auto'")
-    return text

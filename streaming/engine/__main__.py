@@ -14,14 +14,13 @@ import socket
 import sys
 import time
 
-import msgspec
-
 from model.errors import CheckpointError
-from streaming.config import ConfigError, EngineSettings
+from streaming.config import ConfigError, EngineStart
 from streaming.engine import messages
 from streaming.engine.contract import Runner
 from streaming.engine.runners.loader import load_runner, warm_up
 from streaming.engine.scheduler import Listening, Scheduler
+from streaming.logging_setup import configure, where_raised
 from streaming.protocol import SAMPLE_RATE_HZ
 
 logger = logging.getLogger("streaming.engine")
@@ -139,27 +138,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m streaming.engine")
     parser.add_argument("--fd", type=int, required=True, help="the socket to the server, inherited")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # The server decides when the engine ends: a Ctrl-C for it must not cut off the last words.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=arguments.fd) as sock:
+    return serve(socket.socket(fileno=arguments.fd))
+
+
+def serve(sock: socket.socket) -> int:
+    """Serve over a socket, which is closed at the end; the process' exit status."""
+    with sock:
         pipe = Pipe(sock)
         try:
             _serve(pipe)
         except (EOFError, ConnectionError):
             return 0
-        except (CheckpointError, ConfigError, msgspec.MsgspecError) as exc:
+        except (CheckpointError, ConfigError) as exc:  # raised at the start, before any stream
             pipe.send(messages.Failed(str(exc)))
             return 1
-        except Exception as exc:  # a step that raises ends the process, never the step alone
-            logger.exception("engine failed")
-            pipe.send(messages.Failed(f"{type(exc).__name__}: {exc}"))
+        except Exception as exc:  # noqa: BLE001 (a step that raises ends the process)
+            # Without the fault's text, which may quote what a client said.
+            told = where_raised(exc)
+            logger.error("engine failed: %s", told)  # noqa: TRY400
+            pipe.send(messages.Failed(told))
             return 1
     return 0
 
 
 def _serve(pipe: Pipe) -> None:
-    settings = EngineSettings.model_validate_json(pipe.first_frame())
+    settings = EngineStart.model_validate_json(pipe.first_frame())
+    configure(settings.log_format, is_verbose=settings.is_verbose)
     engine = settings.engine
     started = time.perf_counter()
     runner = load_runner(settings)

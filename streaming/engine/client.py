@@ -20,7 +20,7 @@ from typing import Protocol
 
 import msgspec
 
-from streaming.config import Config, EngineConfig, EngineSettings
+from streaming.config import Config, EngineConfig, EngineSettings, EngineStart
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost
 from streaming.metrics import Metrics
@@ -92,7 +92,7 @@ class EngineClient:
         command: Sequence[str] = ENGINE_COMMAND,
         metrics: Metrics | None = None,
     ) -> None:
-        self.metrics = metrics or Metrics(config.tick_ms)
+        self._metrics = metrics or Metrics(config.tick_ms)
         self.state = EngineState.STARTING
         self.ready: messages.Ready | None = None  # what the model can do; None until it was ready once
         self.n_restarts = 0
@@ -222,7 +222,7 @@ class EngineClient:
             case messages.Ready():
                 raise EngineFault("said twice that it is ready")
             case messages.Tick():
-                self.metrics.stepped(message.wall_s)
+                self._metrics.stepped(message.wall_s)
                 logger.debug("engine step: %.3f s, %d streams", message.wall_s, message.n_streams)
 
     async def _after(self, fault: EngineFault) -> None:
@@ -237,7 +237,7 @@ class EngineClient:
             logger.error("engine lost: %s", fault)
             raise EngineLost(f"the engine could not be kept running: {fault}") from fault
         self.n_restarts += 1
-        self.metrics.restarted()
+        self._metrics.restarted()
         # Jitter, so that several servers on one machine do not load their models at the same moment.
         delay_s = min(BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)
         logger.warning("engine down: %s; restart %d in %.2f s", fault, len(recent), delay_s)
@@ -250,8 +250,11 @@ class EngineClient:
 
 
 def engine_settings(config: Config) -> bytes:
-    """The first frame an engine reads: JSON of the sections that concern it."""
-    return config.model_dump_json(include=set(EngineSettings.model_fields)).encode()
+    """The first frame an engine reads: JSON of `EngineStart`. Its log looks as this process' own."""
+    sections = {name: getattr(config, name) for name in EngineSettings.model_fields}
+    is_verbose = logging.getLogger().isEnabledFor(logging.DEBUG)
+    start = EngineStart(**sections, log_format=config.server.log_format, is_verbose=is_verbose)
+    return start.model_dump_json().encode()
 
 
 class _Frames:
@@ -303,7 +306,7 @@ async def _engine_process(command: Sequence[str]) -> AsyncIterator[_Pipe]:
             str(theirs.fileno()),
             pass_fds=(theirs.fileno(),),
             stdin=asyncio.subprocess.DEVNULL,
-            # Torch's threads would otherwise spin while they wait, beside this process (DESIGN.md).
+            # Torch's threads would otherwise spin while they wait, beside this process.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
             # Ctrl-C goes to the whole group of the terminal, and the engine must outlive the flush.
             process_group=0,

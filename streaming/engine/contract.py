@@ -41,7 +41,7 @@ class Capabilities:
     min_tick_s: float  # asking more often than this gives nothing
     sounds: tuple[SoundLabel, ...] = ()  # columns of `SoundScores`; empty: it answers `events` forks instead
     events_every_s: float = 0.64  # how often it should look for events: what an `events` fork costs
-    emotions: tuple[str, ...] = ()  # labels of `HeardEmotion`; empty where the model uses its own words
+    answer_tokens: int = 192  # the longest answer to a question, its thinking included
 
 
 class HeardWord(msgspec.Struct, frozen=True, array_like=True):
@@ -173,8 +173,8 @@ class HeardAnswer:
     slot_idx: int
     owner: int
     text: str
-    thought: str  # what the model wrote down before it answered, where it does
-    is_whole: bool  # it ended by itself, not by its budget
+    thinking: str  # what the model wrote down before it answered, where it does
+    is_cut: bool  # it did not end by itself: its budget ran out, or it repeated itself
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,9 +59,9 @@ def by_slot(plan: StepPlan, result: StepResult) -> list[tuple[Hypothesis | None,
                 case "answer":
                     heard = next(answers)
                     end = step.start + len(step.pcm)
-                    answer = messages.Answer(fork.window_start, end, heard.text)
+                    answer = messages.Answer(fork.window_start, end, heard.text, heard.thinking, heard.is_cut)
                     findings = Findings(answer=answer).or_else(findings)
-        assert hypothesis is None or hypothesis.owner == step.owner, (hypothesis, step.owner)
+        assert hypothesis is None or hypothesis.owner == step.owner, (hypothesis.owner, step.owner)
         found.append((hypothesis, findings))
     return found
 

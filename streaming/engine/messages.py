@@ -167,6 +167,8 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     start: int  # the audio it is about
     end: int
     text: str
+    thinking: str = ""  # what the model wrote down before it answered, where it does
+    is_cut: bool = False  # it did not end by itself: its budget ran out, or it repeated itself
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):

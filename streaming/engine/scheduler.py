@@ -62,7 +62,6 @@ LONGEST_WINDOW_S = 29.0  # a window may grow to this while nothing in it is comm
 EXTRA_TOKENS = 8  # of a transcript's budget, whatever the length of its audio
 EVENTS_TOKENS = 160  # ten lines
 EMOTION_TOKENS = 256  # thirteen phrases
-ANSWER_TOKENS = 192
 # Scores of sounds come up to 0.8 s late and look back 2.5 s: what a restart hears again for them.
 SOUND_REACH = 4 * SAMPLE_RATE_HZ
 EMOTION_WINDOW = 4 * SAMPLE_RATE_HZ  # speech that an emotion is read from, at most ...
@@ -77,6 +76,7 @@ class Listening:
     events_ticks: int = 0  # between `events` forks
     emotion_ticks: int = 0  # between `emotion` forks while somebody speaks
     reach: int = SOUND_REACH  # samples before the last answer that a restart hears again for sounds
+    answer_tokens: int = 0  # budget of an answer to a question, its thinking included
 
     @classmethod
     def to(
@@ -99,6 +99,7 @@ class Listening:
             events_ticks=events_ticks if wants_events and not capabilities.sounds else 0,
             emotion_ticks=ticks(emotion.interval_s) if wants_emotion else 0,
             reach=SOUND_REACH if capabilities.sounds or not hears_all else int(window_s * SAMPLE_RATE_HZ),
+            answer_tokens=capabilities.answer_tokens if "answer" in capabilities.tasks else 0,
         )
 
 
@@ -262,8 +263,9 @@ class Scheduler:
         if stream is None:
             return
         point = stream.awaiting
-        assert point is not None, message
-        assert (point.at, point.kind) == (message.point, message.kind), (point, message)
+        assert point is not None, (message.point, message.kind)
+        expected = (point.at, point.kind)
+        assert expected == (message.point, message.kind), (expected, message.point, message.kind)
         stream.committed.extend(stream.hypothesis[: message.n_words])
         stream.hypothesis = ()
         stream.awaiting = None
@@ -306,7 +308,7 @@ class Scheduler:
             if stream is None:
                 continue  # the slot changed hands meanwhile
             point = stream.awaiting
-            assert point is not None, step
+            assert point is not None, step.owner
             stream.findings = findings.or_else(stream.findings)
             if hypothesis is not None:
                 stream.hypothesis = _words_after(stream, hypothesis)
@@ -335,7 +337,7 @@ class Scheduler:
             self._begin_speech(stream, mark)
             stream.consumed = max(stream.consumed, mark.at)
         if mark is not None:
-            assert mark.kind != "started", mark
+            assert mark.kind != "started", mark.at
             stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
             if mark.kind == "stopped":
@@ -432,7 +434,7 @@ class Scheduler:
             forks.append(_plain_fork("events", start, EVENTS_TOKENS))
         if point.asked is not None:
             start = max(stream.start, min(point.asked.edge, point.at))
-            forks.append(_plain_fork("answer", start, ANSWER_TOKENS, point.asked.question))
+            forks.append(_plain_fork("answer", start, self._listening.answer_tokens, point.asked.question))
         return tuple(forks)
 
     def _is_due(self, n_ticks: int, point: _Point) -> bool:

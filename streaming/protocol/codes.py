@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from msgspec import Meta
 
 DEFAULT_PORT = 8765
-SAMPLE_RATE_HZ = 16_000  # the sample clock every time on the wire is counted on
+SAMPLE_RATE_HZ = 16_000  # of the sample clock that every time on the wire counts
 
 STREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 STREAM_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}")  # a name, or with `*` many of them
@@ -26,17 +26,13 @@ STREAM_PATH = "/v1/stream/"
 SUBSCRIBE_PATH = "/v1/subscribe"
 HISTORY_PATH = "/v1/streams"  # and below it, by GET: what the log keeps
 
-# Of a stream's URL: goes on with a stream whose connection was lost, and what was missed of its log.
+# Of a stream's URL: resumes a stream whose connection was lost, and replays the messages missed.
 # `resume` is the token of its `session.created`, `after` the last `seq` seen. The server answers with
 # `session.resumed` first; the client sends its audio from that sample on.
 RESUME_PARAMETER, AFTER_PARAMETER = "resume", "after"
 HEALTH_PATH = "/healthz"
 READY_PATH = "/readyz"
 METRICS_PATH = "/metrics"
-OPENAI_PATH = "/v1/realtime"  # protocols of other people's, see docs/openai.md and docs/deepgram.md;
-OPENAI_STREAMS = "openai-*"  # ... their streams get names of these patterns
-DEEPGRAM_PATH = "/v1/listen"
-DEEPGRAM_STREAMS = "deepgram-*"
 TOKEN_PARAMETER = "token"  # of a URL's query, for clients that cannot set the header `Authorization`
 
 
@@ -55,19 +51,19 @@ class _Code(enum.IntEnum):
 class CloseCode(_Code):
     """Why the server closed a WebSocket connection."""
 
-    NORMAL = 1000, "the client asked, or the stream it watched is over"
-    GOING_AWAY = 1001, "the server is stopping; everything said so far was sent"
-    TOO_BIG = 1009, "one message was larger than the server takes"
-    INTERNAL = 1011, "a fault of the server's"
-    BAD_MESSAGE = 4400, "too many messages that could not be read"
-    BAD_AUDIO = 4401, "audio that cannot be what the stream declared"
-    FORBIDDEN = 4403, "the token does not allow what was asked for"
+    NORMAL = 1000, "the client closed, or every subscribed stream ended"
+    GOING_AWAY = 1001, "the server is stopping; every message so far was sent"
+    TOO_BIG = 1009, "a message is larger than the server accepts"
+    INTERNAL = 1011, "an internal error"
+    BAD_MESSAGE = 4400, "too many malformed messages"
+    BAD_AUDIO = 4401, "the audio is not in the declared format"
+    FORBIDDEN = 4403, "the token does not permit the request"
     NOT_FOUND = 4404, "no such stream"
-    IDLE = 4408, "nothing arrived for too long"
-    REPLACED = 4409, "the stream goes on over a newer connection of its producer"
-    TOO_SLOW = 4410, "the reader could not keep up: reconnect and resume after the last `seq`"
-    TOO_FAST = 4429, "audio came too far ahead of real time"
-    ENGINE_LOST = 4503, "the engine could not be brought back"
+    IDLE = 4408, "nothing arrived before the time limit"
+    REPLACED = 4409, "the producer resumed the stream over a newer connection"
+    TOO_SLOW = 4410, "the reader did not keep up: reconnect and resume after the last `seq`"
+    TOO_FAST = 4429, "audio arrived too far ahead of real time"
+    ENGINE_LOST = 4503, "the engine could not be restarted"
 
 
 class HttpStatus(_Code):
@@ -75,30 +71,30 @@ class HttpStatus(_Code):
 
     OK = 200, "the answer to a GET"
     BAD_REQUEST = 400, "a query parameter is wrong; the body says which"
-    UNAUTHORIZED = 401, "no token, or one the server does not know"
-    FORBIDDEN = 403, "the token does not allow it, or the page's origin is not let in"
+    UNAUTHORIZED = 401, "no token, or an unknown one"
+    FORBIDDEN = 403, "the token does not permit it, or the page's origin is not allowed"
     NOT_FOUND = 404, "no such path"
-    METHOD_NOT_ALLOWED = 405, "another method than GET"
-    CONFLICT = 409, "a stream of this name is live, and the request has no token of it"
-    GONE = 410, "the stream to resume was finalised, or the log does not keep it any more"
-    URI_TOO_LONG = 414, "the first line of the request has more than 8 KiB"
+    METHOD_NOT_ALLOWED = 405, "a method other than GET"
+    CONFLICT = 409, "a stream of this name is live, and the request lacks its resume token"
+    GONE = 410, "the stream to resume was finalised, or is no longer in the log"
+    URI_TOO_LONG = 414, "the first line of the request is longer than 8 KiB"
     UPGRADE_REQUIRED = 426, "a WebSocket path without an upgrade"
-    TOO_MANY = 429, "connections, streams or subscriptions are at their limit, or attempts came too fast"
-    HEADERS_TOO_LARGE = 431, "a header has more than 8 KiB, or there are more than 128"
-    UNAVAILABLE = 503, "the engine is not ready, every slot is taken, or the log's disk is full"
+    TOO_MANY = 429, "a limit of connections, streams, subscriptions or attempts is reached"
+    HEADERS_TOO_LARGE = 431, "a header is longer than 8 KiB, or there are more than 128"
+    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log's disk is full"
 
 
 ERROR_CODES = {
-    "bad_json": "the text frame is no JSON object",
-    "bad_message": "an object, but not a message this endpoint takes",
-    "bad_audio": "bytes that cannot be samples of the declared format",
+    "bad_json": "the text frame is not a JSON object",
+    "bad_message": "an object, but no message that this endpoint accepts",
+    "bad_audio": "bytes that are no samples of the declared format",
     "unknown_stream": "a subscription names a stream the server does not know",
-    "forbidden": "the token does not allow it",
+    "forbidden": "the token does not permit it",
     "too_fast": "audio too far ahead of real time",
-    "unsupported": "understood, but the loaded model cannot do it",
-    "busy": "too many questions of this stream wait for their answers",
-    "engine_lost": "the engine died; it is being restarted or could not be",
-    "internal": "a fault of the server's, logged there",
+    "unsupported": "valid, but the loaded model cannot do it",
+    "busy": "too many questions of this stream are waiting",
+    "engine_lost": "the engine crashed; it is restarting, or could not restart",
+    "internal": "an internal error; the server's log has more",
 }
 if TYPE_CHECKING:
     ErrorCode = Literal[
@@ -118,7 +114,7 @@ else:  # any text is read: an older client must read the code of a newer server
 
 
 class ProtocolError(ValueError):
-    """A message that is not what the protocol allows: says what came and what was expected."""
+    """A message that violates the protocol: says what came and what was expected."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
@@ -126,7 +122,7 @@ class ProtocolError(ValueError):
 
 
 def is_pattern(name: str) -> bool:
-    """Whether it stands for more than one stream."""
+    """Whether a name stands for more than one stream."""
     return "*" in name
 
 
@@ -136,6 +132,6 @@ def ms_of(n_samples: int) -> int:
 
 
 def shown(value: object) -> str:
-    """A client's value for an error text: cut, so that it cannot flood logs or replies."""
+    """A client's value for an error text, shortened so that it cannot flood logs or replies."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

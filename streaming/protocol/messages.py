@@ -34,43 +34,55 @@ class Tagged(msgspec.Struct, frozen=True, gc=False, tag_field="type", tag=_type_
 
 # A field that came later: the log may hold messages without it.
 SINCE_0_2 = {"since": "0.2"}
-SEPARATOR = "what stands between the committed text before it and `text`: a space, or nothing"
+SEPARATOR = "goes between the committed text so far and `text`: a space or nothing"
+
+StartMs = Annotated[int, Meta(description="start, in stream time")]
+EndMs = Annotated[int, Meta(description="end, in stream time")]
+Words = Annotated[tuple["Word", ...], Meta(description="the words of `text` with their times")]
+EventId = Annotated[str, Meta(description="the same in an event's two messages, unique in its stream")]
+EventLabel = Annotated[str, Meta(description="what kind of sound")]
+AskId = Annotated[str, Meta(description="the `id` of the `ask`")]
 
 
 class Word(msgspec.Struct, frozen=True, gc=False):
-    """One word with its place on the stream's clock."""
+    """One word and its time span."""
 
-    text: str
-    start_ms: int
-    end_ms: int
+    text: Annotated[str, Meta(description="with its punctuation, without spaces around it")]
+    start_ms: StartMs
+    end_ms: EndMs
     score: Annotated[float, Meta(description="the model's probability of the word, 0 to 1")]
 
 
 class SessionCreated(Tagged, frozen=True):
-    """A stream began. The only message that carries wall-clock time."""
+    """The stream began. The only message with wall-clock time."""
 
-    model: str
+    model: Annotated[str, Meta(description="the name of the loaded model")]
     tasks: Annotated[
         tuple[str, ...],
-        Meta(description='what the model answers: "transcript", "events", "emotion", "answer"'),
+        Meta(description='what the model can do: "transcript", "events", "emotion", "answer"'),
     ]
-    languages: tuple[str, ...]
+    languages: Annotated[tuple[str, ...], Meta(description="codes that `language` accepts beside `auto`")]
     epoch_ms: Annotated[int, Meta(description="Unix time of the stream's first sample")]
-    sample_rate_hz: int = SAMPLE_RATE_HZ
+    sample_rate_hz: Annotated[
+        int, Meta(description="of the sample clock behind every time; not the client's own rate")
+    ] = SAMPLE_RATE_HZ
     resume_token: Annotated[
-        str | None, Meta(description="to the stream's producer alone: goes on after a lost connection")
+        str | None,
+        Meta(description="resumes the stream after a lost connection; null for all but its producer"),
     ] = None
 
 
 class SessionResumed(Tagged, frozen=True):
-    """The producer's connection is back: send the audio from sample `n_samples` on."""
+    """The producer's connection is resumed: send audio from sample `n_samples` on."""
 
-    n_samples: Annotated[int, Meta(description="that the server has: per channel, at the client's own rate")]
-    end_ms: int
+    n_samples: Annotated[
+        int, Meta(description="samples that the server has: per channel, at the client's own rate")
+    ]
+    end_ms: EndMs
 
 
 class SessionClosed(Tagged, frozen=True):
-    """A stream ended; nothing follows."""
+    """The stream ended; nothing follows."""
 
     reason: Annotated[
         str,
@@ -79,117 +91,131 @@ class SessionClosed(Tagged, frozen=True):
             '"internal", "server_lost": the server crashed and the stream could not be resumed'
         ),
     ]
-    duration_ms: int
-    n_words: int
-    n_segments: int
+    duration_ms: Annotated[int, Meta(description="of the audio that arrived")]
+    n_words: Annotated[int, Meta(description="committed words")]
+    n_segments: Annotated[int, Meta(description="closed segments: `transcript.final` messages")]
 
 
 class Ack(Tagged, frozen=True):
-    """Everything up to here has arrived and is on disk. Counted at the rate the client sends."""
+    """All audio up to here has arrived and is on the server's disk."""
 
-    n_samples: Annotated[int, Meta(description="per channel, at the client's own rate")]
-    end_ms: int
+    n_samples: Annotated[
+        int, Meta(description="samples since the stream began: per channel, at the client's own rate")
+    ]
+    end_ms: EndMs
 
 
 class SpeechStarted(Tagged, frozen=True):
-    """Somebody began to speak."""
+    """Speech started."""
 
-    start_ms: int
+    start_ms: StartMs
 
 
 class SpeechStopped(Tagged, frozen=True):
-    """Nobody speaks any more."""
+    """Speech stopped."""
 
-    start_ms: int
-    end_ms: int
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class TranscriptInterim(Tagged, frozen=True):
-    """Everything after the committed text, replacing the interim before it; may be empty."""
+    """The hypothesis after the committed text. Replaces the interim before it."""
 
-    text: str
-    start_ms: int
-    end_ms: int
+    text: Annotated[str, Meta(description="may still change; empty where nothing is left uncommitted")]
+    start_ms: StartMs
+    end_ms: EndMs
     separator: Annotated[str, Meta(description=SEPARATOR, extra=SINCE_0_2)] = " "
 
 
 class TranscriptDelta(Tagged, frozen=True):
-    """Newly committed words; append-only. All deltas' `separator` and `text`, joined, are the transcript."""
+    """Newly committed words, never revised. Every `separator` + `text`, in order, is the transcript."""
 
-    text: str
-    words: tuple[Word, ...]
-    start_ms: int
-    end_ms: int
+    text: Annotated[str, Meta(description="the committed words as running text")]
+    words: Words
+    start_ms: StartMs
+    end_ms: EndMs
     separator: Annotated[str, Meta(description=SEPARATOR, extra=SINCE_0_2)] = " "
 
 
 class TranscriptFinal(Tagged, frozen=True):
-    """A closed segment: what its deltas said, whole."""
+    """A closed segment: the text of its deltas, joined."""
 
-    text: str
-    words: tuple[Word, ...]
-    language: str | None
-    speaker: str | None
-    start_ms: int
-    end_ms: int
+    text: Annotated[str, Meta(description="the segment as running text")]
+    words: Words
+    language: Annotated[str | None, Meta(description="a code, where the model gives one")]
+    speaker: Annotated[str | None, Meta(description="reserved; null")]
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class EventStarted(Tagged, frozen=True):
-    """A sound event began; `event.ended` will carry the same id."""
+    """A sound event began; its `event.ended` has the same id."""
 
-    id: str
-    label: str
-    score: float
-    start_ms: int
-    end_ms: int
+    id: EventId
+    label: EventLabel
+    score: Annotated[float, Meta(description="the model's probability so far, 0 to 1")]
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class EventEnded(Tagged, frozen=True):
-    """A sound event is over: its onset and offset."""
+    """A sound event ended: its onset and offset."""
 
-    id: str
-    label: str
-    score: float
-    start_ms: int
-    end_ms: int
+    id: EventId
+    label: EventLabel
+    score: Annotated[float, Meta(description="the model's highest probability, 0 to 1")]
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class EmotionUpdate(Tagged, frozen=True):
-    """How the speaker sounded over a span."""
+    """The speaker's emotion over a time span."""
 
-    label: str
-    scores: Mapping[str, float]
-    valence: float | None
-    arousal: float | None
-    description: Annotated[str | None, Meta(description="the model's own words, where it has them")]
-    start_ms: int
-    end_ms: int
+    label: Annotated[str, Meta(description="the emotion chosen")]
+    scores: Annotated[Mapping[str, float], Meta(description="the probability of each emotion")]
+    valence: Annotated[float | None, Meta(description="unpleasant to pleasant, where the model gives it")]
+    arousal: Annotated[float | None, Meta(description="calm to excited, where the model gives it")]
+    description: Annotated[str | None, Meta(description="the voice in words, where the model gives it")]
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class AnswerDelta(Tagged, frozen=True):
     """A piece of the answer to an `ask`."""
 
-    id: str
-    text: str
+    id: AskId
+    text: Annotated[str, Meta(description="continues the pieces before it")]
 
 
 class AnswerFinal(Tagged, frozen=True):
-    """The whole answer to an `ask`."""
+    """The whole answer to an `ask`; the times are the audio that it is about."""
 
-    id: str
-    text: str
-    start_ms: int
-    end_ms: int
+    id: AskId
+    text: Annotated[str, Meta(description="the answer")]
+    start_ms: StartMs
+    end_ms: EndMs
+    is_cut: Annotated[
+        bool,
+        Meta(
+            description="the answer did not end by itself: its budget of tokens ran out, or it "
+            "repeated itself",
+            extra=SINCE_0_2,
+        ),
+    ] = False
+    thinking: Annotated[
+        str,
+        Meta(description='what the model wrote before its answer; "" where it does not', extra=SINCE_0_2),
+    ] = ""
 
 
 class Lag(Tagged, frozen=True):
-    """The reader is behind: how many messages wait for it."""
+    """The reader is too slow; its connection is closed next."""
 
-    n_waiting: int
+    n_waiting: Annotated[int, Meta(description="messages queued for it")]
 
 
 class Degraded(Tagged, frozen=True):
-    """The server is behind on this stream, and what it gave up."""
+    """The server lost or skipped work on this stream."""
 
     reason: Annotated[
         str,
@@ -198,24 +224,24 @@ class Degraded(Tagged, frozen=True):
             "a gap in time"
         ),
     ]
-    message: str
-    start_ms: int
-    end_ms: int
+    message: Annotated[str, Meta(description="the same for people to read")]
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class Flushed(Tagged, frozen=True):
-    """Echo of a client's `flush`: all audio before it is committed and its finals are sent."""
+    """Answers a `flush`: everything sent before it is committed and its finals are sent."""
 
-    id: str
-    end_ms: int
+    id: Annotated[str, Meta(description="the `id` of the `flush`")]
+    end_ms: EndMs
 
 
 class Error(Tagged, frozen=True):
-    """Something the server could not do; `fatal` means that the connection ends."""
+    """Something the server could not do."""
 
     code: ErrorCode
-    message: str
-    fatal: bool
+    message: Annotated[str, Meta(description="what came and what was expected")]
+    fatal: Annotated[bool, Meta(description="the connection ends")]
 
 
 Message = (
@@ -241,14 +267,14 @@ Message = (
 
 MESSAGE_TYPES: Mapping[str, type[Message]] = {cls.type: cls for cls in get_args(Message)}
 
-# Not in the log: an interim is replaced by the next, the others concern one connection only.
+# Not logged: the next interim replaces an interim, the others concern one connection.
 UNLOGGED: frozenset[str] = frozenset(
     {TranscriptInterim.type, SessionResumed.type, Ack.type, Lag.type, Error.type}
 )
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):
-    """A message with its place in its stream's log.
+    """A message with its position in its stream's log.
 
     A message that is not logged carries the `seq` of the last logged one before it.
     """
@@ -259,7 +285,7 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Head(msgspec.Struct, frozen=True, gc=False):
-    """What every message of a server begins with."""
+    """The first fields of every server message."""
 
     type: str
     stream: str
@@ -282,7 +308,7 @@ def encode(envelope: Envelope) -> str:
 def decode(text: str | bytes) -> Envelope:
     """Read one server message.
 
-    Fields this version does not know are left out, so that older clients read newer servers.
+    Ignores fields that this version does not know, so that older clients read newer servers.
 
     Raises:
         ProtocolError: the text is no message of a known type with its fields.

@@ -1,4 +1,4 @@
-"""What a client sends: every message, and the checks that name what is wrong with one."""
+"""What a client sends: every message, and checks whose errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -22,72 +22,97 @@ from streaming.protocol.codes import (
 )
 from streaming.protocol.messages import MESSAGE_TYPES, Tagged
 
-_HALF_A_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+_HALF_A_PAIR = re.compile(r"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+_PATH = re.compile(r"`\$\.(\w+)(?:\[(\d+)\])?")  # of a field, or of an item of its list, in msgspec's errors
 
 
 class _Request(Tagged, frozen=True, forbid_unknown_fields=True):
-    """A message whose fields are checked; the client must not send others."""
+    """A message of a client: its fields are checked, others are refused."""
 
 
-def _text(max_chars: int) -> Meta:
-    return Meta(
-        min_length=1, max_length=max_chars, extra={"expected": f"a text of 1 to {max_chars} characters"}
-    )
+def _text(max_chars: int, about: str | None = None) -> Meta:
+    expected = f"a text of 1 to {max_chars} characters"
+    return Meta(min_length=1, max_length=max_chars, description=about, extra={"expected": expected})
 
 
-def _integer(low: int, high: int) -> Meta:
-    return Meta(ge=low, le=high, extra={"expected": f"an integer from {low} to {high}"})
+def _integer(low: int, high: int, about: str | None = None) -> Meta:
+    expected = f"an integer from {low} to {high}"
+    return Meta(ge=low, le=high, description=about, extra={"expected": expected})
 
 
-def _texts(max_items: int) -> Meta:
-    return Meta(max_length=max_items, extra={"expected": f"a list of at most {max_items} texts"})
+def _texts(min_items: int, max_items: int, about: str) -> Meta:
+    expected = f"a list of {min_items} to {max_items} texts"
+    return Meta(min_length=min_items, max_length=max_items, description=about, extra={"expected": expected})
 
 
-Name = Annotated[str, Meta(min_length=1, max_length=64)]  # of a stream, a pattern or a type of message
+def _match(pattern: str, expected: str) -> Meta:
+    """A text that matches as a whole: `$` alone would also match before a line feed at the end."""
+    return Meta(pattern=f"^(?:{pattern})(?!\\n)$", extra={"expected": expected})
+
+
+_A_SEQ = _integer(0, MAX_SEQ)
+_StreamName = Annotated[str, _match(STREAM_NAME.pattern, "a stream's name")]
+_StreamPattern = Annotated[
+    str, _match(STREAM_PATTERN.pattern, f"a stream's name or a pattern: {STREAM_PATTERN.pattern}")
+]
+_MessageType = Annotated[str, _match("|".join(map(re.escape, MESSAGE_TYPES)), "a type of message")]
+_Position = Annotated[Mapping[_StreamName, Annotated[int, _A_SEQ]], Meta(min_length=1, max_length=1)]
 
 
 class SessionUpdate(_Request, frozen=True):
-    """Change a setting of the live stream from here on. None leaves it as it is."""
+    """Change a setting of the live stream from now on."""
 
-    language: Annotated[str, _text(16)] | None = None
+    language: Annotated[
+        Annotated[str, _text(16)] | None,
+        Meta(description="a code of `session.created`, or `auto`; null leaves it as it is"),
+    ] = None
 
 
 class Flush(_Request, frozen=True):
     """Commit all audio sent so far, then answer `flushed` with this id."""
 
-    id: Annotated[str, _text(MAX_ID_CHARS)]
+    id: Annotated[str, _text(MAX_ID_CHARS, "chosen by the client")]
 
 
 class Ask(_Request, frozen=True):
-    """A question about the last `last_ms` milliseconds."""
+    """Ask the model about the newest audio; `answer.delta` and `answer.final` answer."""
 
-    id: Annotated[str, _text(MAX_ID_CHARS)]
-    question: Annotated[str, _text(MAX_QUESTION_CHARS)]
-    last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000)]
+    id: Annotated[str, _text(MAX_ID_CHARS, "chosen by the client")]
+    question: Annotated[str, _text(MAX_QUESTION_CHARS, "in any language that the model knows")]
+    last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000, "how much of the newest audio it is about")]
 
 
 class Close(_Request, frozen=True):
-    """No more audio: finalise, send `session.closed`, close the connection."""
+    """No more audio: finalise the stream, send `session.closed`, close the connection."""
 
 
 class Subscribe(_Request, frozen=True):
-    """What a subscriber wants to receive. An empty `types` means all of them.
+    """Receive messages of streams. Replaces the subscription before it.
 
-    `streams` are names, or patterns in which `*` stands for any characters: those pick up every
-    stream that begins later, and their subscription does not end by itself. `after` asks for
-    logged messages first, oldest first:
+    In a pattern `*` stands for any characters. A pattern also matches streams that begin later, so
+    its subscription does not end by itself. `after` requests logged messages first, oldest first:
 
-    - a number: of each stream, those after this `seq`; 0 for all that is kept;
-    - an object with one name and `seq`: the last logged message that was received, of whichever
-      stream. It gives what the log took after that message, of all the streams. So a
-      subscription of many streams resumes without a gap. All that is kept comes where the log
-      does not have that message any more;
+    - a number: of each stream, those after this `seq`; 0 for all that the log keeps;
+    - an object with one name and `seq`: the last logged message received, of whichever stream.
+      Replays what the log took after that message, of all the streams, so that a subscription of
+      many streams resumes without a gap. Replays everything where the log no longer has that
+      message;
     - None: begins with the next message.
     """
 
-    streams: Annotated[tuple[Name, ...], _texts(MAX_SUBSCRIBED_STREAMS)]
-    types: Annotated[tuple[Name, ...], _texts(len(MESSAGE_TYPES))] = ()
-    after: Annotated[int, _integer(0, MAX_SEQ)] | Mapping[str, int] | None = None
+    streams: Annotated[
+        tuple[_StreamPattern, ...], _texts(1, MAX_SUBSCRIBED_STREAMS, "names of streams, or patterns")
+    ]
+    types: Annotated[
+        tuple[_MessageType, ...], _texts(0, len(MESSAGE_TYPES), "types of messages to receive; empty for all")
+    ] = ()
+    after: Annotated[
+        Annotated[int, _A_SEQ] | _Position | None,
+        Meta(
+            description="where a replay begins, see above; null for none",
+            extra={"expected": f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}"},
+        ),
+    ] = None
 
 
 ClientMessage = SessionUpdate | Flush | Ask | Close | Subscribe
@@ -117,32 +142,9 @@ def decode_client(text: str | bytes, allowed: Sequence[type[ClientMessage]]) -> 
     if cls is None:
         raise ProtocolError("bad_message", f"type is {shown(kind)}; expected one of {sorted(names)}")
     try:
-        message = msgspec.convert(body, cls)
+        return msgspec.convert(body, cls)
     except msgspec.ValidationError as exc:
         raise _complaint(cls, body, str(exc)) from exc
-    if isinstance(message, Subscribe):
-        _check_subscribe(message)
-    return message
-
-
-def _check_subscribe(message: Subscribe) -> None:
-    """What the types of its fields cannot say."""
-    if not message.streams:
-        raise ProtocolError("bad_message", "subscribe.streams is empty; expected a stream's name")
-    for name in message.streams:
-        if not STREAM_PATTERN.fullmatch(name):
-            raise ProtocolError(
-                "bad_message", f"{shown(name)} is no stream name or pattern: {STREAM_PATTERN.pattern}"
-            )
-    for name in message.types:
-        if name not in MESSAGE_TYPES:
-            raise ProtocolError("bad_message", f"unknown message type {shown(name)}")
-    if isinstance(message.after, Mapping):
-        places = [
-            name for name, seq in message.after.items() if STREAM_NAME.fullmatch(name) and 0 <= seq <= MAX_SEQ
-        ]
-        if len(places) != 1 or len(message.after) != 1:
-            raise _wrong(Subscribe, "after", message.after)
 
 
 def _complaint(cls: type[ClientMessage], body: Mapping[str, Any], found: str) -> ProtocolError:
@@ -151,24 +153,16 @@ def _complaint(cls: type[ClientMessage], body: Mapping[str, Any], found: str) ->
     unknown = sorted(set(body) - {"type", *(field.name for field in fields)})
     if unknown:
         return ProtocolError("bad_message", f"{cls.type} has no field {shown(unknown[0])}")
-    path = re.search(r"at `\$\.(\w+)", found)
+    path = _PATH.search(found)
     missing = [field.name for field in fields if field.required and field.name not in body]
-    name = path[1] if path else missing[0]
-    return _wrong(cls, name, body[name]) if name in body else _wrong(cls, name)
-
-
-_MISSING = object()
-
-
-def _wrong(cls: type[ClientMessage], name: str, value: object = _MISSING) -> ProtocolError:
-    got = "missing" if value is _MISSING else shown(value)
-    expected = _EXPECTED.get((cls, name)) or _expected(get_type_hints(cls, include_extras=True)[name])
-    return ProtocolError("bad_message", f"{cls.type}.{name} is {got}; expected {expected}")
-
-
-_EXPECTED: Mapping[tuple[type[ClientMessage], str], str] = {
-    (Subscribe, "after"): f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}"
-}
+    name, index = path.groups() if path else (missing[0], None)
+    hint = get_type_hints(cls, include_extras=True)[name]
+    got = shown(body[name]) if name in body else "missing"
+    if index is not None:  # an item of a list
+        got = shown(body[name][int(index)])
+        hint = get_args(get_args(hint)[0])[0]
+        name += f"[{index}]"
+    return ProtocolError("bad_message", f"{cls.type}.{name} is {got}; expected {_expected(hint)}")
 
 
 def _expected(hint: Any) -> str:
@@ -184,7 +178,7 @@ def _json_object(text: str | bytes) -> dict[str, Any]:
         body = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         is_half = isinstance(text, str) and _HALF_A_PAIR.search(text)
-        reason = "half a surrogate pair, which UTF-8 cannot say" if is_half else exc
+        reason = "half a surrogate pair, which UTF-8 cannot encode" if is_half else exc
         raise ProtocolError("bad_json", f"no JSON: {reason}"[:200]) from exc
     if not isinstance(body, dict):
         raise ProtocolError("bad_json", f"got JSON of type {type(body).__name__}; expected an object")

@@ -1,14 +1,13 @@
-"""Lets requests in or refuses them: the rules of `access` and `limits`, applied to connections.
+"""Lets requests in or refuses them: the rules of `auth` and `limits`, applied to connections.
 
-Every refusal is one of `refusals.Refusal`, is answered as that says, and is counted.
+Every refusal is one of `refusals.Refusal`, raised as `Refused`, answered as it says, and counted.
 """
 
 from __future__ import annotations
 
 import logging
-import ssl
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
-from streaming.config import Config, ConfigError, is_loopback
+from streaming.config import AccessConfig, ConfigError, LimitsConfig, ServerConfig, is_loopback
 from streaming.metrics import Metrics
-from streaming.protocol import METRICS_PATH, CloseCode, HttpStatus
+from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
 from streaming.server.auth import (
     EVERYTHING,
@@ -28,10 +27,10 @@ from streaming.server.auth import (
     Tokens,
     is_host_allowed,
     is_origin_allowed,
-    need_of,
     presented,
     site_of,
 )
+from streaming.server.http import split_target, text_response
 from streaming.server.limits import Attempts, Places, network_of
 
 logger = logging.getLogger(__name__)
@@ -42,12 +41,36 @@ _CLOSES = {
 _FORWARDED = ("X-Forwarded-For", "Forwarded")
 
 
+class Refused(Exception):
+    """A request is not let in."""
+
+    def __init__(self, refusal: Refusal, detail: str = "") -> None:
+        super().__init__(refusal, detail)
+        self.refusal = refusal
+        self.detail = detail  # for the client; nothing secret
+
+
+def _nothing() -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A WebSocket that was let in."""
+
+    who: str  # as the log names it
+    serve: Callable[[], Coroutine[Any, Any, None]]  # its conversation, to the end
+    give_back: Callable[[], None] = _nothing  # what else it took, where it is lost before it is served
+    headers: Mapping[str, str] = field(default_factory=dict)  # added to the answer to the handshake
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """What a connection counts as, from its admission to its loss."""
 
     address: str | None  # None: not counted
     role: tuple[str, Scope] | None  # a subscriber's token, by name, and what it does; None: not counted
+    is_subscriber: bool
 
 
 class GuardedConnection(ServerConnection):
@@ -58,6 +81,7 @@ class GuardedConnection(ServerConnection):
         self.guard = guard
         self.grant: Grant | None = None  # what its token allows, once its request was let in
         self.address = ""  # the client's, behind a trusted proxy too
+        self.admitted: Admitted | None = None  # until it is served
 
     @property
     def granted(self) -> Grant:
@@ -94,7 +118,9 @@ class Guard:
 
     def __init__(
         self,
-        config: Config,
+        server: ServerConfig,
+        access: AccessConfig,
+        limits: LimitsConfig,
         metrics: Metrics,
         *,
         now_s: Callable[[], float],
@@ -106,19 +132,19 @@ class Guard:
             ConfigError: the tokens file or an origin cannot be used.
         """
         self.metrics = metrics
-        self._server = config.server
-        self._limits = config.limits
-        self._tokens = Tokens(Path(config.access.tokens)) if config.access.tokens else None
-        self._is_loopback_only = self._tokens is None and not config.access.allow_anonymous
+        self._server = server
+        self._limits = limits
+        self._tokens = Tokens(Path(access.tokens)) if access.tokens else None
+        self._is_loopback_only = self._tokens is None and not access.allow_anonymous
         self._now_s = now_s
         self._today = today
-        self._attempts = Attempts(config.limits.attempts_per_s, config.limits.attempts_burst)
+        self._attempts = Attempts(limits.attempts_per_s, limits.attempts_burst)
         self._of_address = Places()
         self._of_token = Places()
         self._half_open: dict[GuardedConnection, None] = {}  # oldest first
         self._places: dict[GuardedConnection, _Place] = {}
         self._of_stream: dict[str, tuple[str, Scope]] = {}  # whose place a live stream has, by its name
-        for origin in config.server.origins:
+        for origin in server.origins:
             if origin != "*" and site_of(origin) is None:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
         self._say_who_is_let_in()
@@ -135,6 +161,16 @@ class Guard:
     def n_half_open(self) -> int:
         """Connections that have not sent a whole request."""
         return len(self._half_open)
+
+    @property
+    def connections(self) -> tuple[GuardedConnection, ...]:
+        """WebSockets, from their admission to their loss."""
+        return tuple(self._places)
+
+    @property
+    def n_subscribers(self) -> int:
+        """Those of them that read."""
+        return sum(place.is_subscriber for place in self._places.values())
 
     # --- before there is a request -------------------------------------------------------
 
@@ -162,6 +198,8 @@ class Guard:
         if is_ours and sent is not None and sent.code in _CLOSES:
             self.metrics.refused(_CLOSES[sent.code])
         place = self._places.pop(connection, None)
+        if connection.admitted is not None:
+            connection.admitted.give_back()
         if place is None:
             return
         if place.address is not None:
@@ -171,105 +209,138 @@ class Guard:
 
     # --- with a request ------------------------------------------------------------------
 
-    def check(self, connection: GuardedConnection, request: Request) -> Response | None:
-        """Refuse a request that may not be made at all, or give the connection its grant."""
+    def check(self, connection: GuardedConnection, request: Request, need: Need | None) -> None:
+        """Refuse a request that may not be made at all, or give the connection its grant.
+
+        Args:
+            connection: That it came on.
+            request: Whole.
+            need: Of its path; None: there is no such path.
+
+        Raises:
+            Refused: it may not be made.
+        """
         self._half_open.pop(connection, None)
         connection.address = self._address(connection, request)
-        path, _ = split_target(request)
-        need = need_of(path)
         if request.method != "GET":
-            return self.refuse(connection, Refusal.BAD_METHOD)
+            raise Refused(Refusal.BAD_METHOD)
         if need is not None and need.scope is None:
-            return None  # for load balancers: it tells nothing, and they ask often
+            return  # for load balancers: it tells nothing, and they ask often
         is_local = is_loopback(connection.address)
         if not is_local and not self._attempts.take(network_of(connection.address), self._now_s()):
-            return self.refuse(connection, Refusal.TOO_MANY_ATTEMPTS)
+            raise Refused(Refusal.TOO_MANY_ATTEMPTS)
+        self._check_origin(request)
+        if need is None:
+            raise Refused(Refusal.BAD_PATH)
+        if need.is_for_this_machine and (self._tokens is None or is_local):
+            # Through a proxy on this machine, or from a page whose name was made to point here, it is
+            # not this machine that asks.
+            is_forwarded = any(name in request.headers for name in _FORWARDED)
+            hosts = request.headers.get_all("Host")
+            if is_local and not is_forwarded and is_host_allowed(hosts, self._server.origins):
+                return
+            if self._tokens is None:
+                raise Refused(Refusal.BAD_SCOPE, "it is for this machine alone")
+        connection.grant = EVERYTHING if self._tokens is None else self._grant(self._tokens, request, need)
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse what pages of other origins ask for."""
         hosts = request.headers.get_all("Host")
         if self._is_loopback_only and not is_host_allowed(hosts, self._server.origins):
             expected = "Host must be localhost, a loopback address or the host of one of server.origins"
-            return self.refuse(connection, Refusal.BAD_ORIGIN, f"without tokens, {expected}")
+            raise Refused(Refusal.BAD_ORIGIN, f"without tokens, {expected}")
         if not is_origin_allowed(
             request.headers.get_all("Origin"),
             next(iter(hosts), ""),
             self._server.origins,
             is_loopback_only=self._is_loopback_only,
         ):
-            return self.refuse(connection, Refusal.BAD_ORIGIN)
-        if need is None:
-            return self.refuse(connection, Refusal.BAD_PATH)
-        if path == METRICS_PATH and (self._tokens is None or is_local):
-            # Numbers of the whole server: without a token for this machine alone; through a proxy on
-            # it, or from a page whose name was made to point here, for nobody.
-            is_forwarded = any(name in request.headers for name in _FORWARDED)
-            if is_local and not is_forwarded and is_host_allowed(hosts, self._server.origins):
-                return None
-            if self._tokens is None:
-                return self.refuse(connection, Refusal.BAD_SCOPE, "it is for this machine alone")
-        return self._check_token(connection, request, need)
+            raise Refused(Refusal.BAD_ORIGIN)
 
-    def _check_token(self, connection: GuardedConnection, request: Request, need: Need) -> Response | None:
-        if self._tokens is None:
-            connection.grant = EVERYTHING
-            return None
+    def _grant(self, tokens: Tokens, request: Request, need: Need) -> Grant:
+        """What a request's token allows, where that is enough."""
         _, query = split_target(request)
         token = presented(request.headers.get_all("Authorization"), query)
         if token is None:
-            return self.refuse(connection, Refusal.NO_TOKEN)
-        grant = self._tokens.grant(token, self._today())
+            raise Refused(Refusal.NO_TOKEN)
+        grant = tokens.grant(token, self._today())
         if grant is None:
-            return self.refuse(connection, Refusal.UNKNOWN_TOKEN)
-        assert need.scope is not None, need
-        if not (grant.has(need.scope) if need.stream is None else grant.covers(need.scope, need.stream)):
-            return self.refuse(connection, Refusal.BAD_SCOPE, f"{need.scope} is needed here")
-        connection.grant = grant
-        return None
+            raise Refused(Refusal.UNKNOWN_TOKEN)
+        if not need.is_met(grant):
+            raise Refused(Refusal.BAD_SCOPE, f"{need.scope} is needed here")
+        return grant
 
-    def take_place(
-        self,
-        connection: GuardedConnection,
-        scope: Scope,
-        stream: str | None = None,
-        *,
-        is_again: bool = False,
-    ) -> Response | None:
-        """Count a connection whose handshake succeeded, or refuse it where there is no room.
+    # --- with a handshake that succeeded: what it takes is given back when the connection is lost ------
 
-        The place is given back when the connection is lost; but a token's place for a stream is the
-        stream's, however many connections it takes, until `stream_over`.
+    def take_reader(self, connection: GuardedConnection) -> None:
+        """Count a subscriber.
+
+        Raises:
+            Refused: there is no room for it, or for another one of its token.
+        """
+        self._check_room(connection)
+        role, limit = None, connection.granted.max_subscribers or self._limits.token_subscribers
+        if self._tokens is not None:
+            role = (connection.granted.name, Scope.SUBSCRIBE)
+            if not self._of_token.has_room(role, limit):
+                raise Refused(Refusal.TOO_MANY_READERS_OF_TOKEN)
+            self._of_token.take(role)
+        self._take(connection, role, is_subscriber=True)
+
+    def take_stream(self, connection: GuardedConnection, stream: str) -> None:
+        """Count the producer of a new stream, and the stream as its token's, until `stream_over`.
+
+        Raises:
+            Refused: there is no room for it, or for another stream of its token.
+        """
+        self._check_room(connection)
+        role, limit = (
+            self._publisher(connection),
+            connection.granted.max_streams or self._limits.token_streams,
+        )
+        if self._tokens is not None and not self._of_token.has_room(role, limit):
+            raise Refused(Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+        self._own(stream, role)
+        self._take(connection, None)
+
+    def take_resumed(self, connection: GuardedConnection, stream: str | None) -> None:
+        """Count a producer that comes back; it is not refused for its token's other streams.
 
         Args:
-            connection: Was let in.
-            scope: What it is for.
-            stream: The live stream that it publishes; None for a subscriber, and where the stream is over.
-            is_again: Its producer comes back, and is not refused for its token's other streams. Where the
-                stream has no place yet, because a dead server left it, it gets one beyond the limit too.
+            connection: Of the producer.
+            stream: Its live stream. Where that has no place yet, because a dead server left it, it gets
+                one beyond the limit too. None: the stream is over, and nothing would ever give it back.
+
+        Raises:
+            Refused: there is no room for it.
         """
-        grant = connection.granted
-        if len(self._places) >= self._server.max_connections:
-            return self.refuse(connection, Refusal.TOO_MANY_CONNECTIONS)
-        address = None if is_loopback(connection.address) else network_of(connection.address)
-        if address is not None and not self._of_address.has_room(address, self._limits.address_connections):
-            return self.refuse(connection, Refusal.TOO_MANY_OF_ADDRESS)
-        is_counted = scope is not Scope.PUBLISH or (stream is not None and stream not in self._of_stream)
-        role = (grant.name, scope) if self._tokens is not None and is_counted else None
-        if role is not None:
-            if scope is Scope.PUBLISH:
-                limit, refusal = (
-                    grant.max_streams or self._limits.token_streams,
-                    Refusal.TOO_MANY_STREAMS_OF_TOKEN,
-                )
-            else:
-                limit = grant.max_subscribers or self._limits.token_subscribers
-                refusal = Refusal.TOO_MANY_READERS_OF_TOKEN
-            if not is_again and not self._of_token.has_room(role, limit):
-                return self.refuse(connection, refusal)
+        self._check_room(connection)
+        if stream is not None and stream not in self._of_stream:
+            self._own(stream, self._publisher(connection))
+        self._take(connection, None)
+
+    def _publisher(self, connection: GuardedConnection) -> tuple[str, Scope]:
+        return connection.granted.name, Scope.PUBLISH
+
+    def _own(self, stream: str, role: tuple[str, Scope]) -> None:
+        if self._tokens is not None:
             self._of_token.take(role)
+            self._of_stream[stream] = role
+
+    def _check_room(self, connection: GuardedConnection) -> None:
+        if len(self._places) >= self._server.max_connections:
+            raise Refused(Refusal.TOO_MANY_CONNECTIONS)
+        address = _counted_address(connection)
+        if address is not None and not self._of_address.has_room(address, self._limits.address_connections):
+            raise Refused(Refusal.TOO_MANY_OF_ADDRESS)
+
+    def _take(
+        self, connection: GuardedConnection, role: tuple[str, Scope] | None, *, is_subscriber: bool = False
+    ) -> None:
+        address = _counted_address(connection)
         if address is not None:
             self._of_address.take(address)
-        if role is not None and stream is not None:
-            self._of_stream[stream], role = role, None
-        self._places[connection] = _Place(address, role)
-        return None
+        self._places[connection] = _Place(address, role, is_subscriber)
 
     def stream_over(self, name: str) -> None:
         """A stream's name is free again, and with it the place of the token that began it."""
@@ -277,14 +348,13 @@ class Guard:
         if role is not None:
             self._of_token.give_back(role)
 
-    def refuse(self, connection: ServerConnection, refusal: Refusal, detail: str = "") -> Response:
+    def refuse(self, refused: Refused) -> Response:
         """The answer of a refusal before a WebSocket is open; counts it."""
-        self.metrics.refused(refusal)
-        answer = refusal.value
-        assert isinstance(answer.code, HttpStatus), refusal
-        response = connection.respond(
-            answer.code, f"{answer.text}: {detail}\n" if detail else f"{answer.text}\n"
-        )
+        self.metrics.refused(refused.refusal)
+        answer = refused.refusal.value
+        assert isinstance(answer.code, HttpStatus), refused
+        text = f"{answer.text}: {refused.detail}" if refused.detail else answer.text
+        response = text_response(answer.code, text)
         match answer.code:
             case HttpStatus.UNAUTHORIZED:
                 response.headers["WWW-Authenticate"] = "Bearer"
@@ -305,29 +375,6 @@ class Guard:
         return address
 
 
-def split_target(request: Request) -> tuple[str, str]:
-    """Path and query of a request; not by `urlsplit`, which finds hosts in paths and raises at some."""
-    path, _, query = request.path.partition("?")
-    return path, query
-
-
-def tls_context(cert: str, key: str) -> ssl.SSLContext | None:
-    """TLS with the certificate and key of two PEM files; None where none are named.
-
-    Raises:
-        ConfigError: they cannot be used.
-    """
-    if not cert:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(cert, key, password=_no_password)
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"server.tls_cert, server.tls_key: {cert}, {key}: cannot be used: {exc}") from exc
-    return context
-
-
-def _no_password() -> str:
-    """Instead of a prompt on the terminal, which a service does not have."""
-    raise ValueError("the key is encrypted; expected one without a password")
+def _counted_address(connection: GuardedConnection) -> str | None:
+    """As what a connection's address is counted; None: it is this machine's own."""
+    return None if is_loopback(connection.address) else network_of(connection.address)

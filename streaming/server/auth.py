@@ -1,13 +1,12 @@
 """Who may do what: bearer tokens with scopes per stream, and the origins of pages.
 
 Pure but for reading the tokens file; knows no socket and no request. A token is kept as its SHA-256
-alone, compared in constant time with every entry, and appears in no error text.
+alone and appears in no error text.
 """
 
 from __future__ import annotations
 
 import enum
-import hmac
 import json
 import logging
 import re
@@ -25,19 +24,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from streaming.config import ConfigError, is_loopback, problems
 from streaming.patterns import Patterns
-from streaming.protocol import (
-    DEEPGRAM_PATH,
-    DEEPGRAM_STREAMS,
-    HEALTH_PATH,
-    HISTORY_PATH,
-    METRICS_PATH,
-    OPENAI_PATH,
-    OPENAI_STREAMS,
-    READY_PATH,
-    STREAM_PATH,
-    SUBSCRIBE_PATH,
-    TOKEN_PARAMETER,
-)
+from streaming.protocol import TOKEN_PARAMETER
 from streaming.tokens import digest_of
 from streaming.tokens import new_token as secret_token
 
@@ -141,14 +128,10 @@ class Tokens:
     def grant(self, token: str, now: datetime) -> Grant | None:
         """What the bearer of a token may do; None where it is not known or has expired.
 
-        Every entry is compared, and each in constant time, so that the time taken tells nothing.
+        What the time of the look-up tells is about the digest, from which no token can be guessed.
         """
         self._refresh()
-        digest = digest_of(token)
-        found: _Entry | None = None
-        for entry in self._entries:
-            if hmac.compare_digest(entry.digest, digest):
-                found = entry
+        found = self._entries.get(digest_of(token))
         if found is None or (found.expires is not None and found.expires <= now):
             return None
         return found.grant
@@ -162,14 +145,13 @@ class Tokens:
         try:
             self._entries, self._signature = _load(self.path)
         except ConfigError as exc:
-            logger.error("the tokens read before stay in force: %s", exc)  # noqa: TRY400  no fault of ours
+            logger.error("the tokens read before stay in force: %s", exc)  # noqa: TRY400  the file is wrong, not the server
         else:
             logger.info("tokens read again: %d", len(self._entries))
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    digest: bytes
     expires: datetime | None
     grant: Grant
 
@@ -185,7 +167,8 @@ def _signature(path: Path) -> _Signature:
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
-def _load(path: Path) -> tuple[tuple[_Entry, ...], _Signature]:
+def _load(path: Path) -> tuple[dict[bytes, _Entry], _Signature]:
+    """The entries by digest, and what the file looked like before it was read."""
     signature = _signature(path)  # before the text: a change in between is read next time
     try:
         mode = path.stat().st_mode
@@ -200,7 +183,7 @@ def _load(path: Path) -> tuple[tuple[_Entry, ...], _Signature]:
     if mode & stat.S_IROTH:
         logger.warning("%s can be read by everybody on this machine (chmod 600)", path)
     entries = parse_tokens(text, str(path))
-    return tuple(_Entry(entry.digest, entry.expires, entry.grant) for entry in entries), signature
+    return {entry.digest: _Entry(entry.expires, entry.grant) for entry in entries}, signature
 
 
 def parse_tokens(text: str, source: str = "tokens") -> tuple[TokenEntry, ...]:
@@ -259,26 +242,12 @@ class Need:
 
     scope: Scope | None  # None: it is open to everybody
     stream: str | None = None  # or a pattern; None: which stream it is about is seen later
+    is_for_this_machine: bool = False  # which needs no token for it; without tokens nobody else may
 
-
-def need_of(path: str) -> Need | None:
-    """What a path needs; None where there is no such path."""
-    if path.startswith(STREAM_PATH):
-        return Need(Scope.PUBLISH, path.removeprefix(STREAM_PATH))
-    if path.startswith(f"{HISTORY_PATH}/"):
-        return Need(Scope.READ, path.removeprefix(f"{HISTORY_PATH}/").partition("/")[0])
-    return _NEEDS.get(path)
-
-
-_NEEDS = {
-    HEALTH_PATH: Need(None),
-    READY_PATH: Need(None),
-    METRICS_PATH: Need(Scope.READ, "*"),
-    HISTORY_PATH: Need(Scope.READ, "*"),
-    SUBSCRIBE_PATH: Need(Scope.SUBSCRIBE),
-    OPENAI_PATH: Need(Scope.PUBLISH, OPENAI_STREAMS),
-    DEEPGRAM_PATH: Need(Scope.PUBLISH, DEEPGRAM_STREAMS),
-}
+    def is_met(self, grant: Grant) -> bool:
+        """Whether a grant allows the request."""
+        assert self.scope is not None, self
+        return grant.has(self.scope) if self.stream is None else grant.covers(self.scope, self.stream)
 
 
 # --- what a request presents -------------------------------------------------------------

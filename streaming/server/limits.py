@@ -8,7 +8,9 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass
 
+from streaming.config import LimitsConfig, ServerConfig
 from streaming.errors import TooFast
 
 MAX_ADDRESSES = 10_000  # remembered at once; beyond it the one that was seen longest ago is forgotten
@@ -37,9 +39,8 @@ class Attempts:
     def __init__(self, per_s: float, burst: int) -> None:
         self._per_s = per_s
         self._burst = burst
-        self._left: OrderedDict[str, tuple[float, float]] = (
-            OrderedDict()
-        )  # requests left, and when; oldest first
+        # Requests left, and when; the address seen longest ago first.
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, now_s: float) -> bool:
         """Count a request; False where the address has none left."""
@@ -103,3 +104,20 @@ class AudioPace:
                 f"{self._burst_s:g} s at once, then {self._speed:g} s a second"
             )
         return max(0.0, self._ahead - self._burst_s) / self._speed
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerLimits:
+    """The settings a producer's connection goes by."""
+
+    server: ServerConfig
+    limits: LimitsConfig
+    ack_interval_s: float
+    languages: tuple[str, ...]  # codes the model can be set to
+    language: str | None  # the server's setting, where a client asks for none; None: detect
+    tasks: tuple[str, ...]  # what the model does
+
+    def new_pace(self, now_s: float) -> AudioPace:
+        """What holds back a client whose audio comes too fast, from now on."""
+        limits = self.limits
+        return AudioPace(limits.audio_speed, limits.audio_burst_s, limits.audio_ahead_s, now_s)

@@ -11,7 +11,6 @@ from websockets.exceptions import ConnectionClosed
 from streaming import aio
 from streaming.config import ServerConfig
 from streaming.errors import (
-    BadMessages,
     ConnectionOver,
     Forbidden,
     IdleConnection,
@@ -21,25 +20,69 @@ from streaming.errors import (
 from streaming.log.hub import Hub, Subscription
 from streaming.log.log import Log
 from streaming.protocol import (
+    MAX_TEXT_CHARS,
+    SUBSCRIBE_PATH,
     SUBSCRIBER_MESSAGES,
     ClientMessage,
     Envelope,
     Error,
-    ErrorCode,
     ProtocolError,
     SessionClosed,
     SessionCreated,
     Subscribe,
     decode_client,
+    encode,
     is_pattern,
 )
 from streaming.server import ws
-from streaming.server.auth import EVERYTHING, Grant, Scope
+from streaming.server.admission import Admitted, Guard, GuardedConnection
+from streaming.server.auth import Grant, Scope
 from streaming.server.limits import Attempts
+from streaming.server.routes import Handshake, SocketRoute
 
 logger = logging.getLogger(__name__)
 
 SUBSCRIBES_PER_S, SUBSCRIBES_BURST = 2.0, 10  # of one connection
+
+
+class Subscribers:
+    """Admits and serves them."""
+
+    def __init__(
+        self, config: ServerConfig, log: Log, hub: Hub, guard: Guard, finalised: asyncio.Event
+    ) -> None:
+        """Subscribers of a server.
+
+        Args:
+            config: What their connections go by.
+            log: Of all streams.
+            hub: Of all readers.
+            guard: Counts them.
+            finalised: Set when the server is stopping and no stream is live any more.
+        """
+        self._config = config
+        self._log = log
+        self._hub = hub
+        self._guard = guard
+        self._finalised = finalised
+
+    def routes(self) -> tuple[SocketRoute, ...]:
+        """Where one subscribes; which streams, the connection says."""
+        return (SocketRoute(SUBSCRIBE_PATH, Scope.SUBSCRIBE, admit=self._admit),)
+
+    def _admit(self, connection: GuardedConnection, _: Handshake) -> Admitted:
+        """Take a place.
+
+        Raises:
+            Refused: there is none.
+        """
+        self._guard.take_reader(connection)
+        # It sends no audio, and what half a message holds is memory.
+        connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.max_message_bytes)
+        subscriber = Subscriber(
+            connection, self._hub, self._log, self._config, self._finalised, connection.granted
+        )
+        return Admitted("a subscriber", subscriber.run)
 
 
 class Subscriber:
@@ -58,7 +101,7 @@ class Subscriber:
         log: Log,
         config: ServerConfig,
         finalised: asyncio.Event,
-        grant: Grant = EVERYTHING,
+        grant: Grant,
     ) -> None:
         self._connection = connection
         self._hub = hub
@@ -67,24 +110,21 @@ class Subscriber:
         self._finalised = finalised  # the server is stopping, and no stream is live any more
         self._grant = grant
         self._over: set[str] = set()  # streams of which `session.closed` was sent
-        self._n_bad = 0
+        self._complaints = ws.Complaints(config.max_bad_messages)
         self._subscriptions = Attempts(SUBSCRIBES_PER_S, SUBSCRIBES_BURST)
 
     async def run(self) -> None:
         """Converse until it is over, and close."""
         with self._hub.subscription() as reader:
-            sender = asyncio.create_task(self._send(reader), name="send subscriber")
-            discarding: asyncio.Task[None] | None = None
-            try:
+            async with aio.background(self._send(reader), "send subscriber") as sender:
                 over = await self._converse(reader, sender)
-                discarding = asyncio.create_task(ws.discard(self._connection), name="discard subscriber")
-                if over is None or isinstance(over, SlowReader):
-                    await aio.cancel(sender)
-                else:
-                    await ws.send_rest(self._connection, reader, sender)
-                await ws.close(self._connection, reader, over)
-            finally:
-                await aio.cancel(sender, *([] if discarding is None else [discarding]))
+                async with aio.background(ws.discard(self._connection), "discard subscriber"):
+                    if over is None or isinstance(over, SlowReader):
+                        await aio.cancel(sender)
+                    else:
+                        await ws.send_rest(reader, sender)
+                    lag = [encode(reader.lag())] if isinstance(over, SlowReader) else []
+                    await ws.close(self._connection, ws.closing_of(over), lag)
 
     async def _converse(self, reader: Subscription, sender: asyncio.Task[None]) -> ConnectionOver | None:
         """What ended it, if not the client or the streams."""
@@ -98,8 +138,8 @@ class Subscriber:
         except ConnectionClosed:
             return None
         except ConnectionOver as over:
-            for envelope in ws.fatal_error("", 0, over):
-                reader.put(envelope)
+            if over.error_code is not None:
+                reader.put(Envelope("", 0, Error(over.error_code, str(over), fatal=True)))
             return over
         return None
 
@@ -126,7 +166,8 @@ class Subscriber:
             try:
                 message = _read(frame)
             except ProtocolError as exc:
-                self._complain(reader, exc.code, str(exc))
+                reader.put(Envelope("", 0, Error(exc.code, str(exc), fatal=False)))
+                self._complaints.count()
                 continue
             if not isinstance(message, Subscribe):
                 return
@@ -158,12 +199,6 @@ class Subscriber:
                 return await self._connection.recv()
         except TimeoutError:
             raise IdleConnection(f"no subscribe for {self._config.idle_timeout_s} s") from None
-
-    def _complain(self, reader: Subscription, code: ErrorCode, text: str) -> None:
-        self._n_bad += 1
-        reader.put(Envelope("", 0, Error(code, text, fatal=False)))
-        if self._n_bad >= self._config.max_bad_messages:
-            raise BadMessages(f"{self._n_bad} messages that could not be read")
 
 
 def _read(frame: str | bytes) -> ClientMessage:

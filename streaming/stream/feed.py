@@ -375,5 +375,6 @@ def _reply(client_id: str, mark: Mark, result: messages.Result) -> list[Message]
         return [Flushed(client_id, ms_of(mark.at))]
     answer = result.answer
     assert answer is not None, "checked before"
-    final = AnswerFinal(client_id, answer.text, ms_of(answer.start), ms_of(answer.end))
+    start_ms, end_ms = ms_of(answer.start), ms_of(answer.end)
+    final = AnswerFinal(client_id, answer.text, start_ms, end_ms, answer.is_cut, answer.thinking)
     return [AnswerDelta(client_id, answer.text), final] if answer.text else [final]

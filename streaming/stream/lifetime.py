@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, urlencode
+from typing import Any
 
 from streaming import aio
 from streaming.aio import Changed
-from streaming.errors import BadQuery, EngineLost, Replaced, StreamFault
+from streaming.errors import EngineLost, Replaced, StreamFault
 from streaming.log.hub import Subscription
 from streaming.log.log import Log
 from streaming.log.store import Saved
-from streaming.protocol import AFTER_PARAMETER, MAX_SEQ, RESUME_PARAMETER, Ack, Envelope, Message
+from streaming.protocol import Ack, Envelope, Message
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.session import Session
 from streaming.stream.snapshot import SavedStream, encode_stream
@@ -28,8 +29,6 @@ from streaming.tokens import is_token_of
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 24  # of randomness
-MAX_TOKEN_CHARS = 64
-MAX_PARAMETERS = 32  # in a stream's query
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +41,6 @@ class Resumption:
     def is_for(self, digest: bytes) -> bool:
         """Whether it is the token of this digest; takes as long whether or not."""
         return is_token_of(self.token, digest)
-
-
-def parse_resumption(query: str) -> tuple[Resumption | None, str]:
-    """The resumption in a stream's query, and the query without it.
-
-    Raises:
-        BadQuery: a parameter is given twice, or is none.
-    """
-    found: dict[str, str] = {}
-    rest = []
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
-    except ValueError as exc:
-        raise BadQuery(f"too many parameters; expected at most {MAX_PARAMETERS}") from exc
-    for key, value in pairs:
-        if key not in (RESUME_PARAMETER, AFTER_PARAMETER):
-            rest.append((key, value))
-        elif key in found:
-            raise BadQuery(f"{key} was given twice; expected once")
-        else:
-            found[key] = value
-    token, after = found.get(RESUME_PARAMETER), found.get(AFTER_PARAMETER)
-    if token is None:
-        if after is not None:
-            raise BadQuery(f"{AFTER_PARAMETER} without {RESUME_PARAMETER}; expected both or none")
-        return None, query
-    if not 0 < len(token) <= MAX_TOKEN_CHARS:
-        raise BadQuery(f"{RESUME_PARAMETER} is no token; expected that of session.created")
-    if after is not None:
-        is_number = after.isascii() and after.isdecimal() and len(after) <= 16
-        if not (is_number and int(after) <= MAX_SEQ):
-            raise BadQuery(f"{AFTER_PARAMETER} is {after[:80]!r}; expected a seq up to {MAX_SEQ}")
-    return Resumption(token, None if after is None else int(after)), urlencode(rest)
 
 
 class ProducerSlot:
@@ -184,10 +150,10 @@ class LiveStream:
     def __init__(
         self,
         session: Session,
-        audio: AudioInput,
         slot: ProducerSlot,
         log: Log,
         *,
+        end_audio: Callable[[], Coroutine[Any, Any, None]],
         grace_s: float,
         stop_timeout_s: float,
     ) -> None:
@@ -195,15 +161,15 @@ class LiveStream:
 
         Args:
             session: Open, or about to be.
-            audio: The producer's way into the session.
             slot: Of its producer.
             log: Of all streams.
+            end_audio: Feeds the session what is still held of the received audio; nothing more comes.
             grace_s: How long a stream waits for a producer that is away, seconds.
             stop_timeout_s: How long its end may take while the server stops, seconds.
         """
         self.session = session
-        self.audio = audio
         self.slot = slot
+        self._end_audio = end_audio
         self._log = log
         self._grace_s = grace_s
         self._stop_timeout_s = stop_timeout_s
@@ -222,13 +188,6 @@ class LiveStream:
     def is_over(self) -> bool:
         """Whether it is closed, in good order or not."""
         return self._state in (LifeState.OVER, LifeState.FAILED)
-
-    def save(self, stream: int) -> Saved:
-        """What the stream continues from after the server's death, and its audio since the last call."""
-        session = self.session.snapshot()
-        unsaved = self.session.take_unsaved()
-        state = encode_stream(SavedStream(session, self.audio.snapshot()))
-        return Saved(stream, state, unsaved.start, unsaved.stop, unsaved.pcm, session.needed_from)
 
     def end(self, reason: str) -> None:
         """Finalise it; the first reason counts."""
@@ -292,7 +251,7 @@ class LiveStream:
 
     async def _finalise(self, reason: str) -> None:
         if not self.session.is_lost:
-            await self.audio.end()
+            await self._end_audio()
         await self.session.finish(reason)
 
     async def _until_ended(self) -> None:
@@ -335,3 +294,30 @@ class LiveStream:
     async def _stop_deadline(self) -> None:
         await self._changed.wait_for(lambda: self._is_server_stopping)
         await asyncio.sleep(self._stop_timeout_s)
+
+
+class ResumableStream(LiveStream):
+    """A live stream that its producer, and the next server, may resume."""
+
+    def __init__(
+        self,
+        session: Session,
+        audio: AudioInput,
+        slot: ProducerSlot,
+        log: Log,
+        *,
+        grace_s: float,
+        stop_timeout_s: float,
+    ) -> None:
+        """As `LiveStream`, with the producer's way into the session, which outlives its connections."""
+        super().__init__(
+            session, slot, log, end_audio=audio.end, grace_s=grace_s, stop_timeout_s=stop_timeout_s
+        )
+        self.audio = audio
+
+    def save(self, stream: int) -> Saved:
+        """What the stream continues from after the server's death, and its audio since the last call."""
+        session = self.session.snapshot()
+        unsaved = self.session.take_unsaved()
+        state = encode_stream(SavedStream(session, self.audio.snapshot()))
+        return Saved(stream, state, unsaved.start, unsaved.stop, unsaved.pcm, session.needed_from)

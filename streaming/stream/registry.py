@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from streaming import aio
 from streaming.audio.ingest import AudioFormat
 from streaming.audio.vad import Vad
-from streaming.config import Config, VadConfig
+from streaming.config import EngineSettings, IngestConfig, ServerConfig, VadConfig
 from streaming.engine.client import EngineClient
 from streaming.engine.contract import Pcm
 from streaming.errors import LogError
@@ -26,7 +28,7 @@ from streaming.metrics import Metrics
 from streaming.protocol import SAMPLE_RATE_HZ, Error, Message, SessionClosed
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.feed import Feed
-from streaming.stream.lifetime import TOKEN_BYTES, LiveStream, ProducerSlot
+from streaming.stream.lifetime import TOKEN_BYTES, LiveStream, ProducerSlot, ResumableStream
 from streaming.stream.recovery import Recovery
 from streaming.stream.session import Outlets, Session
 from streaming.stream.snapshot import InputState, SessionState, decode_stream, for_model
@@ -38,14 +40,25 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 5.0  # for what is left to do when every connection is closed
 
 
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """What every stream of a server is set to."""
+
+    server: ServerConfig
+    ingest: IngestConfig
+    vad: VadConfig
+    timeline: EngineSettings  # its sections that a timeline reads
+
+
 class Streams:
-    """The resumable live streams, by name. Belongs to the event loop."""
+    """The live streams, by name. Belongs to the event loop."""
 
     def __init__(
         self,
-        config: Config,
+        settings: StreamSettings,
         engine: EngineClient,
         log: Log,
+        metrics: Metrics,
         *,
         clock_ms: Callable[[], int],
         release: Callable[[str], None],
@@ -53,34 +66,38 @@ class Streams:
         """There are none yet.
 
         Args:
-            config: Of the whole server.
+            settings: Of every stream.
             engine: Runs, or will.
             log: Of all streams.
+            metrics: Of the server.
             clock_ms: Unix time.
             release: Called with the name of a dead server's stream that this one leaves to the next.
         """
-        self._config = config
+        self._settings = settings
         self._engine = engine
         self._log = log
         self._clock_ms = clock_ms
-        self._metrics: Metrics = engine.metrics
+        self._metrics = metrics
+        self._is_stopping = False
         self._live: dict[str, LiveStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         self._recovery = Recovery(engine, log, resume=self._resume, publish=self.publish, release=release)
 
-    def find(self, name: str) -> LiveStream | None:
-        """A live stream."""
-        return self._live.get(name)
+    def find(self, name: str) -> ResumableStream | None:
+        """A live stream that its producer may resume."""
+        live = self._live.get(name)
+        return live if isinstance(live, ResumableStream) else None
 
-    def begin(self, name: str, audio_format: AudioFormat, language: str | None) -> tuple[LiveStream, str]:
+    def begin(
+        self, name: str, audio_format: AudioFormat, language: str | None
+    ) -> tuple[ResumableStream, str]:
         """A new stream, and the token that it is resumed with."""
         token = new_token(TOKEN_BYTES)
         slot = ProducerSlot(self._log, name)
-        session = self._session(name, language, slot.tell)
-        live = self._live_stream(session, audio_format, slot)
+        live = self._resumable(self._session(name, language, slot.tell), audio_format, slot)
         self._log.open(name, live, digest_of(token))
-        session.open(self._clock_ms())
+        live.session.open(self._clock_ms())
         self._keep(live)
         return live, token
 
@@ -90,12 +107,26 @@ class Streams:
         language: str | None,
         *,
         vad: VadConfig,
-        tell: Callable[[Message], None],
-    ) -> Session:
-        """A new stream that ends with its connection, and is closed by the next server if this one dies."""
-        session = self._session(name, language, tell, vad=vad, is_saved=False)
+        end_audio: Callable[[], Coroutine[Any, Any, None]],
+    ) -> LiveStream:
+        """A new stream that ends with its connection, and is closed by the next server if this one dies.
+
+        Args:
+            name: Of the stream.
+            language: That it is set to; None: detect.
+            vad: Its endpointing.
+            end_audio: Feeds its session what is still held of the received audio.
+        """
+        slot = ProducerSlot(self._log, name)
+        session = self._session(name, language, slot.tell, vad=vad, is_saved=False)
+        stop_timeout_s = self._settings.server.stop_timeout_s
+        live = LiveStream(
+            session, slot, self._log, end_audio=end_audio, grace_s=0, stop_timeout_s=stop_timeout_s
+        )
         self._log.open(name)
-        return session
+        session.open(self._clock_ms())
+        self._keep(live)
+        return live
 
     def publish(self, name: str, message: Message) -> None:
         """Log a message; it goes out when it is on the disk."""
@@ -112,6 +143,7 @@ class Streams:
 
     def stop(self) -> None:
         """The server stops: finalise every stream whose producer is away; the others' producers do it."""
+        self._is_stopping = True
         for live in self._live.values():
             live.stop()
         self._recovery.stop()
@@ -152,7 +184,7 @@ class Streams:
             raise LogError(f"{kept}; expected it from {state.needed_from} to {feed.ring_end}")
         slot = ProducerSlot(self._log, left.name)
         session = self._session(left.name, feed.language, slot.tell, restored=(state, audio))
-        live = self._live_stream(session, saved.input.audio_format, slot, saved.input)
+        live = self._resumable(session, saved.input.audio_format, slot, saved.input)
         self._log.reopen(left.name, live)
         session.reopen()
         for question in unanswered:
@@ -172,8 +204,8 @@ class Streams:
     ) -> Session:
         ready = self._engine.ready
         assert ready is not None, "admitted before the engine was ever ready"
-        number, ingest = next(self._numbers), self._config.ingest
-        endpointing = Vad(vad or self._config.vad)
+        number, ingest = next(self._numbers), self._settings.ingest
+        endpointing = Vad(vad or self._settings.vad)
         state = audio = None
         if restored is not None:
             state, kept = restored[0].feed, restored[1]
@@ -182,7 +214,9 @@ class Streams:
             audio = kept[state.ring_start - start :]
         feed = Feed(
             number,
-            new_timeline(self._config, ready.tasks, ready.sounds, None if state is None else state.timeline),
+            new_timeline(
+                self._settings.timeline, ready.tasks, ready.sounds, None if state is None else state.timeline
+            ),
             language=language,
             ring=int(ingest.ring_s * SAMPLE_RATE_HZ),
             max_ahead=int(ingest.max_ahead_s * SAMPLE_RATE_HZ),
@@ -198,18 +232,16 @@ class Streams:
         )
         return Session(name, number, feed, endpointing, engine=self._engine, outlets=outlets)
 
-    def _live_stream(
+    def _resumable(
         self,
         session: Session,
         audio_format: AudioFormat,
         slot: ProducerSlot,
         state: InputState | None = None,
-    ) -> LiveStream:
-        ingest, server = self._config.ingest, self._config.server
-        audio = AudioInput(
-            audio_format, session, slot.tell, ack_interval_s=ingest.ack_interval_s, state=state
-        )
-        return LiveStream(
+    ) -> ResumableStream:
+        ack_interval_s, server = self._settings.ingest.ack_interval_s, self._settings.server
+        audio = AudioInput(audio_format, session, slot.tell, ack_interval_s=ack_interval_s, state=state)
+        return ResumableStream(
             session,
             audio,
             slot,
@@ -221,6 +253,8 @@ class Streams:
     def _keep(self, live: LiveStream) -> None:
         """Let a stream live in a task of its own."""
         self._live[live.name] = live
+        if self._is_stopping:
+            live.stop()
         self._spawn(asyncio.create_task(self._live_through(live), name=f"stream {live.name}"))
 
     def _spawn(self, task: asyncio.Task[None]) -> None:

@@ -7,7 +7,7 @@ or none, and describes the voice in its own words.
 While somebody speaks an update tells of the last seconds: the windows since speech began, averaged,
 the newest counting most. Its label changes only when another one is clearly ahead. The update that
 goes with a `transcript.final` tells of that segment alone. Where no label is likely enough, both say
-`neutral`. What was measured to choose the constants is in docs/decisions.md.
+`neutral`. What was measured to choose the constants is in docs/measurements.md, section 7.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ words never change and are never taken back.
 
 A word is committed when enough updates in a row agree on it and on all before it, and its end lies
 far enough behind the live edge; everything is committed when speech stops or a client flushes.
-What was measured to choose this is in docs/decisions.md.
+What was measured to choose this is in docs/measurements.md, section 4.
 """
 
 from __future__ import annotations

@@ -42,6 +42,13 @@ def test_an_event_is_found_where_both_ends_are() -> None:
     assert event_counts(truth[:1] * 2, [Span("dog", 1.0, 2.0)], ["dog"]) == {"dog": Counts(1, 0, 1)}
 
 
+def test_a_crowded_scene_is_not_undercounted() -> None:
+    """The first bark could take either finding, the second only the first: both are found."""
+    truth = [Span("dog", 1.4, 2.4), Span("dog", 1.0, 2.0)]
+    found = [Span("dog", 1.2, 2.2), Span("dog", 1.8, 2.8)]
+    assert event_counts(truth, found, ["dog"]) == {"dog": Counts(2, 0, 0)}
+
+
 def test_matches_are_the_nearest_onsets_of_what_overlaps() -> None:
     """A background has no onset; what does not overlap is no match."""
     truth = [Span("dog", 1.0, 3.0), Span("rain", 0.0, 30.0, is_background=True), Span("cat", 8.0, 9.0)]

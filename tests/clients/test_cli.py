@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import wave
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
+from websockets.asyncio.server import ServerConnection
 
 from clients import commands
-from streaming.protocol import SpeechStarted
+from streaming.protocol import SpeechStarted, TranscriptDelta
 from tests.clients.fake_server import CLOSED, FakeServer, running
 
 
@@ -29,18 +32,20 @@ class Ended:
     err: str
 
 
-async def moss_live(*arguments: str) -> Ended:
+async def moss_live(*arguments: str, stdin: bytes | None = None, encoding: str = "utf-8") -> Ended:
     """Run the command line in a process of its own."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "clients.cli",
         *arguments,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(60):
-        out, err = await process.communicate()
+        out, err = await process.communicate(stdin)
     assert process.returncode is not None
     return Ended(process.returncode, out.decode(), err.decode())
 
@@ -141,3 +146,61 @@ def test_a_command_whose_extra_is_missing_says_so(monkeypatch: pytest.MonkeyPatc
     result = runner.invoke(commands.group, ["serve", "--port", "1"])
     assert result.exit_code == 1
     assert result.output == "Error: serve needs no_such_package: pip install 'moss-live[server]'\n"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no audio at all"], ids=["missing", "empty", "text"])
+async def test_a_source_that_cannot_be_opened_begins_no_stream(content: bytes | None, tmp_path: Path) -> None:
+    """The name stays free and no slot is taken; one line says what is wrong with the source."""
+    path = tmp_path / "wrong-name.wav"
+    if content is not None:
+        path.write_bytes(content)
+    async with running(FakeServer.transcribe) as fake:
+        ended = await moss_live("stream", str(path), "--server", fake.url, "--name", "x")
+        assert fake.paths == []
+    assert ended.status == 1
+    assert ended.err.count("\n") <= 2
+    assert "wrong-name.wav" in ended.err
+
+
+async def test_a_console_without_the_characters_gets_others(recording: str) -> None:
+    """What the terminal cannot write is replaced; the stream goes on to its end."""
+
+    async def chinese(fake: FakeServer, connection: ServerConnection) -> None:
+        await fake.send(connection, 1, TranscriptDelta("\u4f60\u597d \u266a", (), 0, 500, ""))
+        await fake.transcribe(connection)
+
+    async with running(chinese) as fake:
+        ended = await moss_live("stream", recording, "--server", fake.url, encoding="cp1252")
+    assert ended.status == 0
+    assert ended.out.startswith("?? ?")
+
+
+async def test_standard_input_is_a_source(recording: str) -> None:
+    """`-` reads what another program writes."""
+    data = await asyncio.to_thread(Path(recording).read_bytes)
+    async with running(FakeServer.transcribe) as fake:
+        ended = await moss_live("stream", "-", "--server", fake.url, stdin=data)
+        assert fake.n_audio_bytes == 32_000
+    assert ended.status == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("localhost:8765", "ws://localhost:8765"),
+        ("127.0.0.1:80", "ws://127.0.0.1:80"),
+        ("http://host:1/", "ws://host:1/"),
+        ("HTTPS://host", "wss://host"),
+        ("wss://host/below", "wss://host/below"),
+    ],
+)
+def test_a_server_is_named_as_people_write_it(given: str, expected: str) -> None:
+    """By host and port, or by the URL of a page or a socket."""
+    assert commands._server_url(click.Context(commands.stream), commands.stream.params[1], given) == expected
+
+
+def test_a_server_of_another_kind_is_refused() -> None:
+    """With what was expected."""
+    found = CliRunner().invoke(commands.stream, ["x.wav", "--server", "ftp://host"])
+    assert found.exit_code == 2
+    assert "expected ws, wss, http, https or none" in found.output

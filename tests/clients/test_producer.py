@@ -13,7 +13,7 @@ from websockets.asyncio.server import ServerConnection
 from clients.backlog import Backlog
 from clients.connection import Backoff, ConnectFailed
 from clients.producer import Progress, StreamFailed, stream_audio, stream_url
-from clients.sources import bytes_of_ms
+from clients.sources import SourceError, bytes_of_ms
 from streaming.protocol import (
     Ack,
     Envelope,
@@ -71,6 +71,22 @@ async def test_stop_ends_the_audio_but_not_the_stream() -> None:
         url = stream_url(fake.url, "test")
         closed = await stream_audio(url, endless(), lambda _: None, paced=False, stop=stop)
     assert closed.reason == "closed"
+
+
+async def test_a_source_that_fails_ends_the_stream_in_good_order() -> None:
+    """What was sent is flushed and closed, not left to wait for a producer; then the failure is raised."""
+
+    async def dying() -> AsyncIterator[bytes]:
+        async for chunk in silence(50):
+            yield chunk
+        raise SourceError("camera: cannot be read: connection reset")
+
+    seen: list[Envelope] = []
+    async with running(FakeServer.transcribe) as fake:
+        with pytest.raises(SourceError, match="connection reset"):
+            await stream_audio(stream_url(fake.url, "test"), dying(), seen.append, paced=False)
+        assert fake.n_audio_bytes == 32_000
+    assert isinstance(seen[-1].message, SessionClosed)
 
 
 async def test_a_refusal_carries_the_servers_text() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ import numpy as np
 from msgspec.structs import replace
 from websockets.asyncio.client import ClientConnection, connect
 
+from streaming.app import build
 from streaming.config import Config, parse_config
-from streaming.engine.client import EngineClient, EngineState, engine_settings
+from streaming.engine.client import EngineClient, EngineState
 from streaming.engine.contract import Pcm
 from streaming.errors import EngineLost
 from streaming.protocol import UNLOGGED, Envelope, Message, SessionCreated, TranscriptDelta, decode
@@ -127,8 +128,7 @@ async def running_server(
         return
     config = with_port_0(text, folder)
     command = (*FAKE_ENGINE, f"--fault={fault}") if command is None else command
-    engine = EngineClient(config.engine, engine_settings(config), command)
-    server = Server(config, engine)
+    engine, server = build(config, command)
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -160,6 +160,13 @@ def with_port_0(text: str, folder: Path) -> Config:
         else:
             text = f"{section}\n{setting}\n{text}"
     return parse_config(text)
+
+
+async def eventually(is_true: Callable[[], bool]) -> None:
+    """Wait for what no event tells of; looks every 10 ms."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not is_true():  # noqa: ASYNC110  as it says
+            await asyncio.sleep(0.01)
 
 
 async def receive(connection: ClientConnection) -> Envelope:

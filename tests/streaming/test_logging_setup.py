@@ -11,11 +11,12 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from streaming.adaptors import deepgram, openai
 from streaming.engine.messages import Result
 from streaming.logging_setup import TEXT_FORMAT, JsonFormatter, TextFormatter, where_raised
-from streaming.protocol import DEEPGRAM_PATH, OPENAI_PATH, Ask, Close, Flush, Subscribe, encode_client
+from streaming.protocol import Ask, Close, Flush, Subscribe, encode_client
 from streaming.timeline.transcript import Applied, Timeline
-from tests.streaming.server.test_admission import Tokens, settings, tokens
+from tests.streaming.server.admission_support import Tokens, settings, tokens
 from tests.streaming.support import TIMEOUT_S, Running, running_server, s16, utterances
 
 __all__ = ["tokens"]  # a fixture
@@ -118,8 +119,8 @@ async def misbehave(running: Running, tokens: Tokens) -> None:
                     async for _ in connection:
                         pass
     for path in (
-        f"{OPENAI_PATH}?intent=transcription",
-        f"{DEEPGRAM_PATH}?encoding=linear16&sample_rate=8000",
+        f"{openai.PATH}?intent=transcription",
+        f"{deepgram.PATH}?encoding=linear16&sample_rate=8000",
     ):
         with suppress(InvalidStatus):
             async with connect(f"{base}{path}&tag={MARK}&{MARK}=1", additional_headers=headers):
@@ -153,7 +154,7 @@ async def test_nothing_a_client_sends_is_logged_and_no_token_at_any_level(
 
     def fault(self: Timeline, result: Result) -> Applied:
         monkeypatch.setattr(Timeline, "apply", fail_at)
-        raise AssertionError(MARK)  # as a fault of ours whose text holds what a client said
+        raise AssertionError(MARK)  # as an internal error whose text holds what a client said
 
     async with running_server(settings(tokens)) as running:
         await misbehave(running, tokens)
@@ -176,6 +177,8 @@ async def test_every_line_about_a_stream_begins_with_its_name(
     caplog.set_level(logging.INFO)
     async with running_server(settings(tokens)) as running:
         await misbehave(running, tokens)
-    about = [r for r in caplog.records if r.name in ("streaming.stream.session", "streaming.server.producer")]
+    about = [
+        r for r in caplog.records if r.name in ("streaming.stream.session", "streaming.server.conversation")
+    ]
     assert about
     assert all(str(record.msg).startswith("stream %s: ") for record in about)

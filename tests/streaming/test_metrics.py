@@ -14,7 +14,7 @@ from streaming.engine.contract import HeardWord
 from streaming.metrics import Metrics, Observed
 from streaming.protocol import Close, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
 from streaming.refusals import Refusal
-from tests.streaming.server.test_admission import ask
+from tests.streaming.server.admission_support import ask
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
 
 NOTHING = Observed(0, 0, 0, 0, False, 0, 0, ())

@@ -180,3 +180,39 @@ def test_an_error_code_of_a_newer_server_is_read(schema_check: SchemaCheck) -> N
     assert isinstance(message, Error)
     assert str(message.code) == "new"
     assert len(schema_check.take()) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ('{"type": "flush"}', "flush.id is missing; expected a text of 1 to 64 characters"),
+        ('{"type": "flush", "id": 5}', "flush.id is 5; expected a text of 1 to 64 characters"),
+        ('{"type": "flush", "id": "a", "to": 1}', "flush has no field 'to'"),
+        (
+            '{"type": "ask", "id": "a", "question": "b", "last_ms": 1.5}',
+            "ask.last_ms is 1.5; expected an integer from 1 to 86400000",
+        ),
+        ('{"type": "subscribe", "streams": []}', "subscribe.streams is []; expected a list of 1 to 64 texts"),
+        (
+            '{"type": "subscribe", "streams": ["a", "b\\n"]}',
+            r"subscribe.streams[1] is 'b\n'; expected a stream's name or a pattern: "
+            "[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}",
+        ),
+        (
+            '{"type": "subscribe", "streams": ["a"], "types": ["lag", "video"]}',
+            "subscribe.types[1] is 'video'; expected a type of message",
+        ),
+        (
+            '{"type": "subscribe", "streams": ["a"], "after": {"a": 1, "b": 2}}',
+            "subscribe.after is {'a': 1, 'b': 2}; expected a number, or an object with one stream's name "
+            "and its seq up to 9007199254740992",
+        ),
+        ('{"type": "video"}', "type is 'video'; expected one of "),
+    ],
+)
+def test_a_refusal_says_what_came_and_what_was_expected(message: str, expected: str) -> None:
+    """With the field, or the item of a list, that is wrong."""
+    with pytest.raises(ProtocolError) as caught:
+        decode_client(message, [*STREAM_MESSAGES, *SUBSCRIBER_MESSAGES])
+    assert str(caught.value).startswith(expected)
+    assert caught.value.code == "bad_message"

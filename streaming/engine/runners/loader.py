@@ -65,7 +65,8 @@ def load_runner(
             return _moss_runner(settings, folder, device, dtype)
         if kind != "whisper":
             raise CheckpointError(f"{model.name}: model_type is {kind!r}; expected 'whisper' or 'moss_audio'")
-        # Remembered padding was measured with the embedded weights alone (docs/short_context.md).
+        # Remembered padding was measured with the embedded weights alone
+        # (docs/decisions/012-cluster-the-remembered-padding.md).
         checkpoint, pads_fully = load_hugging_face(folder), True
     runner = WhisperRunner(
         checkpoint,

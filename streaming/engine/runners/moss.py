@@ -134,6 +134,7 @@ class MossRunner:
             max_window_s=float(window.n_blocks * self._cache.block_s),
             min_tick_s=SAMPLES_PER_TOKEN / SAMPLE_RATE_HZ,
             events_every_s=2.56,  # an answer of some lines each time
+            answer_tokens=max_answer_tokens,
         )
 
     def reset(self, slots: Sequence[int]) -> None:
@@ -210,7 +211,8 @@ class MossRunner:
                 break
             n_said = max(0, n_said - n_said // 2 - 1)  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
-            ids, room = ids[: n_scratch - MIN_ANSWER_TOKENS], MIN_ANSWER_TOKENS
+            ids = self._layout.question(text, said, n_scratch - MIN_ANSWER_TOKENS)
+            room = MIN_ANSWER_TOKENS
         n_wanted = fork.max_tokens
         if fork.task == "transcript":  # its budget is for words; times come on top
             n_wanted += self._time_tokens(slot, heard, agreed, offset_s)
@@ -277,9 +279,9 @@ class MossRunner:
             elif due.fork.task == "emotion":
                 emotions.append(self._emotion(due, answer))
             else:
-                is_whole = answer.reason == "stop"
+                is_cut = answer.reason != "stop"
                 slot_idx, owner = due.step.slot_idx, due.step.owner
-                answers.append(HeardAnswer(slot_idx, owner, answer.text, answer.thought, is_whole))
+                answers.append(HeardAnswer(slot_idx, owner, answer.text, answer.thought, is_cut))
         return StepResult(tuple(hypotheses), tuple(events), tuple(emotions), tuple(answers))
 
     def _sample(self, slot_idx: int, time_s: float) -> int:

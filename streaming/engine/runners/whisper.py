@@ -40,9 +40,9 @@ from streaming.text import join_words
 SAMPLES_PER_POSITION = HOP * FRAMES_PER_POSITION  # 320: 20 ms
 GUARD_POSITIONS = 50  # silence computed behind the audio before remembered padding takes over, 1 s
 PADDING_LEVEL = -0.8  # normalised log-mel of silence
-# A detected language that is no surer is detected, and its words are heard, with the window padded in
-# full: the short encoder decides near-ties otherwise (docs/short_context.md). Before so much audio was
-# heard no language settles, and the next update hears more.
+# Where a language is detected with less probability, language and words are decoded again with the window
+# padded in full: the short encoder decides near-ties otherwise
+# (docs/decisions/013-confirm-an-unsure-language.md). With less audio than this no language settles.
 UNSURE_LANGUAGE = 0.7
 UNSURE_SAMPLES = 3 * SAMPLE_RATE_HZ
 MAX_CONTEXT_TOKENS = 100
@@ -157,7 +157,6 @@ class WhisperRunner:
             max_window_s=config.n_frames / 100,
             min_tick_s=0.08,
             sounds=() if sounds is None else sounds.labels,
-            emotions=() if emotion is None else emotion.labels,
         )
 
     def reset(self, slots: Sequence[int]) -> None:
@@ -209,7 +208,7 @@ class WhisperRunner:
             assert fork.task == "transcript", fork.task
             after = step.forks[i + 1] if i + 1 < len(step.forks) else None
             due.append(self._due(step, fork, after if after and after.task == "emotion" else None, slot))
-        assert sum(item.emotion is not None for item in due) + len(due) == len(step.forks), step.forks
+        assert sum(item.emotion is not None for item in due) + len(due) == len(step.forks), len(step.forks)
         return due
 
     def _due(self, step: SlotStep, fork: Fork, emotion: Fork | None, slot: _Slot) -> _Due:
@@ -291,9 +290,9 @@ class WhisperRunner:
         assert head is not None, "an emotion fork for a runner without an emotion head"
         spans = []
         for item in due:
-            assert item.emotion is not None, item.fork
+            assert item.emotion is not None, item.fork.task
             offset = item.emotion.window_start - item.fork.window_start
-            assert 0 <= offset < item.n_samples, (item.emotion.window_start, item.fork, item.n_samples)
+            assert 0 <= offset < item.n_samples, (item.emotion.window_start, offset, item.n_samples)
             last = item.request.n_positions
             spans.append((min(offset // SAMPLES_PER_POSITION, last - 1), last))
         idx = torch.tensor(rows, device=self._device)
@@ -303,7 +302,7 @@ class WhisperRunner:
         return [self._heard_emotion(item, row) for item, row in zip(due, probabilities, strict=True)]
 
     def _heard_emotion(self, due: _Due, probabilities: Sequence[float]) -> HeardEmotion:
-        assert due.emotion is not None, due.fork
+        assert due.emotion is not None, due.fork.task
         assert self._emotion is not None
         labels = self._emotion.labels
         score, label = max(zip(probabilities, labels, strict=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import soxr
 
+from streaming import adaptors
 from streaming.engine.contract import Pcm
 from tests.streaming.support import TIMEOUT_S, running_server, s16, utterances
 
@@ -38,3 +39,13 @@ async def test_the_example_prints_a_transcript(page: str, tmp_path: Path) -> Non
             output, _ = await process.communicate()
     assert process.returncode == 0
     assert len(output.split()) >= 8  # words of eight hexadecimal digits
+
+
+def test_every_adaptors_path_and_names_are_on_the_protocols_page() -> None:
+    """What a client may ask for, and what its stream is called there."""
+    page = (DOCS / "protocol.md").read_text(encoding="utf-8")
+    found = adaptors.routes()
+    assert len(found) == len(RATES)
+    for route in found:
+        assert f"`{route.path}" in page
+        assert f"`{route.streams}`" in page

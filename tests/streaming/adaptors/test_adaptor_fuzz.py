@@ -1,6 +1,6 @@
 """Garbage on the adaptors' endpoints: errors there in their own words, and nothing anywhere else.
 
-`MOSS_LIVE_FUZZ_CASES` sets how many cases each test runs; docs/decisions.md says how many were run.
+`MOSS_LIVE_FUZZ_CASES` sets how many cases each test runs; docs/measurements.md says how many were run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
-from streaming.adaptors.deepgram import Options, parse_options
+from streaming.adaptors.deepgram_query import Options, parse_options
 from streaming.errors import BadQuery
 from streaming.protocol import CloseCode
 from tests.streaming.adaptors import test_deepgram, test_openai

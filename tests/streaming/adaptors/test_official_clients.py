@@ -21,14 +21,8 @@ from scripts.demo import HOST
 from streaming.engine.contract import Pcm
 from tests.streaming.adaptors.openai_support import pcm24
 from tests.streaming.audio.test_container import KINDS, encode
-from tests.streaming.test_live_server import (
-    MAX_WER,
-    TIMEOUT_S,
-    LiveServer,
-    call,
-    report,
-    serving,
-)
+from tests.streaming.live_server import TIMEOUT_S, LiveServer, serving
+from tests.streaming.test_live_server import MAX_WER, call, report
 
 __all__ = ["call", "report"]  # fixtures of these tests
 pytestmark = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from itertools import pairwise
 from typing import get_args
 
@@ -13,9 +12,9 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.audio.ingest import BYTES_PER_SAMPLE, AudioFormat, Encoding, Ingest, IngestState, parse_query
+from streaming.audio.ingest import AudioFormat, Encoding, Ingest, IngestState
 from streaming.engine.contract import Pcm
-from streaming.errors import BadAudio, BadQuery
+from streaming.errors import BadAudio
 from streaming.protocol import AUDIO_FORMATS, SAMPLE_RATE_HZ
 
 encodings = st.sampled_from(get_args(Encoding))
@@ -160,27 +159,6 @@ def test_floats_are_clipped_or_refused(values: list[float]) -> None:
     else:
         with pytest.raises(BadAudio, match="not a number"):
             ingest.push(data)
-
-
-def test_a_query_has_defaults() -> None:
-    """Nothing said is 16-bit mono at 16 kHz in the server's language."""
-    assert parse_query("") == AudioFormat("s16le", 16_000, 1, None)
-    assert parse_query("format=alaw&rate=8000&channels=2&language=de") == AudioFormat("alaw", 8000, 2, "de")
-
-
-@given(st.text(max_size=60))
-def test_any_query_is_read_or_refused(query: str) -> None:
-    """There is no third way."""
-    with suppress(BadQuery):
-        audio_format = parse_query(query)
-        assert audio_format.frame_bytes == BYTES_PER_SAMPLE[audio_format.encoding] * audio_format.channels
-
-
-@pytest.mark.parametrize("rate", ["", "-8000", "8000.0", "٨٠٠٠", "9" * 5000, "48001"])
-def test_a_bad_rate_is_named_with_what_was_expected(rate: str) -> None:
-    """Got, expected, and where."""
-    with pytest.raises(BadQuery, match=r"rate is .*; expected an integer from 8000 to 48000"):
-        parse_query(f"rate={rate}")
 
 
 @pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])

@@ -101,7 +101,7 @@ class FakeRunner:
                         assert fork.window_start >= step.forks[0].window_start
                         emotions.append(HeardEmotion(*span, said, 1.0))
                     case "answer":
-                        answers.append(HeardAnswer(step.slot_idx, step.owner, said, fork.question, True))
+                        answers.append(HeardAnswer(step.slot_idx, step.owner, said, fork.question, False))
         return StepResult(tuple(words), tuple(events), tuple(emotions), tuple(answers), tuple(sounds))
 
     def asked_at(self, owner: int) -> int | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
-from streaming.config import EmotionConfig, EventsConfig
+from streaming.config import EmotionConfig, EventsConfig, TranscriptConfig
 from streaming.engine.contract import SOUND_FRAME, Capabilities, SoundLabel
-from streaming.engine.scheduler import WORDS_ALONE, Listening
+from streaming.engine.messages import Audio, Mark, Open
+from streaming.engine.scheduler import WORDS_ALONE, Listening, Scheduler
 from streaming.protocol import AnswerFinal, EmotionUpdate, EventEnded, ms_of
 from tests.streaming.engine.fake_runner import LONGEST_WINDOW_S, NAMED, SCORED, SOUND_DELAY
 from tests.streaming.engine.harness import SECOND, TICK, alone, rows_of
@@ -99,8 +100,9 @@ def test_a_question_is_answered_at_its_place() -> None:
                 30.0,
                 0.08,
                 events_every_s=2.56,
+                answer_tokens=1000,
             ),
-            Listening(sound_ticks=4, events_ticks=4, emotion_ticks=3, reach=29 * SECOND),
+            Listening(sound_ticks=4, events_ticks=4, emotion_ticks=3, reach=29 * SECOND, answer_tokens=1000),
         ),
     ],
     ids=lambda value: value.model if isinstance(value, Capabilities) else "",
@@ -113,6 +115,23 @@ def test_a_model_is_asked_what_it_can_and_what_is_wanted(
     assert wanted == expected
     off = Listening.to(capabilities, EventsConfig(enabled=False), EmotionConfig(enabled=False), 10_240)
     if "answer" in capabilities.tasks:
-        assert off == Listening(sound_ticks=expected.sound_ticks, reach=expected.reach)
+        assert off == Listening(sound_ticks=expected.sound_ticks, reach=expected.reach, answer_tokens=1000)
     else:
         assert off == WORDS_ALONE
+
+
+def test_an_answer_may_be_as_long_as_the_model_allows() -> None:
+    """The budget is the runner's, which has it from the configuration."""
+    scheduler = Scheduler(
+        TranscriptConfig(),
+        n_slots=1,
+        tick=TICK,
+        shed_after_s=0.0,
+        clock=lambda: 0.0,
+        listening=Listening(sound_ticks=1, answer_tokens=1000),
+    )
+    scheduler.open(Open(1, None))
+    asked = Mark("ask", TICK // 2, 0, "What was that?")
+    scheduler.push(Audio(1, 0, bytes(4 * (TICK // 2)), (asked,)))
+    (step,) = scheduler.schedule().plan.slots
+    assert [(fork.task, fork.max_tokens) for fork in step.forks] == [("answer", 1000)]

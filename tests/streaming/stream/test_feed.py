@@ -305,3 +305,16 @@ def test_a_question_without_an_answer_changes_nothing() -> None:
     with pytest.raises(EngineFault, match="without an answer"):
         feed.take(messages.Result(1, SECOND, "ask", (), SECOND, "en", 0.0, 0, 0.0))
     assert feed.snapshot() == before
+
+
+def test_a_cut_answer_and_its_thinking_reach_the_asker() -> None:
+    """As the model left them: a client sees that the answer is not whole."""
+    feed = new_feed(AHEAD, 10 * SECOND)
+    feed.reopen()
+    feed.push(QUIET.pcm[:SECOND], ())
+    feed.ask(Ask("q", "Who?", 1000))
+    list(feed.outgoing())
+    answer = messages.Answer(0, SECOND, "Somebody wh", thinking="A voice.", is_cut=True)
+    result = messages.Result(1, SECOND, "ask", (), SECOND, "en", 0.0, 0, 0.0, answer=answer)
+    (final,) = [message for message in feed.take(result) if isinstance(message, AnswerFinal)]
+    assert final == AnswerFinal("q", "Somebody wh", 0, 1000, is_cut=True, thinking="A voice.")

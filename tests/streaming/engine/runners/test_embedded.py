@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[4]
 DATA = ROOT.parent / "shared" / "data"
 # No shedding: how busy this machine is must not change what is said. One thread: a second one would
-# spin while it waits, and next to a busy neighbour take the first one's time (DESIGN.md).
+# spin while it waits, and next to a busy neighbour take the first one's time.
 CONFIG = Config(engine=EngineConfig(n_slots=3, shed_after_s=0.0, threads=1))
 MINUTE = 60 * 16_000
 

@@ -26,10 +26,12 @@ CHECKPOINT = Checkpoint(make_model(), LAYOUT)
 WINDOW = WindowSettings(n_blocks=3, scratch_tokens=700)
 
 
-def make_runner(n_slots: int = 3, markers: MarkerMode = "absolute") -> MossRunner:
+def make_runner(
+    n_slots: int = 3, markers: MarkerMode = "absolute", *, max_answer_tokens: int = 512
+) -> MossRunner:
     """A runner with a window of 12 s."""
     window = WindowSettings(n_blocks=3, scratch_tokens=700, markers=markers)
-    return MossRunner(CHECKPOINT, "tiny", n_slots, window)
+    return MossRunner(CHECKPOINT, "tiny", n_slots, window, max_answer_tokens=max_answer_tokens)
 
 
 def pcm(seconds: float, seed: int = 0) -> Pcm:
@@ -52,7 +54,7 @@ def without_scores(result: StepResult) -> list[object]:
     """What must be equal whatever the batch was: everything but rounded probabilities."""
     words = [[(w.text, w.start, w.end) for w in h.words] for h in result.hypotheses]
     events = [[(e.label, e.start, e.end) for e in h.events] for h in result.events]
-    answers = [(a.text, a.is_whole) for a in result.answers]
+    answers = [(a.text, a.is_cut) for a in result.answers]
     return [words, events, [e.traits for e in result.emotions], answers]
 
 
@@ -295,12 +297,23 @@ def test_emotion_and_answers_are_read(says: Script) -> None:
     assert result.emotions[0].label == "happy"
     assert result.emotions[0].traits == (("emotion", "Sounds rather cheerful"), ("tone", "warm"))
     assert result.answers[0].text == "A dog barked."
-    assert result.answers[0].is_whole
+    assert not result.answers[0].is_cut
     assert "\nWhat was that?<|im_end|>" in LAYOUT.tokenizer.decode(asked[1].ids)
 
 
+def test_a_cut_answer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ran into its budget, with what the model thought before; the budget is the configured one."""
+    monkeypatch.setattr(
+        moss_runner, "ask", lambda _cache, _questions: [Generation((), "A dog ba", "Loud.", "budget", 0, 0.5)]
+    )
+    runner = make_runner()
+    (answer,) = runner.step(one(0, 0, pcm(1.0), ANSWER)).answers
+    assert (answer.text, answer.thinking, answer.is_cut) == ("A dog ba", "Loud.", True)
+    assert make_runner(max_answer_tokens=300).capabilities.answer_tokens == 300
+
+
 def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
-    """A prefix loses its older words and keeps its times, a question its end."""
+    """A prefix loses its older words and keeps its times, a question its end but not its template's."""
     runner = make_runner()
     sentences = "".join(f"[{k / 100:.2f}]word{k}[{k / 100 + 0.01:.2f}]" for k in range(400))
     says(sentences)
@@ -314,6 +327,10 @@ def test_what_is_too_long_for_the_scratch_is_cut(says: Script) -> None:
         result = runner.step(one(0, position, pcm(0.1), long, question))
         assert [word.text for word in result.hypotheses[0].words] == ["and", "on"]
         assert len(result.answers) == 1
+        cut = LAYOUT.tokenizer.decode(asked[1].ids)
+        assert cut.startswith("\nwhy why ")
+        assert cut.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert cut.count("<|im_start|>") == 1
         told.append(LAYOUT.tokenizer.decode(asked[0].ids).rpartition("\n")[2])
     assert told[0] == told[1] != ""
     assert sentences.removesuffix("[4.00]").endswith(told[0])
