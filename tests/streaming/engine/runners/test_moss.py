@@ -304,7 +304,9 @@ def test_emotion_and_answers_are_read(says: Script) -> None:
 def test_a_cut_answer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that ran into its budget, with what the model thought before; the budget is the configured one."""
     monkeypatch.setattr(
-        moss_runner, "ask", lambda _cache, _questions: [Generation((), "A dog ba", "Loud.", "budget", 0, 0.5)]
+        moss_runner,
+        "generate",
+        lambda _cache, _requests: [Generation((), "A dog ba", "Loud.", "budget", 0, 0.5)],
     )
     runner = make_runner()
     (answer,) = runner.step(one(0, 0, pcm(1.0), ANSWER)).answers
