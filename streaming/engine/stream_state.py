@@ -1,10 +1,16 @@
 """What the scheduler knows of one stream: cursors, window, audio that waits, and the awaited point.
 
-Knows no other stream, no clock and no tensor. The cursors on the sample clock, in their order:
+Knows no other stream, no clock and no tensor.
 
-    start <= window_start <= consumed <= received     what a decode sees, what is decided, what came
-    start <= answered     <= consumed                 what the timeline has, too
-    start <= given        <= received                 what the runner has
+A stream's sample cursors, from the oldest audio to the newest:
+
+    answered, given, window_start <= consumed <= received
+
+    answered      the timeline has committed what was found before it
+    given         the runner has the audio before it; after a restart it is back at `start`
+    window_start  the next decode looks at the audio from it on
+    consumed      all decode points before it are decided
+    received      the server sent the audio before it
 """
 
 from __future__ import annotations
