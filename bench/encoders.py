@@ -98,7 +98,7 @@ def load_encoders(threads: int, dtype: str) -> Encoders:
     """The embedded weights, warm. Words alone: sounds and emotion cost the same with any encoder.
 
     Raises:
-        CheckpointError: the weights cannot be had.
+        CheckpointError: the weights cannot be found or fetched.
     """
     engine = EngineConfig(n_slots=1, threads=threads, shed_after_s=0.0)
     events, emotion = EventsConfig(enabled=False), EmotionConfig(enabled=False)

@@ -140,7 +140,7 @@ def load_material(arguments: argparse.Namespace) -> Material:
 
     Raises:
         ValueError: a manifest has no clip to hear.
-        CheckpointError: the weights cannot be had.
+        CheckpointError: the weights cannot be found or fetched.
     """
     lines: list[Line] = []
     sounds: list[Sound] = []

@@ -335,7 +335,7 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
     """A checkpoint by folder or hub id.
 
     Raises:
-        CheckpointError: it cannot be had or used.
+        CheckpointError: it cannot be found, fetched or used.
     """
     folder = find(name)
     config = config_of(folder)

@@ -59,7 +59,7 @@ class MemoryPlan:
         """Refuse what does not fit.
 
         Args:
-            available: Bytes that can be had.
+            available: Bytes that can be allocated.
             where: Of what, for the message.
 
         Raises:

@@ -412,7 +412,7 @@ def _item_object(item_id: str) -> Event:
 
 
 def _logprobs(words: list[Word] | tuple[Word, ...]) -> list[Event]:
-    """A word each in the place of a token: the model's probability of the word."""
+    """A word each instead of a token: the model's probability of the word."""
     return [
         {
             "token": word.text,

@@ -37,7 +37,7 @@ def describe(config: Config, *, fetch: bool = False) -> dict[str, Any]:
         fetch: Download the weights of a hub id; else what describes them alone.
 
     Raises:
-        CheckpointError: it cannot be had, or is of a kind that is not known.
+        CheckpointError: it cannot be found or fetched, or is of a kind that is not known.
     """
     name = config.model.name
     device = device_of(config.model.device)

@@ -182,7 +182,7 @@ def test_agreement_counts_the_words_before_the_last_second() -> None:
 
 
 def tiny_encoders() -> Encoders:
-    """The tiny checkpoint in the place of the embedded one."""
+    """The tiny checkpoint instead of the embedded one."""
     config = Config(engine=EngineConfig(n_slots=1, shed_after_s=0.0))
     ears = []
     for pads_fully, guard in ((False, 50), (False, 10), (True, 50)):

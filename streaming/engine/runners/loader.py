@@ -44,7 +44,7 @@ def load_runner(
         guard_positions: As `WhisperRunner` takes it; for measuring.
 
     Raises:
-        CheckpointError: the checkpoint cannot be had or used, or does not fit in the memory there is;
+        CheckpointError: the checkpoint cannot be found or used, or does not fit in the memory there is;
             the message says why.
         ConfigError: `[events]` names a sound that the model does not know.
     """

@@ -147,7 +147,7 @@ def load_scorer(config: EventsConfig, n_slots: int) -> SoundScorer | None:
     """The scorer a configuration asks for; None where sound events are off.
 
     Raises:
-        CheckpointError: YAMNet or the head's weights cannot be had.
+        CheckpointError: YAMNet or the head's weights cannot be found.
         ConfigError: the configuration names a sound that the model does not know.
     """
     return SoundScorer(load_yamnet(), load_weights(), config, n_slots) if config.enabled else None
