@@ -5,10 +5,22 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streaming.log.subtitles import MAX_CHARS, MAX_CUE_MS, MAX_LINES, MIN_CUE_MS, cues_of, subrip, webvtt
+from streaming.log.subtitles import (
+    CHAR_MS,
+    MAX_CHARS,
+    MAX_CUE_MS,
+    MAX_LINES,
+    MAX_WORD_MS,
+    MIN_CUE_MS,
+    Cue,
+    cues_of,
+    subrip,
+    webvtt,
+)
 from streaming.protocol import Word
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
@@ -39,6 +51,7 @@ def test_cues_hold_every_word_once_and_never_overlap(segments: list[list[Word]])
     assert "".join(shown.split()) == "".join("".join(w.text.split()) for words in segments for w in words)
     assert all(0 <= cue.start_ms < cue.end_ms for cue in cues)
     assert all(a.end_ms <= b.start_ms for a, b in pairwise(cues))
+    assert all(cue.end_ms - cue.start_ms <= MAX_CUE_MS for cue in cues)
     for cue in cues:
         assert all(len(line) <= MAX_CHARS or " " not in line for line in cue.lines)
         assert len(cue.lines) <= MAX_LINES
@@ -69,14 +82,13 @@ def words(text: str, start_ms: int, word_ms: int = 300) -> list[Word]:
 
 
 def test_a_file_as_a_player_sees_it() -> None:
-    """Over an hour, with characters that mean something, cut at a sentence and at a pause."""
+    """Over an hour, with characters that mean something, cut at a sentence; no word stands alone."""
     hour = 3_600_000
     said = [words("Salt & pepper <b>. Then", hour + 1, 500) + words("more", hour + 5_000)]
     assert webvtt(cues_of(said)) == (
         "WEBVTT\n\n"
         "01:00:00.001 --> 01:00:02.001\nSalt &amp; pepper &lt;b&gt;.\n\n"
-        "01:00:02.001 --> 01:00:02.801\nThen\n\n"
-        "01:00:05.000 --> 01:00:05.800\nmore\n"
+        "01:00:02.001 --> 01:00:05.300\nThen more\n"
     )
     assert subrip(cues_of(said)).startswith("1\n01:00:00,001 --> 01:00:02,001\nSalt & pepper <b>.\n\n2\n")
     assert webvtt([]) == "WEBVTT\n"
@@ -90,3 +102,76 @@ def test_long_speech_is_cut_to_what_can_be_read() -> None:
     assert all(cue.end_ms - cue.start_ms <= MAX_CUE_MS for cue in cues)
     (short,) = cues_of([words("Yes.", 0, 100)])
     assert short.end_ms == MIN_CUE_MS
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # A jingle of 23.6 s in the span of the first word, and the sentence behind it.
+        (
+            [Word("The", 8_000, 31_600, 0.5), *words("minister said so.", 31_600)],
+            [Cue(29_600, 32_500, ("The minister said so.",))],
+        ),
+        # The same of a word that is a segment of its own.
+        ([Word("The", 8_000, 31_600, 0.5)], [Cue(29_600, 31_600, ("The",))]),
+        # A silence in the span of the last word of a sentence.
+        (
+            [*words("that was it", 0), Word("then.", 900, 20_000, 0.5)],
+            [Cue(0, 2_900, ("that was it then.",))],
+        ),
+        # A silence in the span of a word in the middle: the second cue begins with the word.
+        (
+            [*words("that was it", 0), Word("and", 900, 20_000, 0.5), *words("then more", 20_000)],
+            [Cue(0, 1_000, ("that was it",)), Cue(18_000, 20_600, ("and then more",))],
+        ),
+    ],
+)
+def test_a_silence_in_the_span_of_a_word_is_not_shown(said: list[Word], expected: list[Cue]) -> None:
+    """No cue is over its length or begins before its word is spoken."""
+    assert cues_of([said]) == expected
+    assert all(cue.end_ms - cue.start_ms <= MAX_CUE_MS for cue in expected)
+
+
+@given(spoken())
+def test_no_cue_begins_before_its_first_word(segments: list[list[Word]]) -> None:
+    """Where the words have spans that speech can have."""
+    said = [word for words in segments for word in words]
+    assert all(word.end_ms - word.start_ms <= MAX_WORD_MS for word in said)
+    for cue in cues_of(segments):
+        n_chars = len("".join("".join(cue.lines).split()))
+        first, said = said[0], said[_n_words(said, n_chars) :]
+        assert first.start_ms <= cue.start_ms
+    assert not said
+
+
+def _n_words(said: list[Word], n_chars: int) -> int:
+    """How many words from the first on have so many characters."""
+    n = 0
+    while n_chars > 0:
+        n_chars -= len(said[n].text)
+        n += 1
+    assert n_chars == 0
+    return n
+
+
+@pytest.mark.parametrize("n_words", range(2, 60))
+def test_no_word_of_a_long_sentence_stands_alone(n_words: int) -> None:
+    """Whatever is left for the last cue, and every cue is seen for a second."""
+    cues = cues_of([words(" ".join(["butterfly"] * n_words), 0)])
+    assert all(len(" ".join(cue.lines).split()) > 1 for cue in cues)
+    assert all(cue.end_ms - cue.start_ms >= MIN_CUE_MS for cue in cues)
+
+
+def test_a_short_sentence_joins_its_neighbour() -> None:
+    """Rather than flash by alone."""
+    (cue,) = cues_of([words("No. I will not.", 0)])
+    assert cue.lines == ("No. I will not.",)
+
+
+def test_fast_speech_stays_until_it_can_be_read_where_there_is_room() -> None:
+    """It reaches into the gap behind, and never over the next cue."""
+    fast = words("incomprehensibly characteristic pronunciations.", 0, 100)
+    (alone,) = cues_of([fast])
+    assert alone.end_ms == CHAR_MS * sum(map(len, alone.lines)) > fast[-1].end_ms
+    cue, _ = cues_of([fast, words("Next one.", 1_500)])
+    assert cue.end_ms == 1_500
