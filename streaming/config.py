@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ RENAMED = {
     "transcript.sure_score": "transcript.sure_confidence",
 }
 CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
+DEFAULT_PATH = Path("config.toml")
 
 
 class ConfigError(ValueError):
@@ -303,6 +305,22 @@ def parse_config(text: str, source: str = "config") -> Config:
         return Config.model_validate(values)
     except ValidationError as exc:
         raise ConfigError(problems(source, exc)) from exc
+
+
+def find_config(path: Path | None) -> Config:
+    """The configuration in a file; the built-in one where there is none.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    return Config() if path is None else load_config(path)
+
+
+def config_path() -> Path | None:
+    """The configuration file that the environment or the folder has."""
+    if os.environ.get(CONFIG_ENV):
+        return Path(os.environ[CONFIG_ENV])
+    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
 
 
 def load_config(path: Path) -> Config:

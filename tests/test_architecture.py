@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "streaming.audio",
         *LEAVES,
     ),
-    "streaming/engine": ("streaming.engine", "model", "streaming.cli", *LEAVES),
+    "streaming/engine": ("streaming.engine", "model", *LEAVES),
     "streaming/engine/runners": ("streaming.engine", "model", *LEAVES),
     "clients": ("clients", "streaming.protocol"),
 }
