@@ -13,14 +13,21 @@ from pathlib import Path
 import click
 
 from streaming.app import run
-from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, with_overrides
+from streaming.config import (
+    CONFIG_ENV,
+    DEFAULT_PATH,
+    Config,
+    ConfigError,
+    config_path,
+    find_config,
+    with_overrides,
+)
 from streaming.errors import EngineLost, LogError
 from streaming.logging_setup import configure
 from streaming.server.auth import Scope, entry_text, new_token, parse_tokens
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PATH = Path("config.toml")
 MAX_FILES = 65_536  # open at once; more are not asked for
 PRIVATE = 0o600  # the tokens file is its owner's alone
 
@@ -119,22 +126,6 @@ def _raise_file_limit() -> None:
     wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
     if now != resource.RLIM_INFINITY and now < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
-def find_config(path: Path | None) -> Config:
-    """The configuration in a file; the built-in one where there is none.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    return Config() if path is None else load_config(path)
-
-
-def config_path() -> Path | None:
-    """The configuration file that the environment or the folder has."""
-    if os.environ.get(CONFIG_ENV):
-        return Path(os.environ[CONFIG_ENV])
-    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
 
 
 def _override(

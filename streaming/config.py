@@ -1,12 +1,13 @@
 """`config.toml`: every setting, its type, its range, and the error that names its key.
 
-Components receive their own section, never the whole.
+`app.build` gives each component the sections it needs; no component reads the file itself.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
+DEFAULT_PATH = Path("config.toml")  # where neither does, from the working folder
 
 
 class ConfigError(ValueError):
@@ -251,7 +253,7 @@ class EngineStart(EngineSettings):
 
 
 class Config(EngineSettings):
-    """The whole file."""
+    """Every section of the file."""
 
     server: ServerConfig = ServerConfig()
     access: AccessConfig = AccessConfig()
@@ -296,6 +298,22 @@ def parse_config(text: str, source: str = "config") -> Config:
         return Config.model_validate(values)
     except ValidationError as exc:
         raise ConfigError(problems(source, exc)) from exc
+
+
+def config_path() -> Path | None:
+    """The configuration file that the environment names or the working folder holds."""
+    if os.environ.get(CONFIG_ENV):
+        return Path(os.environ[CONFIG_ENV])
+    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
+
+
+def find_config(path: Path | None) -> Config:
+    """The configuration in a file; the built-in one where there is none.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    return Config() if path is None else load_config(path)
 
 
 def load_config(path: Path) -> Config:
@@ -359,7 +377,7 @@ def problems(source: str, exc: ValidationError, *, is_secret: bool = False) -> s
 
 
 def _problem(error: object, is_secret: bool) -> str:
-    """One line."""
+    """The line of one problem: `KEY: what is wrong (got VALUE)`."""
     assert isinstance(error, dict), error
     key = ".".join(str(part) for part in error["loc"]) or "file"
     if error["type"] == "extra_forbidden":

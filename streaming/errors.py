@@ -68,7 +68,7 @@ class BadAudio(ConnectionOver):
 
 
 class BadMessages(ConnectionOver):
-    """More unreadable messages than the server puts up with."""
+    """Too many malformed messages."""
 
     close_code = CloseCode.BAD_MESSAGE
     error_code = "bad_message"

@@ -14,8 +14,7 @@ from typing import Any
 
 import click
 
-from streaming.cli import config_path, find_config
-from streaming.config import ConfigError, with_overrides
+from streaming.config import ConfigError, config_path, find_config, with_overrides
 
 
 @click.command()
