@@ -5,7 +5,7 @@ MossLiveError
 ├── LogError          the log's file cannot be used; the server does not start, or ends
 │   └── LogFull           there is no room on its disk; everything waits until there is
 ├── StreamFault       a fault of the server's ended a stream; its connection closes with 1011
-├── EngineFault       the engine is gone, silent, or said what it must not; it is restarted
+├── EngineFault       the engine exited, hung or broke its protocol; it is restarted
 └── ConnectionOver    ends one connection; each kind knows its close code
     ├── BadAudio          4401, the stream ends with "bad_input"
     ├── BadMessages       4400, "bad_input"

@@ -10,7 +10,6 @@ import contextlib
 import enum
 import logging
 import os
-import random
 import socket
 import sys
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Protocol
 
 import msgspec
 
+from streaming.aio import Changed, backoff_s
 from streaming.config import Config, EngineConfig, EngineSettings, EngineStart
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost
@@ -104,7 +104,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._restarts: deque[float] = deque(maxlen=config.max_restarts + 1)  # event-loop times
         self._sent_at: float | None = None  # the first thing sent since the engine was last heard
-        self._changed = asyncio.Event()
+        self._changed = Changed()
 
     @property
     def is_ready(self) -> bool:
@@ -129,16 +129,14 @@ class EngineClient:
             self._writer.write(messages.frame(message))
 
     def condemn(self, fault: EngineFault) -> None:
-        """End an engine that said what it must not; the next one is started as after a death."""
+        """End an engine that broke its protocol; the next one starts as after a crash."""
         if self._writer is not None:
             logger.warning("engine condemned: %s", fault)
             self._writer.transport.abort()
 
     async def until(self, *states: EngineState) -> None:
         """Wait until the engine is in one of `states`."""
-        while self.state not in states:
-            self._changed.clear()
-            await self._changed.wait()
+        await self._changed.wait_for(lambda: self.state in states)
 
     async def run(self) -> None:
         """Keep an engine running until cancelled; ends the process in every case.
@@ -238,15 +236,14 @@ class EngineClient:
             raise EngineLost(f"the engine could not be kept running: {fault}") from fault
         self.n_restarts += 1
         self._metrics.restarted()
-        # Jitter, so that several servers on one machine do not load their models at the same moment.
-        delay_s = min(BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)
+        delay_s = backoff_s(len(recent), BACKOFF_S, MAX_BACKOFF_S)
         logger.warning("engine down: %s; restart %d in %.2f s", fault, len(recent), delay_s)
         await asyncio.sleep(delay_s)
 
     def _move(self, state: EngineState) -> None:
         assert state in _NEXT_STATES[self.state], (self.state, state)
         self.state = state
-        self._changed.set()
+        self._changed.notify()
 
 
 def engine_settings(config: Config) -> bytes:
