@@ -9,6 +9,16 @@ slower grid go on while nobody speaks.
 The window of a stream is the audio a decode looks at. It grows with the stream and is cut at a
 pause between committed words before it gets too long; a new window starts where speech begins
 after a long silence.
+
+A stream's sample cursors, from the oldest audio to the newest:
+
+    answered, given, window_start <= consumed <= received
+
+    answered      the timeline has committed what was found before it
+    given         the runner has the audio before it; after a restart it is back at `start`
+    window_start  the next decode looks at the audio from it on
+    consumed      all decode points before it are decided
+    received      the server sent the audio before it
 """
 
 from __future__ import annotations
@@ -77,6 +87,10 @@ class Listening:
     emotion_ticks: int = 0  # between `emotion` forks while somebody speaks
     reach: int = SOUND_REACH  # samples before the last answer that a restart hears again for sounds
     answer_tokens: int = 0  # budget of an answer to a question, its thinking included
+
+    def max_step(self, tick: int) -> int:
+        """Samples between two decode points of a stream at most, with `tick` samples between ticks."""
+        return max(MIN_SPEECH + tick, self.sound_ticks * tick)
 
     @classmethod
     def to(

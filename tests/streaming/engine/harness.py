@@ -41,6 +41,7 @@ from streaming.stream.feed import Feed, FeedState
 from streaming.timeline.transcript import Timeline
 from tests.streaming.engine.fake_runner import LONGEST_WINDOW_S, Asked, FakeRunner
 from tests.streaming.engine.recording import ASKED_ABOUT_S, Script, Utterance, make_script
+from tests.streaming.fake_engine import MAX_STEP
 
 TICK = 5120  # samples
 SECOND = SAMPLE_RATE_HZ
@@ -52,10 +53,10 @@ CONFIG = TranscriptConfig(
     join_gap_s=1.0,
     use_context=True,
     agreement=2,
-    edge_s=0.2,
+    commit_delay_s=0.2,
     max_segment_s=6.0,
     max_tokens_per_s=12.0,
-    sure_score=0.0,
+    sure_confidence=0.0,
 )
 
 
@@ -102,11 +103,21 @@ def make_feed(number: int, script: Script, max_ahead: int, saved: bytes | None =
     """A feed with trackers that record; of a new stream, or one that continues from a saved state."""
     if saved is None:
         timeline = Timeline(CONFIG, Recorder(), Recorder())
-        return Feed(number, timeline, language="en", ring=len(script.pcm), max_ahead=max_ahead)
+        return Feed(
+            number, timeline, language="en", ring=len(script.pcm), max_ahead=max_ahead, max_step=MAX_STEP
+        )
     state = msgspec.msgpack.decode(saved, type=FeedState)
     timeline = Timeline(CONFIG, Recorder(state.timeline.sounds), Recorder(), state.timeline)
     audio = script.pcm[state.ring_start : state.ring_end]
-    return Feed(number, timeline, ring=len(script.pcm), max_ahead=max_ahead, state=state, audio=audio)
+    return Feed(
+        number,
+        timeline,
+        ring=len(script.pcm),
+        max_ahead=max_ahead,
+        max_step=MAX_STEP,
+        state=state,
+        audio=audio,
+    )
 
 
 @dataclass

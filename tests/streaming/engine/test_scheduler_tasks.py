@@ -120,6 +120,26 @@ def test_a_model_is_asked_what_it_can_and_what_is_wanted(
         assert off == WORDS_ALONE
 
 
+@pytest.mark.parametrize("listening", [WORDS_ALONE, SCORED, NAMED])
+@pytest.mark.parametrize("is_speech", [False, True])
+@pytest.mark.parametrize("at", [0, 1, TICK - 1, TICK, 5 * TICK + 77])
+def test_no_more_audio_than_the_longest_step_is_undecided(
+    listening: Listening, is_speech: bool, at: int
+) -> None:
+    """Wherever a stream is: with so much audio there is a decode point, or nothing to decode."""
+    scheduler = Scheduler(
+        TranscriptConfig(), n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0, listening=listening
+    )
+    n_samples = listening.max_step(TICK)
+    scheduler.open(Open(1, None, start=at, consumed=at, window_start=at, is_speech=is_speech, speech_edge=at))
+    scheduler.push(Audio(1, at, bytes(4 * n_samples)))
+    schedule = scheduler.schedule()
+    if is_speech or listening.sound_ticks:
+        assert len(schedule.plan.slots) == 1
+    else:
+        assert [progress.consumed for progress in schedule.progress] == [at + n_samples]
+
+
 def test_an_answer_may_be_as_long_as_the_model_allows() -> None:
     """The budget is the runner's, which has it from the configuration."""
     scheduler = Scheduler(
