@@ -91,7 +91,7 @@ def make(recording: Path, packages: Path) -> None:
     """Write `recording` and its text beside it.
 
     Raises:
-        RecordingError: the packages cannot be had or do not hold what they should.
+        RecordingError: the packages cannot be fetched or do not hold what they should.
         SourceError: a sound in them cannot be decoded.
     """
     unpacked = packages / "unpacked"

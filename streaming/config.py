@@ -225,7 +225,7 @@ class EventsConfig(_Section):
 
 
 class EmotionConfig(_Section):
-    """Emotion of whoever speaks."""
+    """Emotion of the speaker."""
 
     enabled: bool = True
     interval_s: Annotated[float, Field(ge=0.5, le=60)] = 2.0
@@ -363,7 +363,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Mapping[str, object]]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own and nobody else's."""
+    """Whether an address or name reaches this machine alone."""
     if host.lower() == "localhost":
         return True
     try:

@@ -12,7 +12,7 @@ MossLiveError
     ├── Forbidden         4403, subscribers alone
     ├── TooFast           4429, "bad_input"
     ├── IdleConnection    4408, "idle"
-    ├── Replaced          4409, the stream goes on over another connection
+    ├── Replaced          4409, the stream continues over another connection
     ├── SlowReader        4410, "disconnected"
     ├── EngineLost        4503, "engine_lost"
     └── ServerStopping    1001, "server_stopping"

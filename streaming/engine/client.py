@@ -66,7 +66,7 @@ class StreamOwner(Protocol):
         """Whether the engine owes this stream an answer."""
 
     def on_engine_message(self, message: messages.Result | messages.Progress | messages.Skipped) -> None:
-        """The engine said something of this stream."""
+        """The engine sent a message about this stream."""
 
     def on_engine_down(self) -> None:
         """The engine died; what it had not answered is lost with it."""
@@ -103,7 +103,7 @@ class EngineClient:
         self._owners: dict[int, StreamOwner] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._restarts: deque[float] = deque(maxlen=config.max_restarts + 1)  # event-loop times
-        self._sent_at: float | None = None  # the first thing sent since the engine was last heard
+        self._sent_at: float | None = None  # the first message sent since the engine's last one
         self._changed = Changed()
 
     @property
@@ -112,12 +112,12 @@ class EngineClient:
         return self.state is EngineState.READY
 
     def attach(self, stream: int, owner: StreamOwner) -> None:
-        """Give `owner` what the engine says of `stream`, and tell it of deaths and restarts."""
+        """Deliver to `owner` what the engine sends about `stream`, and its crashes and restarts."""
         assert stream not in self._owners, stream
         self._owners[stream] = owner
 
     def detach(self, stream: int) -> None:
-        """Forget a stream, if it is known; what the engine still says of it is dropped."""
+        """Forget a stream, if it is known; what the engine still sends about it is dropped."""
         self._owners.pop(stream, None)
 
     def send(self, message: messages.ToEngine) -> None:
@@ -125,7 +125,7 @@ class EngineClient:
         assert self._writer is not None, self.state
         if self._sent_at is None:
             self._sent_at = asyncio.get_running_loop().time()
-        if not self._writer.is_closing():  # else it died, and its reader is about to say so
+        if not self._writer.is_closing():  # else it died, and its reader is about to report it
             self._writer.write(messages.frame(message))
 
     def condemn(self, fault: EngineFault) -> None:
@@ -218,7 +218,7 @@ class EngineClient:
             case messages.Failed():
                 raise EngineFault(f"failed: {message.message}")
             case messages.Ready():
-                raise EngineFault("said twice that it is ready")
+                raise EngineFault("sent Ready twice")
             case messages.Tick():
                 self._metrics.stepped(message.wall_s)
                 logger.debug("engine step: %.3f s, %d streams", message.wall_s, message.n_streams)
