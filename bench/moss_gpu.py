@@ -29,10 +29,10 @@ from bench.measures import percentiles
 from model.moss.checkpoint import Checkpoint, config_of, empty_model, layout_of, load_weights
 from model.moss.config import EncoderConfig, LanguageConfig, MossConfig, SpecialTokens
 from model.moss.forward import compute
-from model.moss.generate import ask
+from model.moss.generate import generate
+from model.moss.geometry import WindowSettings
 from model.moss.memory import DoesNotFit, MemoryPlan, gb, plan_memory
 from model.moss.prompt import Layout
-from model.moss.window import WindowSettings
 from streaming.engine.contract import Fork, SlotStep, StepPlan
 from streaming.engine.memory import memory_of
 from streaming.engine.runners.loader import device_of, dtype_of
@@ -125,14 +125,14 @@ class Stopwatch:
 @contextmanager
 def watched(runner: MossRunner, watch: Stopwatch, *, has_words: bool) -> Iterator[None]:
     """The parts of the runner's steps, timed; answers without loop guard where they have no words."""
-    decoder = runner._cache.decoder
+    model, decode_step = runner._model, runner._cache.decode_step
     with ExitStack() as stack:
-        stack.enter_context(patch.object(runner._model, "hear", watch.timed("encode", runner._model.hear)))
+        stack.enter_context(patch.object(model, "embed_audio", watch.timed("encode", model.embed_audio)))
         stack.enter_context(patch("model.moss.window.compute", watch.timed("prefill", compute)))
-        stack.enter_context(patch.object(decoder, "step", watch.timed("decode", decoder.step)))
+        stack.enter_context(patch.object(decode_step, "step", watch.timed("decode", decode_step.step)))
         if not has_words:
-            unguarded = functools.partial(ask, guard=None)
-            stack.enter_context(patch("streaming.engine.runners.moss.ask", unguarded))
+            unguarded = functools.partial(generate, guard=None)
+            stack.enter_context(patch("streaming.engine.runners.moss.generate", unguarded))
         yield
 
 

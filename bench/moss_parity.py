@@ -23,11 +23,12 @@ from model.mel import DYNAMIC_RANGE, SILENCE, StreamingMel, log_mel
 from model.moss import checkpoint
 from model.moss.checkpoint import Checkpoint
 from model.moss.encoder import Block, split_blocks
-from model.moss.frontend import Ear
-from model.moss.generate import Question, ask
+from model.moss.frontend import StreamingFrontend
+from model.moss.generate import Request, generate
+from model.moss.geometry import WindowSettings
 from model.moss.network import AudioEmbeddings
 from model.moss.step_graph import CudaGraphs
-from model.moss.window import RollingCache, WindowSettings
+from model.moss.window import RollingCache
 
 TOLERANCE = {"mel": 1e-5, "encoder": 1e-5, "taps": 1e-5, "logits": 1e-4, "prompt": 0.0, "greedy": 0.0}
 N_LAST = 32  # prompt positions whose logits are stored
@@ -77,7 +78,7 @@ def greedy_uncached(ckpt: Checkpoint, ids: Sequence[int], audio: AudioEmbeddings
     for _ in range(n):
         prompt = torch.tensor([*ids, *said], device=ckpt.model.device)
         last = ckpt.model.logits_of_prompt(prompt, audio, special.audio)[-1].clone()
-        last[list(special.never)] = -torch.inf
+        last[list(special.suppressed)] = -torch.inf
         said.append(int(last.argmax()))
     return said
 
@@ -93,7 +94,7 @@ def offline_errors(ckpt: Checkpoint, case: Case) -> dict[str, float]:
     errors["taps"] = max((difference(t, stored[f"deepstack_{k}"]) for k, t in enumerate(taps)), default=0.0)
     ids = ckpt.layout.clip(hidden.shape[0], case.prompt)
     errors["prompt"] = n_different(ids, stored["input_ids"].tolist())
-    audio = joined(model.hear(split_blocks(mel, model.config.encoder)))
+    audio = joined(model.embed_audio(split_blocks(mel, model.config.encoder)))
     logits = model.logits_of_prompt(torch.tensor(ids, device=model.device), audio, ckpt.layout.special.audio)
     errors["logits"] = difference(logits[-N_LAST:], stored["logits_last32"])
     said = greedy_uncached(ckpt, ids, audio, len(stored["greedy"]))
@@ -122,22 +123,22 @@ def streamed_errors(ckpt: Checkpoint, case: Case, seed: int) -> dict[str, float]
     settings = WindowSettings(n_blocks=n_blocks, max_position=40_960)
     cache = RollingCache(model, ckpt.layout, settings, n_slots=1)
     if model.device.type == "cuda":
-        cache.decoder.capture(CudaGraphs())
-    ear = Ear(config, min_peak=known_peak(pcm, config.num_mel_bins))
+        cache.decode_step.capture(CudaGraphs())
+    frontend = StreamingFrontend(config, min_peak=known_peak(pcm, config.num_mel_bins))
     encoded: list[Block] = []
     at = 0
     while at < pcm.shape[0]:
         n = int(torch.randint(1, 40_000, (1,), generator=rng))
-        complete = ear.push(pcm[at : at + n])
+        complete = frontend.push(pcm[at : at + n])
         at += n
         for block in complete:
-            cache.append({0: model.hear([block])[0]})
+            cache.append({0: model.embed_audio([block])[0]})
         encoded += complete
-        if (tail := ear.tail()) is not None and torch.rand(1, generator=rng) < 0.5:
-            cache.set_tail({0: model.hear([tail])[0]})
+        if (tail := frontend.tail()) is not None and torch.rand(1, generator=rng) < 0.5:
+            cache.set_tail({0: model.embed_audio([tail])[0]})
     cache.drop_tail([0])
-    if (tail := ear.tail()) is not None:
-        cache.set_tail({0: model.hear([tail])[0]})
+    if (tail := frontend.tail()) is not None:
+        cache.set_tail({0: model.embed_audio([tail])[0]})
         encoded.append(tail)
 
     outputs = [model.audio_encoder.forward([block]) for block in encoded]
@@ -151,12 +152,12 @@ def streamed_errors(ckpt: Checkpoint, case: Case, seed: int) -> dict[str, float]
     question = ckpt.layout.question(case.prompt)
     errors["prompt"] = n_different(cache.ids(0) + question, stored["input_ids"].tolist())
     n_last = min(N_LAST, len(question))
-    branch = cache.branch(0)
-    logits = torch.cat([cache.step([branch], [[token]]) for token in question])
+    continuation = cache.reserve(0)
+    logits = torch.cat([cache.extend([continuation], [[token]]) for token in question])
     errors["logits"] = difference(logits[-n_last:], stored["logits_last32"][-n_last:])
-    cache.clear([0])
-    answer = ask(cache, [Question(0, question, len(stored["greedy"]))], guard=None)[0]
-    errors["greedy"] = n_different(answer.ids, stored["greedy"].tolist())
+    cache.release([0])
+    answer = generate(cache, [Request(0, question, len(stored["greedy"]))], guard=None)[0]
+    errors["greedy"] = n_different(answer.tokens, stored["greedy"].tolist())
     return errors
 
 

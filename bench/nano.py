@@ -43,10 +43,11 @@ from bench.virtual import VirtualRun, run
 from clients.producer import stream_audio, stream_url
 from model.hf_hub import find
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
-from model.moss.frontend import Ear, blocks_of
-from model.moss.generate import Question, ask
+from model.moss.frontend import StreamingFrontend, blocks_of
+from model.moss.generate import Request, generate
+from model.moss.geometry import WindowSettings
 from model.moss.parse import Span, parse_sentences
-from model.moss.window import RollingCache, WindowSettings
+from model.moss.window import RollingCache
 from scripts.demo import HOST, DemoError, running_server, tail
 from streaming.config import Config, parse_config
 from streaming.engine.contract import Runner, StepPlan, StepResult
@@ -149,13 +150,13 @@ def listen(
     for first in range(0, len(clips), N_SLOTS):
         group = range(first, min(first + N_SLOTS, len(clips)))
         hear(checkpoint, cache, [clips[idx] for idx in group])
-        questions = [
-            Question(slot, checkpoint.layout.question(exchange.question), MAX_TOKENS)
+        requests = [
+            Request(slot, checkpoint.layout.question(exchange.question), MAX_TOKENS)
             for slot, idx in enumerate(group)
             for exchange in asked[idx]
         ]
-        said = iter(ask(cache, questions))
-        answers += [[next(said).text for _ in asked[idx]] for idx in group]
+        generations = iter(generate(cache, requests))
+        answers += [[next(generations).text for _ in asked[idx]] for idx in group]
         cache.reset(range(N_SLOTS))
     return answers
 
@@ -163,13 +164,15 @@ def listen(
 @torch.inference_mode()
 def hear(checkpoint: Checkpoint, cache: RollingCache, clips: Sequence[NDArray[np.float32]]) -> None:
     """Put a clip into each of the first slots."""
-    ears = [Ear(checkpoint.model.config.encoder, checkpoint.layout.special.mel_dtype) for _ in clips]
-    for slot, (ear, clip) in enumerate(zip(ears, clips, strict=True)):
-        blocks = ear.push(torch.from_numpy(clip))
-        for heard in checkpoint.model.hear(blocks):
-            cache.append({slot: heard})
-        if (tail := ear.tail()) is not None:
-            cache.set_tail({slot: checkpoint.model.hear([tail])[0]})
+    frontends = [
+        StreamingFrontend(checkpoint.model.config.encoder, checkpoint.layout.special.mel_dtype) for _ in clips
+    ]
+    for slot, (frontend, clip) in enumerate(zip(frontends, clips, strict=True)):
+        blocks = frontend.push(torch.from_numpy(clip))
+        for embeddings in checkpoint.model.embed_audio(blocks):
+            cache.append({slot: embeddings})
+        if (tail := frontend.tail()) is not None:
+            cache.set_tail({slot: checkpoint.model.embed_audio([tail])[0]})
 
 
 def encoder(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from streaming.audio.vad import Vad
 from streaming.config import Config
 from streaming.engine.contract import Capabilities, Runner
 from streaming.engine.messages import Audio, CloseStream, Commit, Open, Result, Sound
-from streaming.engine.scheduler import Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TaskSchedule
 from streaming.protocol import SAMPLE_RATE_HZ, Message
 from streaming.stream.feed import Feed, FromEngine
 from streaming.timeline.transcript import new_timeline
@@ -134,7 +135,7 @@ def run(
     """
     now_s = 0.0
     tick = config.engine.tick_ms * SAMPLE_RATE_HZ // 1000
-    listening = Listening.to(runner.capabilities, config.events, config.emotion, tick)
+    listening = TaskSchedule.for_model(runner.capabilities, config.events, config.emotion, tick)
     scheduler = Scheduler(
         config.transcript,
         n_slots=len(audio),
@@ -142,7 +143,7 @@ def run(
         shed_after_s=config.engine.shed_after_s,
         clock=lambda: now_s,
         longest_window_s=runner.capabilities.max_window_s,
-        listening=listening,
+        tasks=listening,
     )
     streams = [
         _Stream(number, pcm, config, runner.capabilities, listening.max_step(tick), language, keep)

@@ -136,15 +136,3 @@ class EncoderLayer(nn.Module):
             limit = torch.finfo(x.dtype).max - 1000
             x = x.clamp(-limit, limit)
         return x
-
-
-def sinusoids(n_positions: int, width: int) -> Tensor:
-    """Fixed positions, [n_positions, width] float32: sines, then cosines.
-
-    Source: openai/whisper, whisper/model.py, `sinusoids`.
-    """
-    half = width // 2
-    step = torch.log(torch.tensor(10_000.0)) / (half - 1)
-    rates = torch.exp(-step * torch.arange(half, dtype=torch.float32))
-    angles = torch.arange(n_positions, dtype=torch.float32)[:, None] * rates[None, :]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)

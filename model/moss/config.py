@@ -1,4 +1,4 @@
-"""What a MOSS-Audio checkpoint says of itself: shapes, special tokens, stop tokens.
+"""What a MOSS-Audio checkpoint declares: shapes, special tokens, stop tokens.
 
 Reads dictionaries already parsed from `config.json`, `processor_config.json` and
 `generation_config.json`; opens no file. A setting that would change the arithmetic and is not
@@ -71,9 +71,9 @@ class MossConfig:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids that are spliced in, never made from text."""
+    """Ids that are spliced in, never encoded from text."""
 
-    audio: int = 151_654  # stands where an audio embedding goes; never generated
+    audio: int = 151_654  # placeholder of an audio embedding; never generated
     audio_start: int = 151_669
     audio_end: int = 151_670
     digits: tuple[int, ...] = DIGITS  # ids of '0' to '9', for the time markers
@@ -82,8 +82,8 @@ class SpecialTokens:
     mel_dtype: str = "float32"  # the log-mel is rounded to this before anything else
 
     @property
-    def never(self) -> tuple[int, ...]:
-        """Ids an answer cannot hold."""
+    def suppressed(self) -> tuple[int, ...]:
+        """Ids that are never generated."""
         return (self.audio, self.audio_start, self.audio_end)
 
 
@@ -187,7 +187,7 @@ def _language(section: Mapping[str, Any]) -> LanguageConfig:
 def read_config(root: Mapping[str, Any]) -> MossConfig:
     """The shapes in a `config.json`.
 
-    Both nestings are read: the sections at the root, as on the hub, or together inside one section
+    Both nestings are read: sections at the root, as on Hugging Face, or together inside one section
     (`thinker_config` or `model_config`), as some conversions write them. The language section is
     called `language_config` or `text_config`.
 
@@ -225,7 +225,7 @@ def read_special_tokens(
     Args:
         processor: `processor_config.json` (or `preprocessor_config.json`); empty where absent.
         generation: `generation_config.json`; empty where absent.
-        root: `config.json`, for the stop id where the other files are silent.
+        root: `config.json`, for the stop id where the other files have none.
 
     Raises:
         CheckpointError: a mel setting other than the published one.

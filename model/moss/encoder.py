@@ -1,8 +1,8 @@
-"""MOSS-Audio's encoder: blocks of 400 mel frames, each on its own.
+"""MOSS-Audio's encoder: blocks of 400 mel frames, each encoded independently.
 
 A block is 4.00 s of audio and 50 tokens. Positions restart in each block and attention does not
 leave it, so a complete block is encoded once, and blocks of many streams go through in one call.
-Knows nothing of streams; see `hearing` for how audio becomes blocks.
+Knows no stream; `model.moss.frontend` makes blocks of audio.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from model.layers import EncoderLayer, rounded_up, send
 from model.moss.config import EncoderConfig, n_audio_tokens
 
 STEM_BLOCKS = 16  # blocks whose convolutions run at once: their channels take 50 MB each at full size
-FRAME_MULTIPLE = 64  # growing blocks are padded to such lengths, for the reason of `batch.TOKEN_MULTIPLE`
+FRAME_MULTIPLE = 64  # growing blocks are padded to such lengths, for the reason of `forward.TOKEN_MULTIPLE`
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,21 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the encoder gives for blocks of equal or different length."""
+    """Encoder output for blocks of equal or different length, padded to the longest."""
 
     hidden: Tensor  # [B, T, D], after the last layer norm
     taps: tuple[Tensor, ...]  # each [B, T, D], outputs of the tapped layers
-    n_tokens: tuple[int, ...]  # per block; rows after that are not to be read
+    n_tokens: tuple[int, ...]  # per block; positions after that are padding
 
 
 def positions(n_positions: int, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed positions, [n_positions, width] float32: sines, then cosines.
 
-    Made anew at each use. A buffer would be cast with the module, and left uninitialised when the
-    module is built on the meta device; both spoil the published code.
+    Computed at each use. A buffer would be cast with the module, and left uninitialised when the
+    module is built on the meta device; the published code suffers from both.
 
     Source: OpenMOSS/MOSS-Audio, 5cbb1d8, modeling_moss_audio.py, SinusoidsPositionEmbedding. It
-    rounds the step to float32 after the division, unlike `model.layers.sinusoids`.
+    rounds the step to float32 after the division, unlike openai/whisper's `sinusoids`.
     """
     step = math.log(10_000.0) / (width // 2 - 1)
     rates = torch.exp(-step * torch.arange(width // 2, device=device).float())
@@ -87,14 +87,14 @@ class AudioEncoder(nn.Module):
         frames = [block.mel.shape[0] for block in blocks]
         limit = self.config.block_frames
         assert all(1 <= n <= limit for n in frames), frames
-        # The published code pads a tail with zeros to 400 frames before the convolutions, but leaves
-        # a clip of less than a block as it is. What lies beyond the last token's own 8 frames cannot
-        # reach it, so a padded tail ends at the next multiple of 8; what its row has behind that is
-        # masked after every convolution.
+        # The published code pads a tail with zeros to 400 frames before the convolutions, but does not
+        # pad a clip of less than a block. Frames beyond the last token's own 8 cannot influence it, so
+        # a padded tail ends at the next multiple of 8; the rest of its row is masked after every
+        # convolution.
         conv_frames = [
             n if b.is_first else 8 * n_audio_tokens(n) for n, b in zip(frames, blocks, strict=True)
         ]
-        # Put together on the host, where the mel is made, and sent at once.
+        # Assembled on the host, where the mel is computed, and sent in one copy.
         n_frames = min(limit, rounded_up(max(conv_frames), FRAME_MULTIPLE))
         mel = torch.zeros(len(blocks), n_frames, self.config.num_mel_bins)
         for row, block in zip(mel, blocks, strict=True):
@@ -122,8 +122,8 @@ class AudioEncoder(nn.Module):
     def _stem(self, mel: Tensor, lengths: Tensor, *, is_ragged: bool) -> Tensor:
         """Three convolutions, [B, F, M] to [B, ceil(F / 8), D].
 
-        Each row is as if its input ended after its `lengths` [B]: whatever a convolution writes
-        behind that (its bias, at least) is set to zero before the next one reads it.
+        Each row is computed as if its input ended after its `lengths` [B]: whatever a convolution
+        writes behind that (at least its bias) is set to zero before the next one reads it.
         """
         x = mel.transpose(1, 2)[:, None]  # [B, 1, M, F]
         for conv in (self.conv1, self.conv2, self.conv3):

@@ -1,7 +1,7 @@
-"""One call of the language model over many slots: blocks, growing blocks and questions side by side.
+"""One call of the language model over many slots: blocks, growing blocks and prompts side by side.
 
 What a call needs to know of its tokens is put into one small table of integers on the host and sent
-at once; embeddings are placed and masks made on the device. Knows rows and entries, not what a
+in one copy; embeddings are placed and masks made on the device. Knows rows and entries, not what a
 window is.
 """
 
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from model.layers import rounded_up, send
+from model.moss.geometry import ENTRY_MULTIPLE
 from model.moss.language import Access, KvBuffers, visible_mask
 from model.moss.network import AudioEmbeddings, MossAudio
 
 MAX_CALL_TOKENS = 4096  # padding included; slots beyond that follow in another call
-ENTRY_MULTIPLE = 16  # attention kernels on a GPU take masks of such widths without copying them
-# Rows are as long as that: for every number of rows that a product has not seen yet, oneDNN compiles a
-# kernel on a CPU and keeps it, a quarter to half a megabyte each
+# Rows are padded to multiples of this: for every number of rows that a matrix product has not seen yet,
+# oneDNN compiles a kernel on a CPU and keeps it, a quarter to half a megabyte each
 # (docs/decisions/019-round-tensor-lengths.md).
 TOKEN_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that follow one another, computed in one call with those of other slots and branches."""
+    """Consecutive tokens, computed in one call with those of other slots and continuations."""
 
     slot_idx: int
     ids: Sequence[int]
-    audio: AudioEmbeddings | None  # what stands in the places of the audio id; None: there are none
+    audio: AudioEmbeddings | None  # replaces the embeddings of the audio id; None: there are none
     position: int  # of the first token
     entries: Sequence[int]  # where each is written
     visible: Sequence[range]  # entries all of them see
@@ -40,8 +40,8 @@ class Segment:
 def compute(model: MossAudio, buffers: KvBuffers, segments: Sequence[Segment], audio_id: int) -> list[Tensor]:
     """Hidden states of each segment, [n, H]; keys and values are written to `buffers`.
 
-    One call, or a few where there are more than `MAX_CALL_TOKENS`. A segment may look at what an
-    earlier one of its slot writes.
+    One call, or a few where there are more than `MAX_CALL_TOKENS` tokens. A segment may attend to what
+    an earlier one of its slot writes.
     """
     by_slot: dict[int, list[Segment]] = {}
     for segment in segments:
@@ -52,7 +52,7 @@ def compute(model: MossAudio, buffers: KvBuffers, segments: Sequence[Segment], a
     for slot_idx in sorted(by_slot):
         row = by_slot[slot_idx]
         n_tokens = sum(len(segment.ids) for segment in row)
-        # On a GPU it would be open which of two tokens an entry keeps.
+        # On a GPU it would be undefined which of two tokens an entry keeps.
         assert len({entry for segment in row for entry in segment.entries}) == n_tokens, slot_idx
         row_width = rounded_up(n_tokens, TOKEN_MULTIPLE)
         if rows and (len(rows) + 1) * max(width, row_width) > MAX_CALL_TOKENS:
@@ -70,7 +70,7 @@ def _call(
 ) -> dict[int, Tensor]:
     """One call, a row of `n_tokens` per slot: hidden states by the segment's identity."""
     every = [segment for row in rows for segment in row]
-    # Only as far as something is read or written: the scratch is the larger part, and mostly empty.
+    # Only as many entries as are read or written: the scratch is the larger part, and mostly empty.
     n_read = 1 + max(max(run) for segment in every for run in (*segment.visible, segment.entries) if run)
     n_read = min(rounded_up(n_read, ENTRY_MULTIPLE), buffers.k.shape[3])
     table = _Table(rows, n_tokens, audio_id, buffers.k.device)
@@ -87,7 +87,7 @@ def _call(
 
 
 class _Table:
-    """What one call says to the device, in one copy: B rows of T tokens in up to G segments each."""
+    """One call's integers on the device, in one copy: B rows of T tokens in up to G segments each."""
 
     def __init__(
         self, rows: Sequence[Sequence[Segment]], n_tokens: int, audio_id: int, device: torch.device
@@ -96,7 +96,7 @@ class _Table:
         self.places: list[tuple[Segment, int, slice]] = []  # segment, row, where in it
         n_segments = 1 + max(len(row) for row in rows)  # the last is what pads the row
         n_ranges = max(1, *(len(segment.visible) for row in rows for segment in row))
-        # Padding goes to the spare entry, at position 0, and looks at that entry alone.
+        # Padding goes to the spare entry, at position 0, and attends to that entry alone.
         host = torch.zeros(len(rows), 4 * n_tokens + 2 * n_segments * n_ranges + 1, dtype=torch.int64)
         tokens = host[:, : 4 * n_tokens].view(len(rows), 4, n_tokens)
         ranges = host[:, 4 * n_tokens : -1].view(len(rows), 2, n_segments, n_ranges)
@@ -132,7 +132,7 @@ class _Table:
         self.audio = send(torch.tensor(audio, dtype=torch.int64), device)  # of the flat rows
 
     def mask(self, n_read: int) -> Tensor:
-        """Where each token may look, [B, T, n_read]: its segment's ranges, and its segment up to itself."""
+        """What each token attends to, [B, T, n_read]: its segment's ranges, and its segment up to itself."""
         n_tokens = self.ids.shape[1]
         shared = visible_mask(self._starts, self._stops, n_read)  # [B, G, R]
         seen = shared.gather(1, self._segment[:, :, None].expand(-1, -1, n_read))

@@ -1,11 +1,14 @@
-"""How one stream's audio becomes blocks of the encoder, in pieces of any length.
+"""One stream's samples, in pieces of any length, as mel blocks for the encoder.
 
-A complete block is given once, as soon as its last sample is known, and never changes. The growing
-one can be asked for at any time, and is then what the published code makes of a clip that ends there.
+A complete block is returned once, as soon as its last sample is known, and never changes. The growing
+block is available at any time, and is then what the published code computes for a clip that ends
+there.
 
 The maximum that sets the mel floor is the largest so far: of the stream up to the end of the block.
-That depends on the audio alone, not on how it was cut, and equals the published code's on the clip
-that ends with the block. A block is not revised when a louder one follows.
+It depends on the audio alone, not on how the audio was cut, and equals the published code's on the
+clip that ends with the block. A block is not revised when a louder one follows.
+
+Knows no encoder weights, no cache and no other stream.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ from model.moss.config import EncoderConfig
 from model.moss.encoder import Block
 
 
-class Ear:
-    """One stream between its samples and its blocks. Keeps less than a block of mel frames."""
+class StreamingFrontend:
+    """The audio front end of one stream. Keeps less than a block of mel frames."""
 
     def __init__(self, config: EncoderConfig, mel_dtype: str = "float32", min_peak: float = SILENCE) -> None:
-        """An ear that has heard nothing.
+        """A front end before the first sample.
 
         Args:
             config: The encoder the blocks are for.
-            mel_dtype: The published processor rounds the mel to this (bfloat16) in any arithmetic.
-            min_peak: A maximum known from elsewhere, log10 power: a floor that does not wander, or
-                the whole clip's for an exact second hearing of it.
+            mel_dtype: The published processor rounds the mel to this (bfloat16), whatever the model's
+                own dtype.
+            min_peak: A lower bound of the maximum, log10 power: for a constant floor, or the whole
+                clip's maximum to get the published mel of a clip exactly.
         """
-        self.n_blocks = 0  # complete blocks given so far
+        self.n_blocks = 0  # complete blocks returned so far
         self._config = config
         self._rounding: torch.dtype = getattr(torch, mel_dtype)
         self._mel = StreamingMel(config.num_mel_bins)
@@ -42,11 +46,11 @@ class Ear:
 
     @property
     def n_samples(self) -> int:
-        """Samples heard so far."""
+        """Samples pushed so far."""
         return self._n_samples
 
     def push(self, pcm: Tensor) -> list[Block]:
-        """Hear samples [n], n >= 0, and give the blocks they complete."""
+        """Take samples [n], n >= 0, 16 kHz mono in [-1, 1]; returns the blocks they complete."""
         self._n_samples += pcm.shape[0]
         self._frames = torch.cat([self._frames, self._mel.push(pcm)])
         blocks = []
@@ -73,8 +77,8 @@ class Ear:
 
 
 def blocks_of(pieces: Iterable[Tensor], config: EncoderConfig, mel_dtype: str = "float32") -> list[Block]:
-    """The blocks of a clip that comes in pieces [n], its growing one last."""
-    ear = Ear(config, mel_dtype)
-    blocks = [block for piece in pieces for block in ear.push(piece)]
-    tail = ear.tail()
+    """The blocks of a clip given in pieces [n], the incomplete one last."""
+    frontend = StreamingFrontend(config, mel_dtype)
+    blocks = [block for piece in pieces for block in frontend.push(piece)]
+    tail = frontend.tail()
     return [*blocks, tail] if tail is not None else blocks

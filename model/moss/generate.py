@@ -1,7 +1,7 @@
-"""Answers: greedy decoding of many questions on many slots, side by side.
+"""Greedy decoding of many requests on many slots, side by side.
 
-Decides nothing about what is asked or when. What a slot remembers is read where it lies and is the
-same afterwards, bit for bit.
+A request is a prompt behind a slot's rolling window. What the window holds is shared, read in place
+and unchanged afterwards, bit for bit. Which requests there are, and when, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from model.moss.geometry import Continuation
 from model.moss.prompt import Layout
-from model.moss.step_graph import LANES, Lane, choose
-from model.moss.window import Branch, RollingCache
+from model.moss.step_graph import LANES, TokenChoice, choose
+from model.moss.window import RollingCache
 
 CLOSE_THOUGHT = "\n</think>\n\n"
 
@@ -23,14 +24,14 @@ Reason = Literal["stop", "budget", "loop"]
 
 @dataclass(frozen=True, slots=True)
 class LoopGuard:
-    """When an answer that repeats itself is ended: the same n-gram over and over at its end."""
+    """When a repetitive answer is ended: the same n-gram over and over at its end."""
 
     min_repeats: int = 4
-    min_tokens: int = 24  # repeats of short n-grams are looked at only from this length on
+    min_tokens: int = 24  # repeats of short n-grams count only from this length on
     max_period: int = 64  # longest n-gram looked for, in tokens
 
     def repeats(self, ids: Sequence[int]) -> tuple[int, int] | None:
-        """Period and number of repeats at the end of `ids`, where they are too many."""
+        """Period and number of repeats at the end of `ids`; None where they are within the limits."""
         for period in range(1, min(self.max_period, len(ids) // self.min_repeats) + 1):
             n = max(self.min_repeats * period, -(-self.min_tokens // period) * period)
             if len(ids) >= n and all(ids[-i] == ids[-i - period] for i in range(1, n - period + 1)):
@@ -42,90 +43,76 @@ DEFAULT_GUARD = LoopGuard()
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked of one slot."""
+class Request:
+    """A prompt behind one slot's window."""
 
     slot_idx: int
-    ids: tuple[int, ...]  # from `Layout.question`
-    max_tokens: int  # of what it says now, thoughts included; closing a thought may take a few more
-    first_block: int | None = None  # older blocks are not looked at; None: all that is remembered
-    max_thought_tokens: int | None = None  # then `</think>` is put in its mouth; None: no limit
-    # What an answer that ran out of its budget had said (`Answer.ids`): it goes on from there. So a
-    # long answer can be had in slices, with other work between them.
-    before: tuple[int, ...] = ()
+    ids: tuple[int, ...]  # from `Layout.question`, a forced prefix of the answer included
+    max_tokens: int  # of the answer, thoughts included; closing a thought may take a few more
+    first_block: int | None = None  # older blocks are not visible; None: the whole window is
+    max_thought_tokens: int | None = None  # then `</think>` is forced; None: no limit
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model said."""
+class Generation:
+    """The answer to a request."""
 
-    ids: tuple[int, ...]  # without the stop token, repetitions cut; what was said before included
+    tokens: tuple[int, ...]  # without the stop token, repetitions cut
     text: str  # without thoughts
-    thought: str  # what it said between `<think>` tags
-    reason: Reason
-    n_loops_cut: int  # repetitions taken away
-    score: float  # geometric mean of its new tokens' probabilities, 0 to 1; 0 where there are none
+    thought: str  # between `<think>` tags
+    reason: Reason  # why it ended
+    n_repetitions_cut: int
+    confidence: float  # geometric mean of the chosen tokens' probabilities, 0 to 1; 0 where there are none
 
 
-@dataclass(slots=True)
-class _Open:
-    """An answer being written."""
-
-    question: Question
-    branch: Branch
-    lane_idx: int
-    said: list[int] = field(default_factory=list)
-    forced: list[int] = field(default_factory=list)  # tokens it must say next
-    reason: Reason | None = None
-    n_loops_cut: int = 0
-    log_probability: float = 0.0  # of what was said, summed
-    n_scored: int = 0
-
-
-def ask(
+def generate(
     cache: RollingCache,
-    questions: Sequence[Question],
+    requests: Sequence[Request],
     guard: LoopGuard | None = DEFAULT_GUARD,
-) -> list[Answer]:
-    """Answer all questions, in their order.
+) -> list[Generation]:
+    """Answer all requests, in their order.
 
-    Those of one slot share its scratch; what does not fit beside the others waits for them.
+    Requests on one slot share its scratch and its lanes; what does not fit beside the others waits.
+
+    Args:
+        cache: The windows; their continuations are released afterwards.
+        requests: For any slots, several per slot if need be.
+        guard: Ends answers that loop; None: they use up their budget.
 
     Raises:
-        ValueError: a question with its budget is longer than the scratch.
+        ValueError: a request with its budget is longer than the scratch.
     """
-    answers: dict[int, Answer] = {}
-    close = cache.layout.tokenizer.encode(CLOSE_THOUGHT)
-    for wave in _waves(questions, cache.settings.scratch_tokens, len(close)):
-        opened: list[_Open] = []
+    found: dict[int, Generation] = {}
+    close_thought = cache.layout.tokenizer.encode(CLOSE_THOUGHT)
+    for wave in _waves(requests, cache.settings.scratch_tokens, len(close_thought)):
+        running = []
         for idx in wave:
-            question = questions[idx]
-            lane_idx = sum(one.question.slot_idx == question.slot_idx for one in opened)
-            branch = cache.branch(question.slot_idx, question.first_block, _need(question, len(close)))
-            opened.append(_Open(question, branch, lane_idx, list(question.before)))
-        _write(cache, opened, guard)
-        cache.clear({one.question.slot_idx for one in opened})
-        for idx, one in zip(wave, opened, strict=True):
-            answers[idx] = _finished(one, cache.layout)
-    return [answers[idx] for idx in range(len(questions))]
+            request = requests[idx]
+            n_tokens = _n_scratch(request, len(close_thought))
+            continuation = cache.reserve(request.slot_idx, request.first_block, n_tokens)
+            running.append(_Running(request, continuation, cache.layout, guard))
+        _decode_loop(cache, running)
+        cache.release({requests[idx].slot_idx for idx in wave})
+        found |= {idx: one.finish() for idx, one in zip(wave, running, strict=True)}
+    return [found[idx] for idx in range(len(requests))]
 
 
-def _need(question: Question, n_close: int) -> int:
-    """Scratch a question takes with its answer."""
-    n = len(question.ids) + len(question.before) + question.max_tokens
-    return n if question.max_thought_tokens is None else n + n_close
+def _n_scratch(request: Request, n_close: int) -> int:
+    """Scratch entries of a request with its answer, of which closing a thought may take `n_close`."""
+    n = len(request.ids) + request.max_tokens
+    return n if request.max_thought_tokens is None else n + n_close
 
 
-def _waves(questions: Sequence[Question], n_scratch: int, n_close: int) -> list[list[int]]:
-    """Indices of questions that fit side by side."""
+def _waves(requests: Sequence[Request], n_scratch: int, n_close: int) -> list[list[int]]:
+    """Indices of requests that fit side by side, each in the first wave that has room for it."""
     waves: list[list[int]] = []
     left: list[dict[int, int]] = []  # per wave, what is left of each slot's scratch
     lanes: list[Counter[int]] = []  # per wave, the lanes each slot has taken
-    for idx, question in enumerate(questions):
-        need = _need(question, n_close)
+    for idx, request in enumerate(requests):
+        need = _n_scratch(request, n_close)
         if need > n_scratch:
-            raise ValueError(f"a question of {need} tokens with its answer; the scratch has {n_scratch}")
-        slot_idx = question.slot_idx
+            raise ValueError(f"a request of {need} tokens with its answer; the scratch has {n_scratch}")
+        slot_idx = request.slot_idx
         fits = (
             i
             for i, free in enumerate(left)
@@ -142,91 +129,98 @@ def _waves(questions: Sequence[Question], n_scratch: int, n_close: int) -> list[
     return waves
 
 
-def _write(cache: RollingCache, opened: Sequence[_Open], guard: LoopGuard | None) -> None:
-    """Decode until every answer has ended: all questions in one call, then a step per token."""
-    layout = cache.layout
-    for one in opened:
-        one.reason = None if one.question.max_tokens > 0 else "budget"
-        _close_thought(one, layout)
-    live = {(one.question.slot_idx, one.lane_idx): one for one in opened if one.reason is None}
-    if not live:
+def _decode_loop(cache: RollingCache, running: Sequence[_Running]) -> None:
+    """Decode until every answer has ended."""
+    step = cache.decode_step
+    # 1. Prefill: the prompts of all requests in one call, which chooses the first token of each.
+    if not (live := _live(running)):
         return
-    logits = cache.step(
-        [one.branch for one in live.values()],
-        [(*one.question.ids, *one.question.before) for one in live.values()],
-    )
-    first = choose(logits, cache.decoder.never).tolist()
-    for one, (token, log_probability) in zip(live.values(), first, strict=True):
-        _take(one, int(token), log_probability, layout, guard)
-    live = {lane: one for lane, one in live.items() if one.reason is None}
-    cache.decoder.open(
-        [
-            Lane(*lane, one.said[-1], one.branch.position, one.branch.visible[-1].stop, one.branch.visible)
-            for lane, one in live.items()
-        ]
-    )
+    logits = cache.extend([one.continuation for one in live], [one.request.ids for one in live])
+    first = choose(logits, step.suppressed).tolist()
+    for one, (token, log_probability) in zip(live, first, strict=True):
+        one.append(TokenChoice(int(token), log_probability))
+    # 2. What goes on takes a lane.
+    live = _live(live)
+    step.open([(one.continuation, one.tokens[-1]) for one in live])
+    # 3. One step of all lanes per token; lanes of answers that ended are closed.
     while live:
-        said = cache.decoder.step()
-        told = []
-        for lane, one in live.items():
-            _take(one, said[lane].token, said[lane].log_probability, layout, guard)
-            if one.reason is None and one.said[-1] != said[lane].token:
-                told.append((*lane, one.said[-1]))
-        cache.decoder.say(told)
-        cache.decoder.close([lane for lane, one in live.items() if one.reason is not None])
-        live = {lane: one for lane, one in live.items() if one.reason is None}
+        chosen = step.step()
+        for one in live:
+            one.append(chosen[one.lane])
+        ended = [one.lane for one in live if one.reason is not None]
+        live = _live(live)
+        step.replace({one.lane: one.tokens[-1] for one in live if one.tokens[-1] != chosen[one.lane].token})
+        step.close(ended)
 
 
-def _take(one: _Open, token: int, log_probability: float, layout: Layout, guard: LoopGuard | None) -> None:
-    one.log_probability += log_probability
-    one.n_scored += 1
-    _say(one, token, layout, guard)
+class _Running:
+    """An answer being decoded."""
+
+    def __init__(
+        self, request: Request, continuation: Continuation, layout: Layout, guard: LoopGuard | None
+    ) -> None:
+        self.request = request
+        self.continuation = continuation
+        self.tokens: list[int] = []
+        self.reason: Reason | None = None if request.max_tokens > 0 else "budget"  # None while it goes on
+        self._layout = layout
+        self._guard = guard
+        self._forced: list[int] = []  # tokens that come next, whatever is chosen
+        self._n_repetitions_cut = 0
+        self._log_probability = 0.0  # of the chosen tokens, summed
+        self._n_chosen = 0
+
+    @property
+    def lane(self) -> tuple[int, int]:
+        """Slot and lane."""
+        return self.continuation.lane
+
+    def append(self, chosen: TokenChoice) -> None:
+        """Take the token of a step, or the forced one in its place, and end the answer where it must."""
+        self._log_probability += chosen.log_probability
+        self._n_chosen += 1
+        if self._forced:
+            self.tokens.append(self._forced.pop(0))
+        elif chosen.token in self._layout.special.stop:
+            self.reason = "stop"
+            return
+        else:
+            self.tokens.append(chosen.token)
+        if self._forced:
+            return  # what closes a thought comes whole
+        if len(self.tokens) >= self.request.max_tokens:
+            self.reason = "budget"
+        if self._guard and (found := self._guard.repeats(self.tokens)):
+            period, n_repeats = found
+            del self.tokens[len(self.tokens) - period * (n_repeats - 1) :]
+            self._n_repetitions_cut = n_repeats - 1
+            self.reason = "loop"
+        elif self.reason is None and len(self.tokens) == self.request.max_thought_tokens:
+            self._close_thought()
+
+    def finish(self) -> Generation:
+        """The answer, which has ended."""
+        assert self.reason is not None
+        thought, text = split_thought(self._layout.tokenizer.decode(self.tokens))
+        confidence = math.exp(self._log_probability / self._n_chosen) if self.tokens else 0.0
+        return Generation(tuple(self.tokens), text, thought, self.reason, self._n_repetitions_cut, confidence)
+
+    def _close_thought(self) -> None:
+        """Force the end of a thought, if the answer is still thinking."""
+        text = self._layout.tokenizer.decode(self.tokens)
+        if text.lstrip().startswith("<think>") and "</think>" not in text:
+            self._forced = self._layout.tokenizer.encode(CLOSE_THOUGHT)
 
 
-def _say(one: _Open, token: int, layout: Layout, guard: LoopGuard | None) -> None:
-    """Take one token into an answer, and end the answer where it must."""
-    if one.forced:
-        token = one.forced.pop(0)
-    elif token in layout.special.stop:
-        one.reason = "stop"
-        return
-    one.said.append(token)
-    if one.forced:
-        return  # what closes a thought is said whole
-    if len(one.said) - len(one.question.before) >= one.question.max_tokens:
-        one.reason = "budget"
-    if guard and (found := guard.repeats(one.said)):
-        period, n_repeats = found
-        del one.said[len(one.said) - period * (n_repeats - 1) :]
-        one.n_loops_cut = n_repeats - 1
-        one.reason = "loop"
-    elif one.reason is None:
-        _close_thought(one, layout)
-
-
-def _close_thought(one: _Open, layout: Layout) -> None:
-    """Begin to close a thought that has reached its limit."""
-    if one.question.max_thought_tokens == len(one.said) and _is_thinking(one.said, layout):
-        one.forced = layout.tokenizer.encode(CLOSE_THOUGHT)
-
-
-def _is_thinking(said: Sequence[int], layout: Layout) -> bool:
-    text = layout.tokenizer.decode(said)
-    return text.lstrip().startswith("<think>") and "</think>" not in text
-
-
-def _finished(one: _Open, layout: Layout) -> Answer:
-    thought, text = split_thought(layout.tokenizer.decode(one.said))
-    assert one.reason is not None
-    score = math.exp(one.log_probability / one.n_scored) if one.said and one.n_scored else 0.0
-    return Answer(tuple(one.said), text, thought, one.reason, one.n_loops_cut, score)
+def _live(running: Sequence[_Running]) -> list[_Running]:
+    return [one for one in running if one.reason is None]
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """What is thought and what is said; tags may be missing at either end.
+    """Thought and answer of a decoded text; `<think>` tags may be missing at either end.
 
-    An open thought without its end is all thought; an end without a beginning ends a thought that
-    began before the text.
+    Without a closing tag everything after the opening one is thought; without an opening tag the
+    thought began before the text.
     """
     head, tag, rest = text.partition("</think>")
     if tag:

@@ -17,9 +17,10 @@ from model.moss.checkpoint import memory_need
 from model.moss.config import MossConfig
 from model.moss.encoder import STEM_BLOCKS
 from model.moss.forward import MAX_CALL_TOKENS
+from model.moss.geometry import WindowSettings, n_entries
 from model.moss.network import MAX_BLOCKS
-from model.moss.step_graph import LANES, decoder_bytes
-from model.moss.window import WindowSettings, n_entries, slot_bytes
+from model.moss.step_graph import LANES, decode_step_bytes
+from model.moss.window import slot_bytes
 
 N_PREFIX = 32  # tokens of the prompt before the audio, where no tokenizer is at hand to count them
 CUDA_ALLOWANCE = 1 << 30  # bytes: kernels, cuBLAS and cuDNN workspaces, fragmentation; not measured
@@ -129,7 +130,7 @@ def plan_memory(
         is_cuda: Whether it is for a GPU; decides the allowance alone.
     """
     need = memory_need(config, dtype)
-    n_read = n_entries(config, settings, n_prefix)
+    n_read = n_entries(config.encoder.block_tokens, settings, n_prefix)
     per_slot = slot_bytes(config, settings, n_prefix, dtype)
     wider = WindowSettings(n_blocks=settings.n_blocks + 1, markers=settings.markers)
     narrow = WindowSettings(n_blocks=settings.n_blocks, markers=settings.markers)
@@ -137,7 +138,7 @@ def plan_memory(
     prefill = MAX_CALL_TOKENS * _token_bytes(config, n_read, dtype)
     lanes = n_slots * LANES
     logits = lanes * config.language.vocab_size * (dtype.itemsize + 2 * 4)
-    decode = decoder_bytes(n_slots, n_read) + lanes * _token_bytes(config, n_read, dtype) + logits
+    decode = decode_step_bytes(n_slots, n_read) + lanes * _token_bytes(config, n_read, dtype) + logits
     parts = (
         Part("weights", need.weight_bytes, ""),
         Part("slots", n_slots * per_slot + n_prefix * need.kv_bytes_per_token, "n_slots, window"),

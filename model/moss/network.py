@@ -1,4 +1,7 @@
-"""MOSS-Audio as one module with the checkpoint's parameter names, and its whole-clip use."""
+"""MOSS-Audio as one module with the checkpoint's parameter names, and its use on whole clips.
+
+Knows no stream and no cache of its own: `model.moss.window` keeps what a stream needs.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from model.moss.config import MossConfig
 from model.moss.encoder import AudioEncoder, Block, Encoded, split_blocks
 from model.moss.language import GatedMlp, LanguageModel
 
-MAX_BLOCKS = 128  # blocks that go through the encoder at once; more follow in another call
+MAX_BLOCKS = 128  # blocks in one encoder call; more follow in another
 
 
 @dataclass(frozen=True, slots=True)
 class AudioEmbeddings:
-    """What the language model gets of audio, N tokens."""
+    """Audio as the language model takes it, N tokens."""
 
-    embeds: Tensor  # [N, H], in the place of the audio token's embedding
-    added: Tensor  # [n_deepstack, N, H], added to the output of the first layers
+    embeds: Tensor  # [N, H], instead of the embedding of the audio id
+    added: Tensor  # [n_deepstack, N, H], DeepStack: added to the output of the first layers
 
 
 class MossAudio(nn.Module):
@@ -43,27 +46,27 @@ class MossAudio(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """Arithmetic of the weights."""
         return self.lm_head.weight.dtype
 
-    def hear(self, blocks: Sequence[Block]) -> list[AudioEmbeddings]:
-        """Encode and adapt blocks of any streams in one call; one result per block."""
-        heard: list[AudioEmbeddings] = []
+    def embed_audio(self, blocks: Sequence[Block]) -> list[AudioEmbeddings]:
+        """Encode and adapt blocks of any streams in one call; one result per block, on the model's device."""
+        embeddings: list[AudioEmbeddings] = []
         for start in range(0, len(blocks), MAX_BLOCKS):
             encoded = self.audio_encoder.forward(blocks[start : start + MAX_BLOCKS])
             embeds, added = self.adapt(encoded)
-            heard += [
+            embeddings += [
                 AudioEmbeddings(embeds[row, :n], added[:, row, :n]) for row, n in enumerate(encoded.n_tokens)
             ]
-        return heard
+        return embeddings
 
     def adapt(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, H] and what DeepStack adds [n_deepstack, B, T, H]."""
+        """Embeddings [B, T, H] and the additions of DeepStack [n_deepstack, B, T, H]."""
         embeds = self.audio_adapter.forward(encoded.hidden)
         # Fewer mergers than taps: the last taps are not used.
         mergers = zip(self.deepstack_audio_merger_list, encoded.taps, strict=False)
@@ -83,20 +86,18 @@ class MossAudio(nn.Module):
         """Logits at every position of one whole prompt, without a cache: [n, vocab].
 
         Args:
-            ids: [n], with `audio_id` at the place of each audio token.
+            ids: [n], with `audio_id` for each audio token.
             audio: The clip's audio tokens, in order; None where `ids` has none.
             audio_id: The id that stands for audio.
 
         Raises:
-            ValueError: `ids` has room for another number of audio tokens than there are.
+            ValueError: the audio tokens of `ids` are not as many as those of `audio`.
         """
         x = self.language_model.embed_tokens(ids)
         is_audio = ids == audio_id
         n_audio = 0 if audio is None else audio.embeds.shape[0]
         if int(is_audio.sum()) != n_audio:
-            raise ValueError(
-                f"a prompt with {int(is_audio.sum())} audio tokens for {n_audio} that were heard"
-            )
+            raise ValueError(f"a prompt with {int(is_audio.sum())} audio tokens for {n_audio} of audio")
         added: list[Tensor] = []
         if audio is not None:
             x = x.masked_scatter(is_audio[:, None], audio.embeds)

@@ -1,8 +1,8 @@
-"""What the model says, read into sentences, events and voices with times.
+"""The model's answers parsed into sentences, events and voices with times.
 
 Tolerant of what models do: missing brackets, times out of order, code fences, answers cut short.
 Strict in what comes out: every time lies inside the window and no span ends before it begins. Never
-raises, whatever the text.
+raises, whatever the text. Knows no tensor, and no stream but the window it is given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VOICE_KEYS = (
     "summary",
 )
 
-# Stems by which a description in words is sorted into eight labels; the first one found in it wins.
+# Stems that sort a description in words into eight labels; the one that comes first in it wins.
 _EMOTION_STEMS = {
     "neutral": ("neutral", "matter-of-fact", "unemotional", "flat"),
     "calm": ("calm", "relaxed", "composed", "peaceful", "serene"),
@@ -41,8 +41,8 @@ _EMOTION_STEMS = {
 }
 EMOTIONS = tuple(_EMOTION_STEMS)
 
-MAX_LABEL = 200  # characters of an event's description; what is longer is cut
-MAX_VALUE = 2000  # characters of one field of a voice
+MAX_LABEL = 200  # characters of an event's description; longer ones are cut
+MAX_VALUE = 2000  # characters of one field of a voice; longer ones are cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Words said between two times."""
+    """Words spoken between two times."""
 
     text: str
     span: Span
-    is_closed: bool  # the model said when it ends; else it ends with the window
+    is_closed: bool  # the model gave its end; else it ends with the window
 
 
 @dataclass(frozen=True, slots=True)
 class SoundEvent:
-    """Something heard between two times."""
+    """A sound between two times."""
 
     label: str
     span: Span
@@ -76,7 +76,7 @@ class SoundEvent:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """How somebody speaks: the fields the model gave, in the order of `VOICE_KEYS`."""
+    """A description of a voice: the fields the model gave, in the order of `VOICE_KEYS`."""
 
     fields: Mapping[str, str] = field(default_factory=dict)
 
@@ -85,7 +85,8 @@ class Voice:
 _TIME = r"\d{1,9}(?:\.\d{1,9})?(?::\d{1,9}(?:\.\d{1,9})?){0,2}"
 # A time in a sentence needs a bracket on one side at least: "2.01" alone may be a word.
 _TAG = re.compile(rf"\[ ?({_TIME}) ?s? ?\]?|(?<![\w.])({_TIME}) ?s? ?\]")
-# Lines come with single spaces: runs of them between optional parts would take for ever to refuse.
+# Matched against lines with single spaces: with runs of spaces, the optional parts would backtrack
+# without bound.
 _EVENT = re.compile(
     rf"^\W*?(?:\d{{1,3}}[.)] )?\[?({_TIME}) ?(?:(?:seconds|sec|s)\b)? ?\]? ?(?:-|–|—|~|to|until) ?\[?"  # noqa: RUF001 (models write them)
     rf"({_TIME})? ?(?:(?:seconds|sec|s)\b)? ?[\])]? ?[:,-]? ?(\S.*)$",
@@ -105,114 +106,119 @@ def seconds(text: str) -> float:
     return total
 
 
-def parse_sentences(text: str, window: Span, offset_s: float = 0.0, said: str = "") -> tuple[Sentence, ...]:
+def parse_sentences(
+    text: str, window: Span, offset_s: float = 0.0, forced_prefix: str = ""
+) -> tuple[Sentence, ...]:
     """Read `[0.00]hello there[2.01][2.01]the weather[4.32]`.
 
     Args:
-        text: What the model said.
-        window: The stretch the model heard, on the caller's clock.
+        text: The model's answer, behind `forced_prefix`.
+        window: The audio the model was given, on the caller's clock.
         offset_s: What to add to the model's times to get the caller's.
-        said: The beginning of the answer, which was put in the model's mouth: sentences with times,
-            the last of them open. Its words stay, whatever the model says after them.
+        forced_prefix: The beginning of the answer that decoding was forced to: sentences with times,
+            the last of them open. Its words never change, whatever follows them.
 
     Returns:
-        Sentences whose starts, and whose ends, never go back, those of `said` first. One with no time
-        before it begins where the one before it ends. What is said to begin after the window, behind
-        what was not, was not heard and is left out; so are the same words at the same time once more,
-        for a model that repeats itself. With other words, told to their end, it is that sentence told
-        anew: the model went astray in the first telling, which is left out with all that follows it.
+        Sentences whose starts, and whose ends, never decrease, those of `forced_prefix` first. A
+        sentence without a start time begins where the one before it ends. Sentences that begin after
+        the window are dropped, and so are repeats: the same words at the same time as before. A
+        sentence that restarts an earlier one, from its start time with other words, replaces it and
+        everything after it: decoding had derailed.
     """
-    text = _CUT_TIME.sub("", " ".join(f"{said} {text}".split()))
-    given = _told(said, window.start_s, offset_s)
+    text = _CUT_TIME.sub("", " ".join(f"{forced_prefix} {text}".split()))
+    forced = _timed_texts(forced_prefix, window.start_s, offset_s)
     sentences: list[Sentence] = []
-    at = window.start_s  # nothing begins before this
-    for told in _heard(_told(text, window.start_s, offset_s), given, window):
-        start_s = max(at, window.clamp(told.start_s))
-        end_s = window.end_s if told.end_s is None else window.clamp(told.end_s)
-        at = max(start_s, end_s)
-        sentences.append(Sentence(told.text, Span(start_s, at), is_closed=told.end_s is not None))
+    earliest_s = window.start_s  # nothing begins before this
+    for one in _without_restarts(_timed_texts(text, window.start_s, offset_s), forced, window):
+        start_s = max(earliest_s, window.clamp(one.start_s))
+        end_s = window.end_s if one.end_s is None else window.clamp(one.end_s)
+        earliest_s = max(start_s, end_s)
+        sentences.append(Sentence(one.text, Span(start_s, earliest_s), is_closed=one.end_s is not None))
     return tuple(sentences)
 
 
 @dataclass(frozen=True, slots=True)
-class _ToldSentence:
-    """As the model told it, on the caller's clock."""
+class _TimedText:
+    """A sentence as it stands in the answer, seconds on the caller's clock."""
 
     text: str
     start_s: float
-    end_s: float | None
+    end_s: float | None  # None: no time follows it
 
     @property
     def bare(self) -> str:
         """`text` without what a model writes differently each time: case, spaces, punctuation."""
         return "".join(filter(str.isalnum, self.text.casefold())) or self.text
 
-    def repeats(self, other: _ToldSentence) -> bool:
-        """Whether it says the same of the same time."""
+    def repeats(self, other: _TimedText) -> bool:
+        """Whether it has the words and the start time of another."""
         return self.start_s == other.start_s and self.bare == other.bare
 
-    def tells_anew(self, other: _ToldSentence) -> bool:
-        """Whether it begins where one before it did, and goes back in time or over its words."""
+    def restarts(self, other: _TimedText) -> bool:
+        """Whether it begins when an earlier one did, and goes back in time or over its words."""
         if other.end_s is None or self.start_s != other.start_s:
             return False
         return other.end_s > other.start_s or self.bare.startswith(other.bare)
 
 
-def _told(text: str, start_s: float, offset_s: float) -> list[_ToldSentence]:
-    """Sentences with the times before and behind them."""
-    told = []
+def _timed_texts(text: str, start_s: float, offset_s: float) -> list[_TimedText]:
+    """The texts between the times of an answer; the first begins at `start_s` if no time precedes it."""
+    found = []
     before = 0
     for match in _TAG.finditer(text):
         end_s = seconds(match[1] or match[2]) + offset_s
         if words := _clean(text[before : match.start()]):
-            told.append(_ToldSentence(words, start_s, end_s))
+            found.append(_TimedText(words, start_s, end_s))
         before, start_s = match.end(), end_s
     if words := _clean(text[before:]):
-        told.append(_ToldSentence(words, start_s, None))
-    return told
+        found.append(_TimedText(words, start_s, None))
+    return found
 
 
-def _heard(
-    told: Sequence[_ToldSentence], given: Sequence[_ToldSentence], window: Span
-) -> list[_ToldSentence]:
-    """What of it the model can have heard, each once; it begins with the sentences that were given."""
-    heard = list(told[: len(given)])
-    if any(heard[-1].repeats(one) for one in heard[:-1]):
-        # With what the model put behind the open one it tells an earlier one again: that was not heard.
-        heard[-1] = replace(heard[-1], text=given[-1].text)
+def _without_restarts(
+    found: Sequence[_TimedText], forced: Sequence[_TimedText], window: Span
+) -> list[_TimedText]:
+    """Each sentence once, in its last version, those of the forced prefix first."""
+    kept = list(found[: len(forced)])
+    # 1. The open sentence of the prefix, with what the model appended, may repeat an earlier one: then
+    #    what was appended is dropped.
+    if any(kept[-1].repeats(one) for one in kept[:-1]):
+        kept[-1] = replace(kept[-1], text=forced[-1].text)
     # Where no time lies in the window, it is the times that are wrong.
-    is_clock_right = any(one.start_s < window.end_s for one in heard)
-    for one in told[len(given) :]:
+    is_clock_right = any(one.start_s < window.end_s for one in kept)
+    for one in found[len(forced) :]:
+        # 2. Repeats and what begins after the window are dropped.
         begins_inside = one.start_s < window.end_s
-        if any(one.repeats(other) for other in heard) or (is_clock_right and not begins_inside):
+        if any(one.repeats(other) for other in kept) or (is_clock_right and not begins_inside):
             continue
         is_clock_right |= begins_inside
-        first = next((idx for idx, other in enumerate(heard) if one.tells_anew(other)), len(heard))
-        if first == len(heard) or _replaces(one, heard, first, given):
-            heard[first:] = [one]
-    return heard
+        # 3. A restarted sentence replaces its first version and everything after it.
+        first = next((idx for idx, other in enumerate(kept) if one.restarts(other)), len(kept))
+        if first == len(kept) or _may_replace(one, kept, first, forced):
+            kept[first:] = [one]
+    return kept
 
 
-def _replaces(
-    one: _ToldSentence, heard: Sequence[_ToldSentence], first: int, given: Sequence[_ToldSentence]
+def _may_replace(
+    one: _TimedText, kept: Sequence[_TimedText], first: int, forced: Sequence[_TimedText]
 ) -> bool:
-    """Whether a sentence told anew is to be believed, and not the telling that is `heard[first]`."""
-    if one.end_s is None:  # cut short, or just begun: it may add to the last one, and replaces no other
-        return first == len(heard) - 1 and one.bare.startswith(heard[first].bare)
-    if first < len(given):  # of what was given the last is open, from its words on
-        return first == len(given) - 1 and one.bare.startswith(given[-1].bare)
+    """Whether a restarted sentence may replace its first version, `kept[first]`."""
+    if one.end_s is None:  # cut short, or just begun: it may extend the last sentence, and replace no other
+        return first == len(kept) - 1 and one.bare.startswith(kept[first].bare)
+    if first < len(forced):  # of the forced prefix only the last sentence is open, behind its words
+        return first == len(forced) - 1 and one.bare.startswith(forced[-1].bare)
     return True
 
 
 def parse_events(text: str, window: Span, offset_s: float = 0.0) -> tuple[SoundEvent, ...]:
     """Read lines like `0.00 - 57.00: birds chirping`, in the order they begin.
 
-    Lines without a time are left out, and so is what lies outside the window. An event without an
-    end lasts to the window's.
+    Lines without a time are skipped, and so are events outside the window. An event without an end
+    lasts to the window's.
 
     Args:
-        text: What the model said.
-        window: The stretch the model heard, on the caller's clock.
+        text: The model's answer.
+        window: The audio the model was given, on the caller's clock.
         offset_s: What to add to the model's times to get the caller's.
     """
     events = []
@@ -229,9 +235,9 @@ def parse_events(text: str, window: Span, offset_s: float = 0.0) -> tuple[SoundE
 
 
 def parse_voice(text: str) -> Voice:
-    """Read the JSON of 13 keys; whatever of it can be read where it is broken or cut short.
+    """Read the JSON of 13 keys; where it is broken or cut short, whatever of it can be read.
 
-    Other keys are left out, values that are no strings are written as JSON.
+    Other keys are skipped; values that are not strings are kept as JSON.
     """
     text = _FENCE.sub("", text)
     found: dict[str, str] = {}
@@ -241,9 +247,9 @@ def parse_voice(text: str) -> Voice:
         except (ValueError, RecursionError):  # ValueError also for integers of too many digits
             pass
         else:
-            _take(found, value.items())
+            _add_fields(found, value.items())
     if not found:
-        _take(
+        _add_fields(
             found,
             ((pair[1], _unescaped(pair[2]) if pair[3] is None else pair[3]) for pair in _PAIR.finditer(text)),
         )
@@ -251,7 +257,7 @@ def parse_voice(text: str) -> Voice:
 
 
 def emotion_label(description: str) -> str | None:
-    """The label of `EMOTIONS` a description in words begins with; None where it names none of them."""
+    """The label of `EMOTIONS` that a description in words names first; None where it names none."""
     text = description.lower()
     places = {
         label: min((m.start() for stem in stems if (m := re.search(rf"\b{stem}", text))), default=len(text))
@@ -261,7 +267,7 @@ def emotion_label(description: str) -> str | None:
     return label if places[label] < len(text) else None
 
 
-def _take(found: dict[str, str], pairs: Iterable[tuple[str, object]]) -> None:
+def _add_fields(found: dict[str, str], pairs: Iterable[tuple[str, object]]) -> None:
     for key, value in pairs:
         if value is None:
             continue
@@ -279,7 +285,7 @@ def _unescaped(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """One line, single spaces, no stray brackets at the ends, nothing that is no character."""
+    """One line, single spaces, no stray brackets at the ends, printable characters alone."""
     text = "".join(char if char.isprintable() else " " for char in text)
     text = " ".join(text.split()).lstrip("] ").rstrip("[ ")
     return text if "[" in text else text.rstrip("] ")

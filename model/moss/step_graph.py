@@ -1,50 +1,40 @@
 """One decode step of every answer at once, over buffers that never move.
 
-A lane is one answer on one slot; a step feeds every lane its last token and writes the next one
-where the following step reads it. All a step needs lies on the device: tokens, positions, entries
-and what each lane may look at. So a step is the same sequence of kernels over the same addresses,
+A lane is one answer on one slot; a step feeds every open lane its last token and writes the next one
+where the following step reads it. Everything a step needs lies on the device: tokens, positions,
+entries and the mask of each lane. So a step is the same sequence of kernels over the same addresses,
 and on CUDA it is captured once per size (`Bucket`) as a graph and replayed. Elsewhere the same
 function runs as it is.
 
-The host sends something only when a lane opens, ends or is told what to say, and waits for the device
-once per step, to read what was said: whether an answer ends is decided there.
+The host sends something only when a lane opens, closes or has its token replaced, and waits for the
+device once per step, to read the tokens. When an answer ends, and with which tokens, is decided by
+`model.moss.generate`; this module knows no text.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from model.layers import rounded_up, send
+from model.moss.geometry import ENTRY_MULTIPLE, SPARE, Continuation
 from model.moss.language import Access, KvBuffers, visible_mask
 from model.moss.network import MossAudio
 
-LANES = 4  # answers side by side on one slot: one per task
-SPARE = 0  # the entry that padding and idle lanes write and look at
+LANES = 4  # answers decoded side by side on one slot: one per task
 
+Lane = tuple[int, int]  # slot, and lane within it
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]  # what a graph API does with a step
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """An answer that begins: its next token, and what it may look at."""
-
-    slot_idx: int
-    lane_idx: int  # below LANES
-    token: int
-    position: int  # of the token
-    entry: int  # where the token's key and value go; the following ones behind it
-    visible: tuple[range, ...]  # entries it sees, its own so far among them
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What one lane said in a step."""
+class TokenChoice:
+    """The token a lane's step chose."""
 
     token: int
     log_probability: float
@@ -59,114 +49,144 @@ class Bucket:
     n_read: int
 
 
-def decoder_bytes(n_slots: int, n_entries: int) -> int:
-    """What the buffers of a `Decoder` take."""
+@dataclass(frozen=True, slots=True)
+class LaneBuffers:
+    """State of all lanes, S slots with `LANES` lanes each. Written in place, never rebound."""
+
+    token: Tensor  # [S, LANES], fed next
+    position: Tensor  # [S, LANES], of that token
+    entry: Tensor  # [S, LANES], where its key and value go
+    is_open: Tensor  # [S, LANES], 1 where the lane advances, 0 where it is idle
+    mask: Tensor  # [S, LANES, C] bool, entries it reads
+    chosen: Tensor  # [S, LANES, 2] float64, the last token and its log probability
+
+    @staticmethod
+    def new(n_slots: int, n_entries: int, device: torch.device) -> LaneBuffers:
+        """All lanes idle."""
+
+        def zeros() -> Tensor:
+            return torch.zeros(n_slots, LANES, dtype=torch.int64, device=device)
+
+        mask = torch.zeros(n_slots, LANES, n_entries, dtype=torch.bool, device=device)
+        mask[:, :, SPARE] = True  # an idle lane reads something, or its softmax is NaN
+        chosen = torch.zeros(n_slots, LANES, 2, dtype=torch.float64, device=device)
+        return LaneBuffers(zeros(), zeros(), zeros(), zeros(), mask, chosen)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return tuple(getattr(self, each.name) for each in fields(self))
+
+
+def decode_step_bytes(n_slots: int, n_entries: int) -> int:
+    """What the buffers of a `DecodeStep` take."""
     return n_slots * LANES * (n_entries + 4 * 8 + 2 * 8) + n_slots * 8
 
 
-class Decoder:
-    """The lanes of all slots. Buffers are written in place, never rebound: a graph holds their addresses."""
+class DecodeStep:
+    """The lanes of all slots and the captured steps over them."""
 
-    def __init__(self, model: MossAudio, buffers: KvBuffers, never: Sequence[int], scratch_at: int) -> None:
+    def __init__(
+        self, model: MossAudio, buffers: KvBuffers, suppressed: Sequence[int], scratch_start: int
+    ) -> None:
         """All lanes idle.
 
         Args:
-            model: What answers.
+            model: The model whose decoder runs.
             buffers: Keys and values of the slots, shared with the cache that fills them.
-            never: Ids that are never said.
-            scratch_at: The first entry a lane may write.
+            suppressed: Ids that are never chosen.
+            scratch_start: The first entry a lane may write.
         """
         self._model = model
         self._buffers = buffers
         self._n_slots, self._n_entries = buffers.k.shape[1], buffers.k.shape[3]
-        self._scratch_at = scratch_at
+        self._scratch_start = scratch_start
         device = buffers.k.device
-        shape = (self._n_slots, LANES)
-        self._token = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._position = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._entry = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._live = torch.zeros(shape, dtype=torch.int64, device=device)  # 1 where a lane moves on
-        self._seen = torch.zeros(*shape, self._n_entries, dtype=torch.bool, device=device)
-        self._seen[:, :, SPARE] = True  # an idle lane looks at something, or its softmax is NaN
-        self._said = torch.zeros(*shape, 2, dtype=torch.float64, device=device)
-        self.never = torch.tensor(never, device=device)
+        self.lanes = LaneBuffers.new(self._n_slots, self._n_entries, device)
+        self.suppressed = torch.tensor(suppressed, device=device)
         self._slot_index = torch.arange(self._n_slots, device=device)[:, None]
-        self._last: dict[tuple[int, int], int] = {}  # open lanes and the entry each writes next
+        self._next_entry: dict[Lane, int] = {}  # of the open lanes
         self._replays: dict[Bucket, Replay] = {}
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all buffers."""
-        own = (self._token, self._position, self._entry, self._live, self._seen, self._said, self._slot_index)
-        return sum(tensor.nbytes for tensor in own)
+        return sum(tensor.nbytes for tensor in (*self.lanes.tensors, self._slot_index))
 
     # --- lanes --------------------------------------------------------------------------------
 
-    def open(self, lanes: Sequence[Lane]) -> None:
-        """Begin answers in idle lanes."""
-        if not lanes:
+    def open(self, answers: Sequence[tuple[Continuation, int]]) -> None:
+        """Open the lanes of continuations, each with the token that is fed to it first."""
+        if not answers:
             return
-        n_ranges = max(len(lane.visible) for lane in lanes)
+        n_ranges = max(len(one.visible) for one, _ in answers)
         table = []
-        for lane in lanes:
-            key = (lane.slot_idx, lane.lane_idx)
-            assert key not in self._last, key
-            assert lane.lane_idx < LANES, lane
-            self._last[key] = lane.entry
-            starts = [run.start for run in lane.visible] + [SPARE] * (n_ranges - len(lane.visible))
-            stops = [run.stop for run in lane.visible] + [SPARE] * (n_ranges - len(lane.visible))
-            table.append([*key, lane.token, lane.position, lane.entry, *starts, *stops])
-        rows = send(torch.tensor(table), self._token.device)
+        for one, token in answers:
+            assert one.lane not in self._next_entry, one.lane
+            assert one.lane_idx < LANES, one
+            self._next_entry[one.lane] = one.next_entry
+            starts = [run.start for run in one.visible] + [SPARE] * (n_ranges - len(one.visible))
+            stops = [run.stop for run in one.visible] + [SPARE] * (n_ranges - len(one.visible))
+            table.append([*one.lane, token, one.position, one.next_entry, *starts, *stops])
+        lanes = self.lanes
+        rows = send(torch.tensor(table), lanes.token.device)
         at = (rows[:, 0], rows[:, 1])
-        self._token[at], self._position[at], self._entry[at] = rows[:, 2], rows[:, 3], rows[:, 4]
-        self._live[at] = torch.ones_like(rows[:, 0])
-        self._seen[at] = visible_mask(rows[:, 5 : 5 + n_ranges], rows[:, 5 + n_ranges :], self._n_entries)
+        lanes.token[at], lanes.position[at], lanes.entry[at] = rows[:, 2], rows[:, 3], rows[:, 4]
+        lanes.is_open[at] = torch.ones_like(rows[:, 0])
+        lanes.mask[at] = visible_mask(rows[:, 5 : 5 + n_ranges], rows[:, 5 + n_ranges :], self._n_entries)
 
-    def say(self, told: Sequence[tuple[int, int, int]]) -> None:
-        """Put a token in the mouth of lanes (slot, lane, token), in place of what they said last."""
-        if told:
-            rows = send(torch.tensor(told), self._token.device)
-            self._token[rows[:, 0], rows[:, 1]] = rows[:, 2]
+    def replace(self, tokens: Mapping[Lane, int]) -> None:
+        """Feed lanes these tokens next, in place of those they chose."""
+        if tokens:
+            table = [[*lane, token] for lane, token in tokens.items()]
+            rows = send(torch.tensor(table), self.lanes.token.device)
+            self.lanes.token[rows[:, 0], rows[:, 1]] = rows[:, 2]
 
-    def close(self, lanes: Sequence[tuple[int, int]]) -> None:
-        """End answers; the lanes (slot, lane) are idle again."""
-        if not lanes:
+    def close(self, closed: Sequence[Lane]) -> None:
+        """Make lanes idle again."""
+        if not closed:
             return
-        for key in lanes:
-            del self._last[key]
-        rows = send(torch.tensor(lanes), self._token.device)
+        for lane in closed:
+            del self._next_entry[lane]
+        lanes = self.lanes
+        rows = send(torch.tensor(closed), lanes.token.device)
         at = (rows[:, 0], rows[:, 1])
-        self._live[at] = self._entry[at] = self._position[at] = torch.zeros_like(rows[:, 0])
-        idle = torch.zeros(self._n_entries, dtype=torch.bool, device=self._token.device)
+        lanes.is_open[at] = lanes.entry[at] = lanes.position[at] = torch.zeros_like(rows[:, 0])
+        idle = torch.zeros(self._n_entries, dtype=torch.bool, device=lanes.token.device)
         idle[SPARE] = True
-        self._seen[at] = idle.expand(len(lanes), -1)
+        lanes.mask[at] = idle.expand(len(closed), -1)
 
     # --- steps --------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> dict[tuple[int, int], Said]:
-        """Feed every open lane its token: what each says next."""
+    def step(self) -> dict[Lane, TokenChoice]:
+        """Feed every open lane its token; the next token of each."""
         bucket = self._bucket()
         replay = self._replays.get(bucket)
         if replay is not None:
             replay()
         else:
-            self._compute(bucket)
-        for key in self._last:
-            self._last[key] += 1
-        # The one wait for the device: the host must know what was said to end an answer.
-        said = self._said[: bucket.n_slots, : bucket.n_lanes].tolist()
-        return {key: Said(int(said[key[0]][key[1]][0]), said[key[0]][key[1]][1]) for key in self._last}
+            self.compute(bucket)
+        for lane in self._next_entry:
+            self._next_entry[lane] += 1
+        # The one wait for the device: the host must know the tokens to end an answer.
+        chosen = self.lanes.chosen[: bucket.n_slots, : bucket.n_lanes].tolist()
+        found = {}
+        for slot_idx, lane_idx in self._next_entry:
+            token, log_probability = chosen[slot_idx][lane_idx]
+            found[slot_idx, lane_idx] = TokenChoice(int(token), log_probability)
+        return found
 
     @torch.inference_mode()
     def capture(self, capture: Capture) -> int:
-        """Capture a step of every size there can be, and replay it from now on: how many there are.
+        """Capture a step of every size there can be, and replay it from now on; returns how many there are.
 
-        Not while a lane is open: capturing runs the step, and an idle lane writes to the spare entry alone.
+        Not while a lane is open: capturing runs the step, and only an idle lane is sure to write to the
+        spare entry alone.
         """
-        assert not self._last, "an answer is open"
+        assert not self._next_entry, "a lane is open"
         for bucket in self.buckets():
-            self._replays[bucket] = capture(functools.partial(self._compute, bucket))
+            self._replays[bucket] = capture(functools.partial(self.compute, bucket))
         return len(self._replays)
 
     def buckets(self) -> Iterator[Bucket]:
@@ -178,54 +198,54 @@ class Decoder:
                     yield Bucket(n_slots, n_lanes, n_read)
 
     def _reads(self) -> list[int]:
-        """How far a step may read: a quarter of the scratch, where most answers end, or all of it."""
-        short = self._scratch_at + (self._n_entries - self._scratch_at) // 4
-        return sorted({min(rounded_up(short, 16), self._n_entries), self._n_entries})
+        """Entries a step may read: a quarter of the scratch, where most answers end, or all of it."""
+        short = self._scratch_start + (self._n_entries - self._scratch_start) // 4
+        return sorted({min(rounded_up(short, ENTRY_MULTIPLE), self._n_entries), self._n_entries})
 
     def _bucket(self) -> Bucket:
         """The smallest size that covers the open lanes."""
-        assert self._last, "no answer is open"
+        assert self._next_entry, "no lane is open"
         return Bucket(
-            min(n for n in _doubling(self._n_slots) if n > max(slot for slot, _ in self._last)),
-            min(n for n in _doubling(LANES) if n > max(lane for _, lane in self._last)),
-            min(n for n in self._reads() if n > max(self._last.values())),
+            min(n for n in _doubling(self._n_slots) if n > max(slot for slot, _ in self._next_entry)),
+            min(n for n in _doubling(LANES) if n > max(lane for _, lane in self._next_entry)),
+            min(n for n in self._reads() if n > max(self._next_entry.values())),
         )
 
-    def _compute(self, bucket: Bucket) -> None:
-        """One step of the lanes in a bucket. Reads and writes nothing but fixed buffers.
+    def compute(self, bucket: Bucket) -> None:
+        """One step of the lanes in a bucket, without reading its tokens. Touches fixed buffers alone.
 
         Nothing here may depend on what the buffers hold, bring a value to the host or send one from
         there: a captured graph does the same again whatever the host knows by then.
         """
-        lanes = (slice(bucket.n_slots), slice(bucket.n_lanes))
-        entry = self._entry[lanes]
-        seen = self._seen[lanes]
-        seen.scatter_(2, entry[:, :, None], value=True)  # a token sees itself
+        lanes = self.lanes
+        at = (slice(bucket.n_slots), slice(bucket.n_lanes))
+        entry, mask, is_open = lanes.entry[at], lanes.mask[at], lanes.is_open[at]
+        mask.scatter_(2, entry[:, :, None], value=True)  # a token sees itself
         access = Access(
             self._buffers,
             range(bucket.n_slots),
             self._slot_index[: bucket.n_slots],
             entry,
-            seen[:, :, : bucket.n_read],
+            mask[:, :, : bucket.n_read],
         )
-        x = self._model.language_model.embed_tokens(self._token[lanes])
-        hidden = self._model.language_model.forward(x, self._position[lanes], (), access)
-        said = choose(self._model.lm_head(hidden), self.never)
-        self._said[lanes].copy_(said)
-        self._token[lanes].copy_(said[..., 0])  # what was said is fed next
-        self._position[lanes].add_(self._live[lanes])
-        entry.add_(self._live[lanes])
+        x = self._model.language_model.embed_tokens(lanes.token[at])
+        hidden = self._model.language_model.forward(x, lanes.position[at], (), access)
+        chosen = choose(self._model.lm_head(hidden), self.suppressed)
+        lanes.chosen[at].copy_(chosen)
+        lanes.token[at].copy_(chosen[..., 0])  # fed next
+        lanes.position[at].add_(is_open)
+        entry.add_(is_open)
 
 
-def choose(logits: Tensor, never: Tensor) -> Tensor:
-    """The likeliest token of `logits` [..., V] but for the ids in `never`, and its log probability.
+def choose(logits: Tensor, suppressed: Tensor) -> Tensor:
+    """The greedy token of `logits` [..., V] without the ids `suppressed` [n], and its log probability.
 
-    Together in one float64 [..., 2], which holds any id, so that one copy brings both to the host.
+    Both in one float64 [..., 2], which holds any id exactly, so that one copy brings them to the host.
     """
     scores = logits.float()
     if scores is logits:
         scores = scores.clone()  # the caller's are not changed
-    scores.index_fill_(-1, never, -torch.inf)
+    scores.index_fill_(-1, suppressed, -torch.inf)
     best = scores.max(dim=-1)
     log_probability = best.values - scores.logsumexp(dim=-1)
     return torch.stack([best.indices.double(), log_probability.double()], dim=-1)

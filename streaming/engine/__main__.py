@@ -19,7 +19,8 @@ from streaming.config import ConfigError, EngineStart
 from streaming.engine import messages
 from streaming.engine.contract import Runner
 from streaming.engine.runners.loader import load_runner, warm_up
-from streaming.engine.scheduler import Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TaskSchedule
 from streaming.logging_setup import configure, where_raised
 from streaming.protocol import SAMPLE_RATE_HZ
 
@@ -174,7 +175,7 @@ def _serve(pipe: Pipe) -> None:
     warm = time.perf_counter()
     capabilities = runner.capabilities
     tick = engine.tick_ms * SAMPLE_RATE_HZ // 1000
-    listening = Listening.to(capabilities, settings.events, settings.emotion, tick)
+    listening = TaskSchedule.for_model(capabilities, settings.events, settings.emotion, tick)
     max_step = listening.max_step(tick)
     _check_ahead(settings.max_ahead_s, max_step)
     scheduler = Scheduler(
@@ -184,7 +185,7 @@ def _serve(pipe: Pipe) -> None:
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
         longest_window_s=capabilities.max_window_s,
-        listening=listening,
+        tasks=listening,
     )
     pipe.send(
         messages.Ready(

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from model.moss.checkpoint import HubTokenizer, layout_of
-from model.moss.generate import Question, ask
+from model.moss.generate import Request, generate
+from model.moss.geometry import WindowSettings
 from model.moss.network import AudioEmbeddings
 from model.moss.prompt import Layout, prompt, prompt_names
-from model.moss.window import RollingCache, WindowSettings
+from model.moss.window import RollingCache
 from training.mixtures import Audio, make_room
 from training.nano import Plan, Run, train_batch
 from training.nano_align import likeliest
@@ -224,7 +225,7 @@ def test_voices_change_and_times_do_not() -> None:
 # --- batches ---------------------------------------------------------------------------------------
 
 
-def test_a_packed_question_sees_what_a_branch_of_the_cache_sees(folder: Path, layout: Layout) -> None:
+def test_a_packed_question_sees_what_it_sees_in_the_cache(folder: Path, layout: Layout) -> None:
     """The logits that are learned from are those of serving: markers, positions, hidden blocks."""
     torch.manual_seed(1)
     learner = Learner.of(folder).eval()
@@ -258,11 +259,10 @@ def test_a_packed_question_sees_what_a_branch_of_the_cache_sees(folder: Path, la
         for exchange in asked:
             answer = [*layout.tokenizer.encode(exchange.answer), STOP]
             ids = layout.question(exchange.question, exchange.said)
-            branch = cache.branch(0, exchange.first_block, len(ids) + len(answer))
-            logits = [cache.step([branch], [ids])]
-            logits += [cache.step([branch], [[token]]) for token in answer[:-1]]
-            served += logits
-            cache.clear([0])
+            continuation = cache.reserve(0, exchange.first_block, len(ids) + len(answer))
+            served.append(cache.extend([continuation], [ids]))
+            served += [cache.extend([continuation], [[token]]) for token in answer[:-1]]
+            cache.release([0])
     assert torch.cat(served).shape == packed.shape
     assert torch.allclose(torch.cat(served), packed, atol=1e-4)
 
@@ -357,8 +357,8 @@ def test_an_answer_of_the_checkpoint_ends(folder: Path, layout: Layout) -> None:
     """Whatever random weights say, it is bounded."""
     model = Learner.of(folder).model.eval()
     cache = RollingCache(model, layout, WindowSettings(n_blocks=1, scratch_tokens=256), 1)
-    answer = ask(cache, [Question(0, layout.question("When did it rain?"), 12)])[0]
-    assert len(answer.ids) <= 12
+    answer = generate(cache, [Request(0, layout.question("When did it rain?"), 12)])[0]
+    assert len(answer.tokens) <= 12
 
 
 # --- training ----------------------------------------------------------------------------------------

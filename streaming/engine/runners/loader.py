@@ -14,8 +14,8 @@ from model.errors import CheckpointError
 from model.hf_hub import find
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
 from model.moss.config import MODEL_TYPE
+from model.moss.geometry import WindowSettings
 from model.moss.memory import plan_memory
-from model.moss.window import WindowSettings
 from model.whisper.checkpoint import EMBEDDED_SHA256, load_embedded, load_hugging_face
 from model.whisper.modeling import WhisperConfig
 from streaming.config import EngineSettings, MossConfig

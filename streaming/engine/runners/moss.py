@@ -1,4 +1,4 @@
-"""MOSS-Audio behind the runner's contract: per slot an ear and a window of the rolling cache.
+"""MOSS-Audio behind the runner's contract: a streaming front end and a row of the rolling KV cache per slot.
 
 Decides nothing: which slot is due, with which forks, is in the plan. Everything due in a step goes
 through one encoder call for all blocks, complete and growing, one call of the language model for
@@ -16,8 +16,9 @@ import torch
 
 from model.moss.checkpoint import Checkpoint
 from model.moss.encoder import Block
-from model.moss.frontend import Ear
-from model.moss.generate import CLOSE_THOUGHT, Answer, Question, ask
+from model.moss.frontend import StreamingFrontend
+from model.moss.generate import CLOSE_THOUGHT, Generation, Request, generate
+from model.moss.geometry import WindowSettings
 from model.moss.network import AudioEmbeddings
 from model.moss.parse import (
     Span,
@@ -28,7 +29,7 @@ from model.moss.parse import (
 )
 from model.moss.prompt import prompt
 from model.moss.step_graph import CudaGraphs
-from model.moss.window import RollingCache, WindowSettings
+from model.moss.window import RollingCache
 from streaming.engine.contract import (
     Capabilities,
     Fork,
@@ -60,8 +61,8 @@ class _Told:
 class _Slot:
     """What is kept of one stream beside the cache. Positions are samples of the stream."""
 
-    def __init__(self, ear: Ear, owner: int, origin: int) -> None:
-        self.ear = ear
+    def __init__(self, frontend: StreamingFrontend, owner: int, origin: int) -> None:
+        self.frontend = frontend
         self.owner = owner
         self.origin = origin  # the first sample heard
         self.told: tuple[_Told, ...] = ()  # what the last transcript said, agreed words included
@@ -69,7 +70,7 @@ class _Slot:
     @property
     def position(self) -> int:
         """The next sample to come."""
-        return self.origin + self.ear.n_samples
+        return self.origin + self.frontend.n_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class _Due:
 
     step: SlotStep
     fork: Fork
-    question: Question
+    request: Request
     window: Span  # what is asked about, seconds since the slot's origin
     heard: Span  # what the model looks at: the window, and the block it begins in; empty for no audio
     offset_s: float  # what to add to the model's times to get seconds since the slot's origin
@@ -123,9 +124,9 @@ class MossRunner:
         n_close = len(self._layout.tokenizer.encode(CLOSE_THOUGHT))  # may come on top of an answer
         self._n_scratch = window.scratch_tokens - n_close
         if checkpoint.model.device.type == "cuda":
-            self._cache.decoder.capture(CudaGraphs())
+            self._cache.decode_step.capture(CudaGraphs())
         self._block_samples = self._cache.block_tokens * SAMPLES_PER_TOKEN  # 64,000
-        self._slots = [_Slot(self._new_ear(), -1, 0) for _ in range(n_slots)]
+        self._slots = [_Slot(self._new_frontend(), -1, 0) for _ in range(n_slots)]
         self.capabilities = Capabilities(
             model=name,
             tasks=("transcript", "events", "emotion", "answer"),
@@ -146,25 +147,27 @@ class MossRunner:
         """Take all new audio, then answer every fork."""
         pending = self._push(plan)
         steps = [step for step in plan.slots if step.forks]
-        tails = {step.slot_idx: tail for step in steps if (tail := self._slots[step.slot_idx].ear.tail())}
+        tails = {
+            step.slot_idx: tail for step in steps if (tail := self._slots[step.slot_idx].frontend.tail())
+        }
         blocks = [block for complete in pending.values() for block in complete]
-        heard = self._model.hear([*blocks, *tails.values()])
+        heard = self._model.embed_audio([*blocks, *tails.values()])
         self._append(pending, heard[: len(blocks)])
         self._cache.set_tail(dict(zip(tails, heard[len(blocks) :], strict=True)))
         due = [self._due(step, fork) for step in steps for fork in step.forks]
         # Nothing can be said of a slot that has not heard a single token yet.
         asked = [idx for idx, one in enumerate(due) if one.heard.end_s > one.heard.start_s]
-        said = ask(self._cache, [due[idx].question for idx in asked])
+        said = generate(self._cache, [due[idx].request for idx in asked])
         self._cache.flush()  # where nothing was asked
         answers = dict(zip(asked, said, strict=True))
-        nothing = Answer((), "", "", "stop", 0, 0.0)
+        nothing = Generation((), "", "", "stop", 0, 0.0)
         return self._result([(one, answers.get(idx, nothing)) for idx, one in enumerate(due)])
 
-    def _new_ear(self) -> Ear:
-        return Ear(self._model.config.encoder, self._layout.special.mel_dtype)
+    def _new_frontend(self) -> StreamingFrontend:
+        return StreamingFrontend(self._model.config.encoder, self._layout.special.mel_dtype)
 
     def _start(self, slot_idx: int, owner: int, origin: int) -> None:
-        self._slots[slot_idx] = _Slot(self._new_ear(), owner, origin)
+        self._slots[slot_idx] = _Slot(self._new_frontend(), owner, origin)
         self._cache.reset([slot_idx])
 
     def _push(self, plan: StepPlan) -> dict[int, list[Block]]:
@@ -175,7 +178,7 @@ class MossRunner:
             if step.start != slot.position or step.owner != slot.owner:
                 self._start(step.slot_idx, step.owner, step.start)
                 slot = self._slots[step.slot_idx]
-            pending[step.slot_idx] = slot.ear.push(torch.from_numpy(step.pcm))
+            pending[step.slot_idx] = slot.frontend.push(torch.from_numpy(step.pcm))
         return pending
 
     def _append(self, pending: Mapping[int, Sequence[Block]], heard: Sequence[AudioEmbeddings]) -> None:
@@ -191,7 +194,7 @@ class MossRunner:
         slot = self._slots[step.slot_idx]
         blocks = self._cache.blocks(step.slot_idx)
         first_block = max(blocks.start, (fork.window_start - slot.origin) // self._block_samples)
-        end_s = slot.ear.n_samples / SAMPLE_RATE_HZ
+        end_s = slot.frontend.n_samples / SAMPLE_RATE_HZ
         asked_s = (fork.window_start - slot.origin) / SAMPLE_RATE_HZ
         has_heard = len(blocks) > 0 or self._cache.n_tail(step.slot_idx) > 0
         heard = Span(min(float(first_block * self._cache.block_s), end_s) if has_heard else end_s, end_s)
@@ -214,8 +217,8 @@ class MossRunner:
         if fork.task == "transcript":  # its budget is for words; times come on top
             n_wanted += self._time_tokens(slot, heard, agreed, offset_s)
         n_tokens = min(n_wanted, room, self._max_answer_tokens)
-        question = Question(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
-        return _Due(step, fork, question, window, heard, offset_s, said, agreed, n_said)
+        request = Request(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
+        return _Due(step, fork, request, window, heard, offset_s, said, agreed, n_said)
 
     def _agreed(self, slot: _Slot, fork: Fork) -> tuple[_Told, ...]:
         """The agreed words with the ends of their sentences, as the last transcript had them.
@@ -266,7 +269,7 @@ class MossRunner:
 
     # --- reading ----------------------------------------------------------------------------
 
-    def _result(self, answered: Sequence[tuple[_Due, Answer]]) -> StepResult:
+    def _result(self, answered: Sequence[tuple[_Due, Generation]]) -> StepResult:
         hypotheses, events, emotions, answers = [], [], [], []
         for due, answer in answered:
             if due.fork.task == "transcript":
@@ -288,7 +291,7 @@ class MossRunner:
         """Where the complete blocks end: what they say to the language model stays."""
         return self._slots[slot_idx].origin + self._cache.blocks(slot_idx).stop * self._block_samples
 
-    def _hypothesis(self, due: _Due, answer: Answer) -> Hypothesis:
+    def _hypothesis(self, due: _Due, answer: Generation) -> Hypothesis:
         slot_idx = due.step.slot_idx
         told = self._told(due, answer)
         self._slots[slot_idx].told = told
@@ -301,10 +304,10 @@ class MossRunner:
             language=due.fork.language,
             language_score=0.0 if due.fork.language is None else 1.0,  # it does not say which it heard
             no_speech=0.0 if words else 1.0,  # it says nothing where it hears nobody
-            n_loops_cut=answer.n_loops_cut,
+            n_loops_cut=answer.n_repetitions_cut,
         )
 
-    def _told(self, due: _Due, answer: Answer) -> tuple[_Told, ...]:
+    def _told(self, due: _Due, answer: Generation) -> tuple[_Told, ...]:
         """The agreed words and those after them that were said inside the window.
 
         The model gives times of sentences; inside one its words are spread by their length.
@@ -323,7 +326,7 @@ class MossRunner:
                 texts = texts[n_old:]
                 if not n_agreed:  # only now is it known whether a sentence ends with the last of them
                     agreed[-1] = _Told(agreed[-1].word, None if texts else end)
-            words = self._spread(due, texts, span, answer.score)
+            words = self._spread(due, texts, span, answer.confidence)
             found += [_Told(word, end if word is words[-1] else None) for word in words]
         # The block the window begins in was looked at from its start: those words are older ones.
         first = self._sample(due.step.slot_idx, due.window.start_s)
@@ -341,7 +344,7 @@ class MossRunner:
             before += len(text)
         return words
 
-    def _events(self, due: _Due, answer: Answer) -> HeardEvents:
+    def _events(self, due: _Due, answer: Generation) -> HeardEvents:
         slot_idx = due.step.slot_idx
         found = parse_events(answer.text, due.window, due.offset_s)
         return HeardEvents(
@@ -355,13 +358,13 @@ class MossRunner:
                     event.label,
                     self._sample(slot_idx, event.span.start_s),
                     self._sample(slot_idx, event.span.end_s),
-                    answer.score,
+                    answer.confidence,
                 )
                 for event in found
             ),
         )
 
-    def _emotion(self, due: _Due, answer: Answer) -> HeardEmotion:
+    def _emotion(self, due: _Due, answer: Generation) -> HeardEmotion:
         slot_idx = due.step.slot_idx
         fields = parse_voice(answer.text).fields
         return HeardEmotion(
@@ -370,6 +373,6 @@ class MossRunner:
             window_start=self._sample(slot_idx, due.window.start_s),
             window_end=self._sample(slot_idx, due.window.end_s),
             label=emotion_label(fields.get("emotion", "")),
-            score=answer.score,
+            score=answer.confidence,
             traits=tuple(fields.items()),
         )

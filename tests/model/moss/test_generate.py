@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.moss.generate import DEFAULT_GUARD, Answer, LoopGuard, Question, ask, split_thought
+from model.moss.generate import DEFAULT_GUARD, LoopGuard, Request, generate, split_thought
+from model.moss.geometry import WindowSettings
 from model.moss.prompt import ByteTokenizer, Layout, prompt, prompt_names
-from model.moss.window import RollingCache, WindowSettings
+from model.moss.window import RollingCache
 from tests.model.moss.tiny import LAYOUT, make_model, random_audio
 
 MODEL = make_model()
@@ -30,9 +31,9 @@ def make_cache(layout: Layout = LAYOUT, window: WindowSettings = WINDOW, n_slots
     return cache
 
 
-def questions_of(texts: Sequence[str], slots: Sequence[int], max_tokens: int = 12) -> list[Question]:
+def questions_of(texts: Sequence[str], slots: Sequence[int], max_tokens: int = 12) -> list[Request]:
     """One question per text and slot."""
-    return [Question(s, LAYOUT.question(text), max_tokens) for s, text in zip(slots, texts, strict=True)]
+    return [Request(s, LAYOUT.question(text), max_tokens) for s, text in zip(slots, texts, strict=True)]
 
 
 TEXTS = ["What?", "Where is it and why?", "Who", "When did it begin?", "x", "How much of it?"]
@@ -42,13 +43,13 @@ def test_many_at_once_answer_as_each_alone() -> None:
     """Questions on several slots in one batch, several on one slot: the same answers one by one."""
     questions = questions_of(TEXTS, [3, 0, 3, 1, 3, 0])
     cache = make_cache()
-    together = ask(cache, questions, guard=None)
+    together = generate(cache, questions, guard=None)
     for answer, question in zip(together, questions, strict=True):
-        alone = ask(cache, [question], guard=None)[0]
-        assert dataclasses.replace(answer, score=alone.score) == alone
-        assert answer.score == pytest.approx(alone.score, rel=1e-4)
-        assert 0 < answer.score < 1
-    assert len({answer.ids for answer in together}) > 3  # they are different questions
+        alone = generate(cache, [question], guard=None)[0]
+        assert dataclasses.replace(answer, confidence=alone.confidence) == alone
+        assert answer.confidence == pytest.approx(alone.confidence, rel=1e-4)
+        assert 0 < answer.confidence < 1
+    assert len({answer.tokens for answer in together}) > 3  # they are different questions
     assert {answer.reason for answer in together} <= {"budget", "stop"}
 
 
@@ -56,72 +57,48 @@ def test_what_does_not_fit_side_by_side_waits() -> None:
     """With scratch for one question at a time the answers are the same."""
     questions = questions_of(TEXTS, [3, 3, 3, 1, 3, 0])
     narrow = make_cache(window=dataclasses.replace(WINDOW, scratch_tokens=74))
-    one_by_one, side_by_side = ask(narrow, questions, guard=None), ask(make_cache(), questions, guard=None)
-    assert [a.ids for a in one_by_one] == [a.ids for a in side_by_side]
+    one_by_one, side_by_side = (
+        generate(narrow, questions, guard=None),
+        generate(make_cache(), questions, guard=None),
+    )
+    assert [a.tokens for a in one_by_one] == [a.tokens for a in side_by_side]
     with pytest.raises(ValueError, match="scratch has 74"):
-        ask(narrow, questions_of(["What?"], [0], 60))
+        generate(narrow, questions_of(["What?"], [0], 60))
 
 
 def test_the_budget_counts_answer_tokens() -> None:
     """Exactly so many tokens, none for a budget of none, and longer answers begin with shorter ones."""
     cache = make_cache()
-    long = ask(cache, questions_of(["What?"], [2], 20), guard=None)[0]
-    assert len(long.ids) == 20
+    long = generate(cache, questions_of(["What?"], [2], 20), guard=None)[0]
+    assert len(long.tokens) == 20
     for n in (0, 1, 7):
-        short = ask(cache, questions_of(["What?"], [2], n), guard=None)[0]
-        assert short.ids == long.ids[:n]
+        short = generate(cache, questions_of(["What?"], [2], n), guard=None)[0]
+        assert short.tokens == long.tokens[:n]
         assert short.reason == "budget"
-
-
-def in_slices(cache: RollingCache, question: Question, n: int, guard: LoopGuard | None = None) -> Answer:
-    """The answer to `question`, `n` tokens at a time."""
-    before: tuple[int, ...] = ()
-    while True:
-        n_left = question.max_tokens - len(before)
-        part = dataclasses.replace(question, before=before, max_tokens=min(n, n_left))
-        answer = ask(cache, [part], guard)[0]
-        if answer.reason != "budget" or len(answer.ids) >= question.max_tokens:
-            return answer
-        before = answer.ids
-
-
-@pytest.mark.parametrize("n", [1, 7, 29, 30])
-def test_an_answer_in_slices_is_the_answer(n: int) -> None:
-    """Begun, left, and gone on with from what was said: token for token the same."""
-    cache = make_cache()
-    for text in TEXTS[:3]:
-        question = questions_of([text], [2], 30)[0]
-        whole = ask(cache, [question], guard=None)[0]
-        assert in_slices(cache, question, n).ids == whole.ids
-        # The guard sees the answer, not the slice.
-        guard = LoopGuard(min_repeats=3, min_tokens=6, max_period=8)
-        long = dataclasses.replace(question, max_tokens=60)
-        sliced, at_once = in_slices(cache, long, n, guard), ask(cache, [long], guard)[0]
-        assert (sliced.ids, sliced.reason) == (at_once.ids, at_once.reason)
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_in_it() -> None:
     """The first of several stop ids to come ends the answer."""
-    full = ask(make_cache(), questions_of(["What?"], [2], 20), guard=None)[0]
-    stop = full.ids[9]
+    full = generate(make_cache(), questions_of(["What?"], [2], 20), guard=None)[0]
+    stop = full.tokens[9]
     layout = Layout(LAYOUT.tokenizer, dataclasses.replace(LAYOUT.special, stop=(303, stop)))
-    answer = ask(make_cache(layout), questions_of(["What?"], [2], 20), guard=None)[0]
+    answer = generate(make_cache(layout), questions_of(["What?"], [2], 20), guard=None)[0]
     assert answer.reason == "stop"
-    assert answer.ids == full.ids[: full.ids.index(stop)]
+    assert answer.tokens == full.tokens[: full.tokens.index(stop)]
 
 
 def test_audio_ids_are_never_said() -> None:
     """A model that wants nothing but to say the audio token says something else."""
     cache = make_cache()
-    said = ask(cache, questions_of(["What?"], [1], 6), guard=None)[0].ids
+    said = generate(cache, questions_of(["What?"], [1], 6), guard=None)[0].tokens
     # Its row becomes that of what it says first, made larger.
     weight = cache.model.lm_head.weight
-    weight[list(LAYOUT.special.never)] = 3.0 * weight[said[0]]
-    loud = cache.step([cache.branch(1)], [LAYOUT.question("What?")])
-    cache.clear([1])
-    assert int(loud.argmax()) in LAYOUT.special.never
-    again = ask(cache, questions_of(["What?"], [1], 6), guard=None)[0].ids
-    assert not set(again) & set(LAYOUT.special.never)
+    weight[list(LAYOUT.special.suppressed)] = 3.0 * weight[said[0]]
+    loud = cache.extend([cache.reserve(1)], [LAYOUT.question("What?")])
+    cache.release([1])
+    assert int(loud.argmax()) in LAYOUT.special.suppressed
+    again = generate(cache, questions_of(["What?"], [1], 6), guard=None)[0].tokens
+    assert not set(again) & set(LAYOUT.special.suppressed)
     assert again == said
 
 
@@ -129,28 +106,31 @@ def test_older_blocks_can_be_left_out() -> None:
     """A question on the last block alone: as if the others' keys were anything else."""
     cache = make_cache()
     question = dataclasses.replace(questions_of(["What?"], [3])[0], first_block=2)
-    with_all = ask(cache, [dataclasses.replace(question, first_block=None)], guard=None)[0]
-    narrow = ask(cache, [question], guard=None)[0]
-    assert narrow.ids != with_all.ids
+    with_all = generate(cache, [dataclasses.replace(question, first_block=None)], guard=None)[0]
+    narrow = generate(cache, [question], guard=None)[0]
+    assert narrow.tokens != with_all.tokens
     for block in (0, 1):  # spoil what it must not see
-        entries = cache._cell_entries(block, 55)
+        entries = cache.geometry.cell(block, 55)
         cache.buffers.v[:, 3, :, entries.start : entries.stop] = 5.0
-    assert ask(cache, [question], guard=None)[0] == narrow
-    assert ask(cache, [dataclasses.replace(question, first_block=None)], guard=None)[0].ids != with_all.ids
+    assert generate(cache, [question], guard=None)[0] == narrow
+    assert (
+        generate(cache, [dataclasses.replace(question, first_block=None)], guard=None)[0].tokens
+        != with_all.tokens
+    )
 
 
 def test_an_answer_that_loops_is_cut() -> None:
     """The random model falls into a loop; the guard ends it and keeps one round."""
     guard = LoopGuard(min_repeats=3, min_tokens=6, max_period=8)
-    questions = [Question(s, LAYOUT.question(text), 90) for s in range(2) for text in TEXTS]
-    cut = ask(make_cache(), questions, guard)
-    free = ask(make_cache(), questions, guard=None)
+    questions = [Request(s, LAYOUT.question(text), 90) for s in range(2) for text in TEXTS]
+    cut = generate(make_cache(), questions, guard)
+    free = generate(make_cache(), questions, guard=None)
     looped = [(a, b) for a, b in zip(cut, free, strict=True) if a.reason == "loop"]
     assert looped
     for short, long in looped:
-        assert short.n_loops_cut >= 2
-        assert long.ids[: len(short.ids)] == short.ids
-        assert guard.repeats(short.ids) is None
+        assert short.n_repetitions_cut >= 2
+        assert long.tokens[: len(short.tokens)] == short.tokens
+        assert guard.repeats(short.tokens) is None
 
 
 @given(
@@ -217,17 +197,13 @@ def test_a_thought_beyond_its_budget_is_closed() -> None:
         embed[token] = basis[k]
         cache.model.lm_head.weight[tokens[(k + 1) % len(tokens)]] = basis[k]
     embed[LAYOUT.tokenizer.encode("\n")[0]] = basis[len(tokens) - 1]  # a line's end leads to "<"
-    free = ask(cache, [Question(0, opening, 40)], guard=None)[0]
+    free = generate(cache, [Request(0, opening, 40)], guard=None)[0]
     assert free.text == ""
     assert free.thought != ""
-    answer = ask(cache, [Question(0, opening, 40, max_thought_tokens=9)], guard=None)[0]
-    assert LAYOUT.tokenizer.decode(answer.ids).startswith("<think><t\n</think>\n\n<think>")
+    answer = generate(cache, [Request(0, opening, 40, max_thought_tokens=9)], guard=None)[0]
+    assert LAYOUT.tokenizer.decode(answer.tokens).startswith("<think><t\n</think>\n\n<think>")
     assert answer.thought == "<t"
     assert answer.text != ""
-    # In slices that end before, at and after the limit, and in the middle of what closes it.
-    for n in (1, 8, 9, 10, 15):
-        sliced = in_slices(cache, Question(0, opening, 40, max_thought_tokens=9), n)
-        assert sliced.ids[:40] == answer.ids[:40]
 
 
 # The first 16 digits of the SHA-256 of each prompt, as it was compared with its source.

@@ -17,9 +17,10 @@ from model.moss.checkpoint import empty_model
 from model.moss.config import SpecialTokens, read_config
 from model.moss.encoder import Block
 from model.moss.forward import MAX_CALL_TOKENS
+from model.moss.geometry import MarkerMode, WindowSettings
 from model.moss.memory import DoesNotFit, MemoryPlan, plan_memory
 from model.moss.prompt import ByteTokenizer, Layout
-from model.moss.window import MarkerMode, RollingCache, WindowSettings
+from model.moss.window import RollingCache
 from tests.model.moss.test_checkpoint import official
 from tests.model.moss.tiny import LAYOUT, make_model
 
@@ -40,11 +41,11 @@ def test_what_is_planned_is_what_is_allocated(markers: MarkerMode, n_slots: int)
     cache = RollingCache(MODEL, LAYOUT, window, n_slots)
     assert parts(plan)["weights"] == sum(parameter.nbytes for parameter in MODEL.parameters())
     assert parts(plan)["slots"] == cache.n_bytes
-    assert 0 < cache.decoder.n_bytes < parts(plan)["decode"]
+    assert 0 < cache.decode_step.n_bytes < parts(plan)["decode"]
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors alive at one time, those it is told of left out."""
+    """Counts the bytes of tensors alive at one time, those in `kept` left out."""
 
     def __init__(self, *kept: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,26 +90,25 @@ def test_the_workspace_is_what_the_largest_calls_take(monkeypatch: pytest.Monkey
     plan = parts(plan_memory(config, window, n_slots, torch.bfloat16, n_prefix=len(layout.prefix)))
     model = empty_model(config).to(torch.bfloat16)
     cache = RollingCache(model, layout, window, n_slots)
-    kept = [*model.parameters(), cache.buffers.k, cache.buffers.v]
-    kept += [value for value in vars(cache.decoder).values() if isinstance(value, Tensor)]
+    kept = [*model.parameters(), cache.buffers.k, cache.buffers.v, *cache.decode_step.lanes.tensors]
     used = {}
 
     with Peak(*kept) as peak:  # a tail among them: every block is cut to its length
-        heard = model.hear(
+        embeddings = model.embed_audio(
             [*[Block(torch.zeros(400, 128), False)] * 127, Block(torch.zeros(399, 128), False)]
         )
     used["encode"] = peak.n_bytes
 
     n_rows, n_question = 16, MAX_CALL_TOKENS // 16 - 54  # a block with its markers, and a question
-    cache.append(dict(enumerate(heard[:n_rows])))
-    branches = [cache.branch(slot_idx) for slot_idx in range(n_rows)]
+    cache.append(dict(enumerate(embeddings[:n_rows])))
+    continuations = [cache.reserve(slot_idx) for slot_idx in range(n_rows)]
     with Peak(*kept) as peak:
-        cache.step(branches, [[40] * n_question] * n_rows)
+        cache.extend(continuations, [[40] * n_question] * n_rows)
     used["prefill"] = peak.n_bytes
 
     with Peak(*kept) as peak:
-        cache.decoder._compute(next(iter(cache.decoder.buckets())))
-    used["decode"] = peak.n_bytes + cache.decoder.n_bytes
+        cache.decode_step.compute(next(iter(cache.decode_step.buckets())))
+    used["decode"] = peak.n_bytes + cache.decode_step.n_bytes
     for name, n_bytes in used.items():
         assert 0.4 * plan[name] < n_bytes < plan[name], (name, used, plan)
 

@@ -81,7 +81,7 @@ def test_sentences(text: str, expected: list[Sentence]) -> None:
     st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=6),
     st.integers(0, 5),
 )
-def test_what_is_told_anew_is_told_to_its_end(first: list[str], anew: list[str], at: int) -> None:
+def test_a_restarted_sentence_replaces_all_from_there_on(first: list[str], anew: list[str], at: int) -> None:
     """From the sentence that it begins with all is as in the second telling, whatever came before."""
     at = min(at, len(first) - 1)
     assume(first[at] != anew[0])
@@ -91,7 +91,7 @@ def test_what_is_told_anew_is_told_to_its_end(first: list[str], anew: list[str],
 
 
 @pytest.mark.parametrize(
-    ("said", "text", "expected"),
+    ("prefix", "text", "expected"),
     [
         # All of it again, and then on.
         (
@@ -128,9 +128,9 @@ def test_what_is_told_anew_is_told_to_its_end(first: list[str], anew: list[str],
         ),
     ],
 )
-def test_what_was_put_in_its_mouth_stays(said: str, text: str, expected: list[Sentence]) -> None:
+def test_a_forced_prefix_stays(prefix: str, text: str, expected: list[Sentence]) -> None:
     """The model goes on from it; it does not take it back."""
-    assert list(parse_sentences(text, WINDOW, said=said)) == expected
+    assert list(parse_sentences(text, WINDOW, forced_prefix=prefix)) == expected
 
 
 def test_sentences_of_a_restarted_window() -> None:

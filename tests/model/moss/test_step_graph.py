@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from model.layers import send
-from model.moss import step_graph as decode
 from model.moss.checkpoint import empty_model
-from model.moss.frontend import Ear
-from model.moss.generate import Answer, Question, ask
+from model.moss.frontend import StreamingFrontend
+from model.moss.generate import Generation, Request, generate
+from model.moss.geometry import WindowSettings
 from model.moss.language import visible_mask
-from model.moss.step_graph import LANES, Bucket, CudaGraphs, Replay, choose
-from model.moss.window import RollingCache, WindowSettings
+from model.moss.step_graph import LANES, Bucket, CudaGraphs, LaneBuffers, Replay, choose
+from model.moss.window import RollingCache
 from tests.model.moss.tiny import LAYOUT, make_model, random_audio, random_pcm
 
 MODEL = make_model()
@@ -44,9 +44,9 @@ def make_cache(n_slots: int = 5) -> RollingCache:
     return cache
 
 
-def questions(*slots: int, n: int = 20) -> list[Question]:
+def questions(*slots: int, n: int = 20) -> list[Request]:
     """A question for each slot named, each time another one."""
-    return [Question(s, LAYOUT.question(TEXTS[k % 4]), n) for k, s in enumerate(slots)]
+    return [Request(s, LAYOUT.question(TEXTS[k % 4]), n) for k, s in enumerate(slots)]
 
 
 class Recorder(TorchDispatchMode):
@@ -94,7 +94,7 @@ class NoHost(TorchFunctionMode):
 
 
 class Recording:
-    """A graph API for `Decoder.capture`: runs once to warm up, records once, counts replays."""
+    """A graph API for `DecodeStep.capture`: runs once to warm up, records once, counts replays."""
 
     def __init__(self) -> None:
         self.n_replays = 0
@@ -115,10 +115,10 @@ class Recording:
         return replay
 
 
-def same(a: Sequence[Answer], b: Sequence[Answer]) -> None:
+def same(a: Sequence[Generation], b: Sequence[Generation]) -> None:
     """Token for token, and as sure of it."""
-    assert [(x.ids, x.reason) for x in a] == [(y.ids, y.reason) for y in b]
-    assert [x.score for x in a] == pytest.approx([y.score for y in b], rel=1e-5)
+    assert [(x.tokens, x.reason) for x in a] == [(y.tokens, y.reason) for y in b]
+    assert [x.confidence for x in a] == pytest.approx([y.confidence for y in b], rel=1e-5)
 
 
 def test_recorded_steps_answer_as_the_function_does() -> None:
@@ -126,24 +126,24 @@ def test_recorded_steps_answer_as_the_function_does() -> None:
     eager, replayed = make_cache(), make_cache()
     held = replayed.buffers.k[:, :, :, 1:].clone()
     recording = Recording()
-    assert replayed.decoder.capture(recording) == len(list(replayed.decoder.buckets()))
+    assert replayed.decode_step.capture(recording) == len(list(replayed.decode_step.buckets()))
     assert torch.equal(held, replayed.buffers.k[:, :, :, 1:])  # capturing writes to the spare entry alone
     for asked in (questions(3), questions(0, 4, 4, 1), questions(2, 2, 2, 2), questions(4, 0, n=90)):
         before = recording.n_replays
-        same(ask(replayed, asked, guard=None), ask(eager, asked, guard=None))
+        same(generate(replayed, asked, guard=None), generate(eager, asked, guard=None))
         assert recording.n_replays == before + asked[0].max_tokens - 1  # the first token is the prefill's
     # And again after the window has moved on.
     for cache in (eager, replayed):
         for block in range(6):
             cache.append({4: random_audio(MODEL, 500 + block)})
-    same(ask(replayed, questions(4, 1), guard=None), ask(eager, questions(4, 1), guard=None))
+    same(generate(replayed, questions(4, 1), guard=None), generate(eager, questions(4, 1), guard=None))
 
 
 def test_a_captured_step_never_speaks_to_the_host() -> None:
     """No value is read, none is sent, and no tensor but a fixed one is written for good."""
     cache = make_cache()
     recording = Recording()
-    cache.decoder.capture(recording)
+    cache.decode_step.capture(recording)
     for recorder in recording.recorders:
         assert len(recorder.calls) > 50
         names = {func.overloadpacket.__name__ for func, _, _, _ in recorder.calls}
@@ -154,54 +154,53 @@ def test_a_captured_step_never_speaks_to_the_host() -> None:
 
 
 def test_buffers_are_never_rebound() -> None:
-    """The addresses a graph holds are those the decoder works on afterwards, too."""
+    """The addresses a graph holds are those the step works on afterwards, too."""
     cache = make_cache()
-    tensors = [value for value in vars(cache.decoder).values() if isinstance(value, Tensor)]
-    before = [tensor.data_ptr() for tensor in tensors]
-    assert len(before) >= 8
-    ask(cache, questions(0, 4, 4))
-    after = [value.data_ptr() for value in vars(cache.decoder).values() if isinstance(value, Tensor)]
-    assert before == after
+
+    def addresses() -> list[int]:
+        return [tensor.data_ptr() for tensor in (*cache.tensors, *cache.decode_step.lanes.tensors)]
+
+    before = addresses()
+    generate(cache, questions(0, 4, 4))
+    assert addresses() == before
 
 
 def test_a_step_writes_for_open_lanes_alone() -> None:
     """Idle lanes and slots of the same size of step keep every bit, the spare entry left out."""
     cache = make_cache()
-    ask(cache, questions(0, 1, 2, 3, 4, n=30))  # their scratch holds something
+    generate(cache, questions(0, 1, 2, 3, 4, n=30))  # their scratch holds something
     held = cache.buffers.k.clone()
-    ask(cache, questions(3, n=30))
+    generate(cache, questions(3, n=30))
     changed = (held != cache.buffers.k).any(dim=(0, 2, 4))  # [S, C]
     assert changed[3].any()
     assert not changed[[0, 1, 2, 4], 1:].any()
-    assert not changed[3, 1 : cache._scratch_at].any()
+    assert not changed[3, 1 : cache.geometry.scratch_start].any()
 
 
 def test_lanes_are_idle_again_after_an_answer() -> None:
     """Nothing of an answer is left behind: what is asked next is not changed by it."""
     cache, fresh = make_cache(), make_cache()
-    ask(cache, questions(4, 4, 4, 0, n=40))
-    same(ask(cache, questions(4, 1)), ask(fresh, questions(4, 1)))
-    decoder = cache.decoder
-    assert not decoder._live.any()
-    assert not decoder._entry.any()
-    assert not decoder._position.any()
-    assert torch.equal(decoder._seen.sum(2), torch.ones(5, LANES, dtype=torch.int64))
+    generate(cache, questions(4, 4, 4, 0, n=40))
+    same(generate(cache, questions(4, 1)), generate(fresh, questions(4, 1)))
+    lanes = cache.decode_step.lanes
+    idle = LaneBuffers.new(5, cache.geometry.n_entries, lanes.token.device)
+    for name in ("position", "entry", "is_open", "mask"):
+        assert torch.equal(getattr(lanes, name), getattr(idle, name)), name
 
 
 def test_nothing_is_captured_while_an_answer_is_open() -> None:
     """Capturing runs the step, and would write a token of it."""
     cache = make_cache()
-    branch = cache.branch(1)
-    cache.decoder.open([decode.Lane(1, 0, 40, branch.position, branch.entries[0], branch.visible)])
+    cache.decode_step.open([(cache.reserve(1), 40)])
     with pytest.raises(AssertionError, match="open"):
-        cache.decoder.capture(Recording())
+        cache.decode_step.capture(Recording())
 
 
 @pytest.mark.parametrize(("n_slots", "n_sizes"), [(1, 6), (5, 24), (64, 42)])
 def test_sizes_cover_every_step_and_are_few(n_slots: int, n_sizes: int) -> None:
     """Doubling slots and lanes, two reaches into the scratch."""
     cache = RollingCache(MODEL, LAYOUT, WindowSettings(n_blocks=1, scratch_tokens=256), n_slots)
-    sizes = list(cache.decoder.buckets())
+    sizes = list(cache.decode_step.buckets())
     assert len(sizes) == len(set(sizes)) == n_sizes
     assert sizes[0] == Bucket(n_slots, LANES, cache.buffers.k.shape[3])
     assert all(size.n_read % 16 == 0 for size in sizes)
@@ -210,8 +209,8 @@ def test_sizes_cover_every_step_and_are_few(n_slots: int, n_sizes: int) -> None:
 def test_more_answers_than_lanes_wait() -> None:
     """Six questions on one slot: the same answers as one by one."""
     cache = make_cache()
-    many = [Question(2, LAYOUT.question(f"{k}?"), 8) for k in range(LANES + 2)]
-    same(ask(cache, many), [ask(cache, [one])[0] for one in many])
+    many = [Request(2, LAYOUT.question(f"{k}?"), 8) for k in range(LANES + 2)]
+    same(generate(cache, many), [generate(cache, [one])[0] for one in many])
 
 
 def test_choosing() -> None:
@@ -266,30 +265,27 @@ def test_audio_and_questions_never_wait_for_the_device(window: WindowSettings) -
     """
     model = empty_model(MODEL.config)
     cache = RollingCache(model, LAYOUT, window, 3)
-    ears = [Ear(MODEL.config.encoder) for _ in range(3)]
+    frontends = [StreamingFrontend(MODEL.config.encoder) for _ in range(3)]
     n_moves = 0
     with NoWaiting(), torch.inference_mode():
         for tick in range(9):
             before = cache.end_position(0)
-            blocks = [ear.push(random_pcm(70_000, tick)) for ear in ears]
-            tails = [ear.tail() for ear in ears]
-            heard = model.hear([block for complete in blocks for block in complete] + [t for t in tails if t])
-            assert len(heard) == 6
-            cache.append(dict(enumerate(heard[:3])))
-            cache.set_tail(dict(enumerate(heard[3:])))
-            n_moves += cache.end_position(0) < before
-            branches = [cache.branch(slot_idx, n_tokens=90) for slot_idx in (0, 2, 2)]
-            logits = cache.step(branches, [LAYOUT.question(text) for text in TEXTS[:3]])
-            cache.decoder.open(
-                [
-                    decode.Lane(b.slot_idx, lane, 40, b.position, b.visible[-1].stop, b.visible)
-                    for lane, b in enumerate(branches)
-                ]
+            blocks = [frontend.push(random_pcm(70_000, tick)) for frontend in frontends]
+            tails = [frontend.tail() for frontend in frontends]
+            audio = model.embed_audio(
+                [block for complete in blocks for block in complete] + [t for t in tails if t]
             )
-            cache.decoder.say([(0, 0, 41)])
-            cache.decoder._compute(next(cache.decoder.buckets()))
-            cache.decoder.close([(0, 0), (2, 1), (2, 2)])
-            cache.clear([0, 2])
+            assert len(audio) == 6
+            cache.append(dict(enumerate(audio[:3])))
+            cache.set_tail(dict(enumerate(audio[3:])))
+            n_moves += cache.end_position(0) < before
+            continuations = [cache.reserve(slot_idx, n_tokens=90) for slot_idx in (0, 2, 2)]
+            logits = cache.extend(continuations, [LAYOUT.question(text) for text in TEXTS[:3]])
+            cache.decode_step.open([(one, 40) for one in continuations])
+            cache.decode_step.replace({(0, 0): 41})
+            cache.decode_step.compute(next(cache.decode_step.buckets()))
+            cache.decode_step.close([(0, 0), (2, 0), (2, 1)])
+            cache.release([0, 2])
             assert logits.is_meta
         cache.reset([1])
     assert cache.blocks(0).stop == 9

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from bench.moss_parity import greedy_uncached, joined
 from model.mel import log_mel
-from model.moss import forward as batch
+from model.moss import forward
 from model.moss.checkpoint import Checkpoint, memory_need
 from model.moss.encoder import FRAME_MULTIPLE, split_blocks
-from model.moss.generate import Question, ask
+from model.moss.generate import Request, generate
+from model.moss.geometry import MarkerMode, WindowSettings
 from model.moss.language import Access, KvBuffers, rotary_angles, rotate
 from model.moss.network import AudioEmbeddings, MossAudio
-from model.moss.window import MarkerMode, RollingCache, WindowSettings, slot_bytes
+from model.moss.window import RollingCache, slot_bytes
 from tests.model.moss.tiny import LAYOUT, Stream, feed, feed_tails, make_model, random_audio, random_pcm
 
 MODEL = make_model()
@@ -32,8 +32,8 @@ EVERYTHING = WindowSettings(n_blocks=6, scratch_tokens=128)
 
 def logits_of(cache: RollingCache, slot_idx: int, first_block: int | None = None) -> Tensor:
     """Logits at the end of the question, [vocab]."""
-    logits = cache.step([cache.branch(slot_idx, first_block)], [QUESTION])[0]
-    cache.clear([slot_idx])
+    logits = cache.extend([cache.reserve(slot_idx, first_block)], [QUESTION])[0]
+    cache.release([slot_idx])
     return logits
 
 
@@ -83,7 +83,7 @@ def check_equals_offline(cache: RollingCache, stream: Stream, pcm: Tensor) -> No
         for tap, whole in zip(stream.taps[block_idx], taps, strict=True):
             torch.testing.assert_close(tap, whole[at], atol=1e-5, rtol=0)
 
-    audio = joined(model.hear(split_blocks(log_mel(pcm, 128), model.config.encoder)))
+    audio = joined(model.embed_audio(split_blocks(log_mel(pcm, 128), model.config.encoder)))
     ids = cache.ids(stream.slot_idx)
     assert ids == (*LAYOUT.prefix, *LAYOUT.audio(hidden.shape[0]))
     keys, values = offline_keys_values(model, ids, audio)
@@ -94,8 +94,8 @@ def check_equals_offline(cache: RollingCache, stream: Stream, pcm: Tensor) -> No
 
     offline = model.logits_of_prompt(torch.tensor([*ids, *QUESTION]), audio, LAYOUT.special.audio)[-1]
     torch.testing.assert_close(logits_of(cache, stream.slot_idx), offline, atol=1e-4, rtol=0)
-    answer = ask(cache, [Question(stream.slot_idx, QUESTION, 6)], guard=None)[0]
-    assert list(answer.ids) == greedy_uncached(Checkpoint(model, LAYOUT), [*ids, *QUESTION], audio, 6)
+    answer = generate(cache, [Request(stream.slot_idx, QUESTION, 6)], guard=None)[0]
+    assert list(answer.tokens) == greedy_uncached(Checkpoint(model, LAYOUT), [*ids, *QUESTION], audio, 6)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -159,13 +159,13 @@ def test_a_fork_leaves_the_cache_bit_identical() -> None:
     n_fixed = cache.buffers.k.shape[3] - SMALL.scratch_tokens
     before = [t[:, :, :, 1:n_fixed].clone() for t in (cache.buffers.k, cache.buffers.v)]  # 0 takes padding
     held = [cache.read(slot_idx) for slot_idx in range(3)]
-    first = ask(cache, [Question(s, QUESTION, 9) for s in (0, 1, 1, 2)])
+    first = generate(cache, [Request(s, QUESTION, 9) for s in (0, 1, 1, 2)])
     for old, new in zip(before, (cache.buffers.k, cache.buffers.v), strict=True):
         assert torch.equal(old, new[:, :, :, 1:n_fixed])
     for slot_idx in range(3):
         assert torch.equal(held[slot_idx].k, cache.read(slot_idx).k)
         assert torch.equal(held[slot_idx].position, cache.read(slot_idx).position)
-    assert ask(cache, [Question(s, QUESTION, 9) for s in (0, 1, 1, 2)]) == first
+    assert generate(cache, [Request(s, QUESTION, 9) for s in (0, 1, 1, 2)]) == first
 
 
 def test_a_tail_rolled_back_leaves_the_cache_bit_identical() -> None:
@@ -199,7 +199,7 @@ def test_slots_that_are_not_neighbours_share_a_call() -> None:
         alone.append({slot_idx: blocks[slot_idx]})
         alone.set_tail({slot_idx: tails[slot_idx]})
         torch.testing.assert_close(together.read(slot_idx).k, alone.read(slot_idx).k, atol=1e-5, rtol=0)
-    logits = together.step([together.branch(s) for s in (2, 0)], [QUESTION, QUESTION])
+    logits = together.extend([together.reserve(s) for s in (2, 0)], [QUESTION, QUESTION])
     for row, slot_idx in enumerate((2, 0)):
         torch.testing.assert_close(logits[row], logits_of(alone, slot_idx), atol=1e-4, rtol=0)
 
@@ -259,7 +259,7 @@ def test_attention_over_what_remains_equals_a_fresh_prefill(window: WindowSettin
     """
     model = MODEL if window.markers == "restart" else SHALLOW
     cache = RollingCache(model, LAYOUT, window, n_slots=2)
-    pointers = [t.data_ptr() for t in (cache.buffers.k, cache.buffers.v, cache._embeds, cache._added)]
+    pointers = [tensor.data_ptr() for tensor in cache.tensors]
     n_bytes, n_ids = cache.n_bytes, 0
     for block in range(40):
         cache.append({0: random_audio(model, block), 1: random_audio(model, 500 + block)})
@@ -273,7 +273,7 @@ def test_attention_over_what_remains_equals_a_fresh_prefill(window: WindowSettin
             n_ids = max(n_ids, len(cache.ids(0)))
     assert n_ids <= len(LAYOUT.prefix) + 3 * (50 + 2 * 3)
     assert cache.n_bytes == n_bytes
-    assert [t.data_ptr() for t in (cache.buffers.k, cache.buffers.v, cache._embeds, cache._added)] == pointers
+    assert [tensor.data_ptr() for tensor in cache.tensors] == pointers
 
 
 def test_every_layer_equals_a_pass_over_all_with_a_mask() -> None:
@@ -346,94 +346,6 @@ def test_memory_is_what_was_computed_beforehand(markers: MarkerMode) -> None:
     )
 
 
-def test_a_window_that_cannot_fit_is_refused() -> None:
-    """More entries than positions is an error at once, with both numbers."""
-    with pytest.raises(ValueError, match="there are 600"):
-        RollingCache(MODEL, LAYOUT, WindowSettings(n_blocks=9, scratch_tokens=64, max_position=600), 1)
-    with pytest.raises(ValueError, match="evict_blocks"):
-        WindowSettings(n_blocks=2, evict_blocks=3)
-
-
-def marker_digits(ids: Sequence[int]) -> list[int]:
-    """The numbers the markers of a sequence say."""
-    numbers: list[int] = []
-    text = ""
-    for idx in (*ids, LAYOUT.special.audio_end):
-        if idx in LAYOUT.special.digits:
-            text += str(LAYOUT.special.digits.index(idx))
-        elif text:
-            numbers.append(int(text))
-            text = ""
-    return numbers
-
-
-def check_markers(cache: RollingCache, slot_idx: int) -> None:
-    """The markers of a slot, with their offset, say the seconds of its blocks."""
-    offset = cache.marker_offset_s(slot_idx)
-    expected = [s for b in cache.blocks(slot_idx) for s in (4 * b + 2, 4 * b + 4)]
-    assert [offset + s for s in marker_digits(cache.ids(slot_idx)[len(LAYOUT.prefix) :])] == expected
-    if cache.settings.markers == "restart":
-        assert cache.blocks(slot_idx).start * 4 == offset  # they begin at 2
-    else:
-        assert offset == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("markers", ["absolute", "restart"])
-def test_a_day_in_shifts(markers: MarkerMode) -> None:
-    """Twenty-four streams, each taken up again at another hour of the day, end that hour's last minutes.
-
-    Among them the markers go through every number of digits, and from 59:59 to the next hour.
-    """
-    shifts, n_blocks = 24, 120
-    cache = RollingCache(
-        SHALLOW, LAYOUT, WindowSettings(n_blocks=2, scratch_tokens=64, markers=markers), shifts
-    )
-    heard = [random_audio(SHALLOW, s) for s in range(shifts)]
-    for slot_idx in range(shifts):
-        cache.reset([slot_idx], first_block=900 * (slot_idx + 1) - n_blocks)
-    n_bytes = cache.n_bytes
-    rss = 0
-    for block in range(n_blocks):
-        cache.append(dict(enumerate(heard)))
-        if block == 40:
-            rss = psutil.Process().memory_info().rss
-        if block % 10 == 0:
-            for slot_idx in range(shifts):
-                check_markers(cache, slot_idx)
-    for slot_idx in range(shifts):
-        check_markers(cache, slot_idx)
-        assert cache.end_position(slot_idx) < cache.settings.max_position
-    if markers == "absolute":
-        assert marker_digits(cache.ids(shifts - 1))[-1] == 86_400
-    assert cache.n_bytes == n_bytes
-    assert psutil.Process().memory_info().rss - rss < 8e6
-    assert torch.isfinite(logits_of(cache, 0)).all()
-
-
-@pytest.mark.slow  # half a minute
-def test_a_day_of_one_stream() -> None:
-    """21,600 blocks of one stream: flat memory, markers that say the second, finite answers."""
-    cache = RollingCache(SHALLOW, LAYOUT, WindowSettings(n_blocks=2, scratch_tokens=64), 1)
-    heard = random_audio(SHALLOW, 0)
-    rss = 0
-    for block in range(21_600):
-        cache.append({0: heard})
-        if block == 600:
-            rss = psutil.Process().memory_info().rss
-        if block % 900 == 0:
-            check_markers(cache, 0)
-    check_markers(cache, 0)
-    assert marker_digits(cache.ids(0))[-1] == 86_400
-    assert psutil.Process().memory_info().rss - rss < 8e6
-    # One stream's day ends as that of one who came for its last minute only.
-    late = RollingCache(SHALLOW, LAYOUT, cache.settings, 1)
-    late.reset([0], first_block=21_585)
-    for _ in range(15):
-        late.append({0: heard})
-    torch.testing.assert_close(logits_of(cache, 0), logits_of(late, 0), atol=1e-3, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes_run_and_stay_close(dtype: torch.dtype) -> None:
     """In half precision the same code gives about the same logits, also after re-anchoring."""
@@ -451,7 +363,7 @@ def test_other_dtypes_run_and_stay_close(dtype: torch.dtype) -> None:
 
 def test_calls_have_round_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a stream's growing block and the questions: few shapes, and no call beyond its bound."""
-    monkeypatch.setattr(batch, "MAX_CALL_TOKENS", 160)
+    monkeypatch.setattr(forward, "MAX_CALL_TOKENS", 160)
     cache = RollingCache(MODEL, LAYOUT, SMALL, n_slots=4)
     cache.flush()  # the prompt alone
     frames: set[int] = set()
@@ -466,12 +378,12 @@ def test_calls_have_round_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
             streams = [Stream(MODEL, slot_idx) for slot_idx in range(4)]
             feed(cache, [(stream, random_pcm(n_samples + 160 * stream.slot_idx, 0)) for stream in streams])
             feed_tails(cache, streams)
-            ask(cache, [Question(slot_idx, QUESTION, 1) for slot_idx in range(4)])
+            generate(cache, [Request(slot_idx, QUESTION, 1) for slot_idx in range(4)])
             cache.reset(range(4))
     finally:
         for handle in handles:
             handle.remove()
     assert frames == {*range(FRAME_MULTIPLE, 400, FRAME_MULTIPLE), 400}
-    assert {width % batch.TOKEN_MULTIPLE for _, width in calls} == {0}
+    assert {width % forward.TOKEN_MULTIPLE for _, width in calls} == {0}
     assert max(n_rows for n_rows, _ in calls) > 1
     assert all(n_rows * width <= 160 for n_rows, width in calls if n_rows > 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.moss.config import EncoderConfig, LanguageConfig, MossConfig, SpecialTokens
-from model.moss.frontend import Ear
+from model.moss.frontend import StreamingFrontend
 from model.moss.network import AudioEmbeddings, MossAudio
 from model.moss.prompt import ByteTokenizer, Layout
 from model.moss.window import RollingCache
@@ -74,11 +74,11 @@ def random_pcm(n_samples: int, seed: int) -> Tensor:
 
 
 class Stream:
-    """One slot's ear, and what the encoder made of its complete blocks."""
+    """One slot's front end, and what the encoder made of its complete blocks."""
 
     def __init__(self, model: MossAudio, slot_idx: int) -> None:
         self.slot_idx = slot_idx
-        self.ear = Ear(model.config.encoder)
+        self.frontend = StreamingFrontend(model.config.encoder)
         self.hidden: list[Tensor] = []  # per block [50, D]
         self.taps: list[tuple[Tensor, ...]] = []
 
@@ -87,7 +87,7 @@ def feed(cache: RollingCache, chunks: Sequence[tuple[Stream, Tensor]]) -> None:
     """Give several streams audio at once, complete blocks of all of them in common calls."""
     model = cache.model
     streams = {stream.slot_idx: stream for stream, _ in chunks}
-    pending = {stream.slot_idx: stream.ear.push(pcm) for stream, pcm in chunks}
+    pending = {stream.slot_idx: stream.frontend.push(pcm) for stream, pcm in chunks}
     while ready := {idx: blocks.pop(0) for idx, blocks in pending.items() if blocks}:
         encoded = model.audio_encoder.forward(list(ready.values()))
         for row, slot_idx in enumerate(ready):
@@ -99,5 +99,5 @@ def feed(cache: RollingCache, chunks: Sequence[tuple[Stream, Tensor]]) -> None:
 
 def feed_tails(cache: RollingCache, streams: Sequence[Stream]) -> None:
     """Hear the growing blocks of several streams in one call."""
-    tails = {s.slot_idx: tail for s in streams if (tail := s.ear.tail()) is not None}
-    cache.set_tail(dict(zip(tails, cache.model.hear(list(tails.values())), strict=True)))
+    tails = {s.slot_idx: tail for s in streams if (tail := s.frontend.tail()) is not None}
+    cache.set_tail(dict(zip(tails, cache.model.embed_audio(list(tails.values())), strict=True)))

@@ -26,7 +26,8 @@ from streaming.engine.messages import (
     Skipped,
     Sounds,
 )
-from streaming.engine.scheduler import WORDS_ALONE, Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ask,
@@ -182,7 +183,7 @@ class World:
         n_slots: int = 8,
         *,
         shed_after_s: float = 0.0,
-        listening: Listening = WORDS_ALONE,
+        listening: TaskSchedule = TRANSCRIPT_ONLY,
         max_ahead: int = 1_000_000_000,
     ) -> None:
         self.now_s = 0.0
@@ -201,7 +202,7 @@ class World:
             shed_after_s=self._shed_after_s,
             clock=lambda: self.now_s,
             longest_window_s=LONGEST_WINDOW_S,
-            listening=self._listening,
+            tasks=self._listening,
         )
         return scheduler, FakeRunner(self._listening)
 
@@ -302,7 +303,7 @@ class World:
             assert self.streams[number].is_done, self.streams[number]
 
 
-def alone(script: Script, listening: Listening = WORDS_ALONE) -> Stream:
+def alone(script: Script, listening: TaskSchedule = TRANSCRIPT_ONLY) -> Stream:
     """The script heard by an engine of its own, all at once."""
     world = World(1, listening=listening)
     stream = world.open(1, script)

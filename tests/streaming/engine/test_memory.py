@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.errors import CheckpointError
-from model.moss.window import WindowSettings
+from model.moss.geometry import WindowSettings
 from streaming.config import EngineConfig, EngineSettings, ModelConfig, MossConfig
 from streaming.engine import memory
 from streaming.engine.memory import Memory, machine_memory

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from model.moss.checkpoint import Checkpoint
-from model.moss.generate import Answer, Question
+from model.moss.generate import Generation, Request
+from model.moss.geometry import MarkerMode, WindowSettings
 from model.moss.parse import EMOTIONS, emotion_label
-from model.moss.window import MarkerMode, RollingCache, WindowSettings
+from model.moss.window import RollingCache
 from streaming.config import EngineConfig, EngineSettings, ModelConfig
 from streaming.engine.contract import Fork, HeardWord, Pcm, SlotStep, StepPlan, StepResult
 from streaming.engine.runners import moss as moss_runner
@@ -20,7 +21,7 @@ from streaming.text import join_words, split_words
 from tests.model.moss.test_step_graph import Recording
 from tests.model.moss.tiny import LAYOUT, TINY, make_model, random_pcm
 
-Script = Callable[..., list[Question]]
+Script = Callable[..., list[Request]]
 CHECKPOINT = Checkpoint(make_model(), LAYOUT)
 WINDOW = WindowSettings(n_blocks=3, scratch_tokens=700)
 
@@ -132,14 +133,14 @@ def test_nothing_heard_is_nothing_said() -> None:
 def says(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Make the model say given texts; what it was asked is kept."""
 
-    def script(*texts: str) -> list[Question]:
-        asked: list[Question] = []
+    def script(*texts: str) -> list[Request]:
+        asked: list[Request] = []
 
-        def ask(_cache: RollingCache, questions: Sequence[Question]) -> list[Answer]:
-            asked.extend(questions)
-            return [Answer((), text, "", "stop", 0, 0.5) for text, _ in zip(texts, questions, strict=True)]
+        def generate(_cache: RollingCache, requests: Sequence[Request]) -> list[Generation]:
+            asked.extend(requests)
+            return [Generation((), text, "", "stop", 0, 0.5) for text, _ in zip(texts, requests, strict=True)]
 
-        monkeypatch.setattr(moss_runner, "ask", ask)
+        monkeypatch.setattr(moss_runner, "generate", generate)
         return asked
 
     return script
@@ -303,7 +304,9 @@ def test_emotion_and_answers_are_read(says: Script) -> None:
 def test_a_cut_answer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that ran into its budget, with what the model thought before; the budget is the configured one."""
     monkeypatch.setattr(
-        moss_runner, "ask", lambda _cache, _questions: [Answer((), "A dog ba", "Loud.", "budget", 0, 0.5)]
+        moss_runner,
+        "generate",
+        lambda _cache, _requests: [Generation((), "A dog ba", "Loud.", "budget", 0, 0.5)],
     )
     runner = make_runner()
     (answer,) = runner.step(one(0, 0, pcm(1.0), ANSWER)).answers
@@ -376,7 +379,7 @@ def test_replayed_decode_steps_find_the_same() -> None:
     """With every step captured at the start, as on a GPU: the same results as without."""
     plain, replayed = make_runner(2), make_runner(2)
     recording = Recording()
-    replayed._cache.decoder.capture(recording)
+    replayed._cache.decode_step.capture(recording)
     forks = (TRANSCRIPT, EVENTS, EMOTION, ANSWER)
     for tick in range(3):
         steps = tuple(SlotStep(s, 7, tick * 80_000, pcm(5.0, 10 * s + tick), forks) for s in range(2))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.emotion import EmotionHead
 from streaming.engine.contract import Fork, HeardEmotion, Pcm, SlotStep, StepPlan, StepResult
 from streaming.engine.runners.whisper import WhisperRunner
-from streaming.engine.scheduler import MARGIN
+from streaming.engine.stream_state import MARGIN
 from tests.streaming.engine.runners.test_whisper import (
     CHECKPOINT,
     CPU,
