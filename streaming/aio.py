@@ -1,4 +1,4 @@
-"""Task helpers: race coroutines, cancel and await tasks, wait for an event or a condition.
+"""Task helpers: race coroutines, cancel and await tasks, wait for an event, a condition or another attempt.
 
 Knows asyncio alone.
 """
@@ -6,6 +6,7 @@ Knows asyncio alone.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -61,6 +62,15 @@ async def sleep_until(at: float) -> None:
     left_s = at - asyncio.get_running_loop().time()
     if left_s > 0:
         await asyncio.sleep(left_s)
+
+
+def backoff_s(n_failed: int, first_s: float, longest_s: float) -> float:
+    """Seconds to wait after `n_failed` failures in a row: `first_s` doubled each time, with jitter.
+
+    Half to all of it, so that several servers on one machine do not try again at the same moment.
+    """
+    step_s = min(longest_s, first_s * 2.0 ** min(n_failed - 1, 32))
+    return step_s * random.uniform(0.5, 1.0)
 
 
 class Changed:

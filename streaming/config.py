@@ -1,6 +1,6 @@
 """`config.toml`: every setting, its type, its range, and the error that names its key.
 
-Components receive their own section, never the whole.
+`app.build` gives each component the sections it needs; no component reads the file itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RENAMED = {
     "transcript.sure_score": "transcript.sure_confidence",
 }
 CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
-DEFAULT_PATH = Path("config.toml")
+DEFAULT_PATH = Path("config.toml")  # where neither does, from the working folder
 
 
 class ConfigError(ValueError):
@@ -225,7 +225,7 @@ class EventsConfig(_Section):
 
 
 class EmotionConfig(_Section):
-    """Emotion of whoever speaks."""
+    """Emotion of the speaker."""
 
     enabled: bool = True
     interval_s: Annotated[float, Field(ge=0.5, le=60)] = 2.0
@@ -260,7 +260,7 @@ class EngineStart(EngineSettings):
 
 
 class Config(EngineSettings):
-    """The whole file."""
+    """Every section of the file."""
 
     server: ServerConfig = ServerConfig()
     access: AccessConfig = AccessConfig()
@@ -307,6 +307,13 @@ def parse_config(text: str, source: str = "config") -> Config:
         raise ConfigError(problems(source, exc)) from exc
 
 
+def config_path() -> Path | None:
+    """The configuration file that the environment names or the working folder holds."""
+    if os.environ.get(CONFIG_ENV):
+        return Path(os.environ[CONFIG_ENV])
+    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
+
+
 def find_config(path: Path | None) -> Config:
     """The configuration in a file; the built-in one where there is none.
 
@@ -314,13 +321,6 @@ def find_config(path: Path | None) -> Config:
         ConfigError: the file cannot be used.
     """
     return Config() if path is None else load_config(path)
-
-
-def config_path() -> Path | None:
-    """The configuration file that the environment or the folder has."""
-    if os.environ.get(CONFIG_ENV):
-        return Path(os.environ[CONFIG_ENV])
-    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
 
 
 def load_config(path: Path) -> Config:
@@ -363,7 +363,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Mapping[str, object]]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own and nobody else's."""
+    """Whether an address or name reaches this machine alone."""
     if host.lower() == "localhost":
         return True
     try:
@@ -384,7 +384,7 @@ def problems(source: str, exc: ValidationError, *, is_secret: bool = False) -> s
 
 
 def _problem(error: object, is_secret: bool) -> str:
-    """One line."""
+    """The line of one problem: `KEY: what is wrong (got VALUE)`."""
     assert isinstance(error, dict), error
     key = ".".join(str(part) for part in error["loc"]) or "file"
     if error["type"] == "extra_forbidden":

@@ -5,14 +5,14 @@ MossLiveError
 ├── LogError          the log's file cannot be used; the server does not start, or ends
 │   └── LogFull           there is no room on its disk; everything waits until there is
 ├── StreamFault       a fault of the server's ended a stream; its connection closes with 1011
-├── EngineFault       the engine is gone, silent, or said what it must not; it is restarted
+├── EngineFault       the engine exited, hung or broke its protocol; it is restarted
 └── ConnectionOver    ends one connection; each kind knows its close code
     ├── BadAudio          4401, the stream ends with "bad_input"
     ├── BadMessages       4400, "bad_input"
     ├── Forbidden         4403, subscribers alone
     ├── TooFast           4429, "bad_input"
     ├── IdleConnection    4408, "idle"
-    ├── Replaced          4409, the stream goes on over another connection
+    ├── Replaced          4409, the stream continues over another connection
     ├── SlowReader        4410, "disconnected"
     ├── EngineLost        4503, "engine_lost"
     └── ServerStopping    1001, "server_stopping"
@@ -68,7 +68,7 @@ class BadAudio(ConnectionOver):
 
 
 class BadMessages(ConnectionOver):
-    """More unreadable messages than the server puts up with."""
+    """Too many malformed messages."""
 
     close_code = CloseCode.BAD_MESSAGE
     error_code = "bad_message"

@@ -72,7 +72,7 @@ class TextFormatter(logging.Formatter):
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, indented."""
+        """The traceback on lines of its own, each indented and escaped."""
         lines = super().formatException(ei).splitlines()
         return "\n".join(f"    {safe(line)}" for line in lines)
 
@@ -81,7 +81,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: `time`, `level`, `logger`, `message`; `stream` and `fault` where they apply."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object."""
+        """The record as one line of JSON."""
         body: dict[str, str] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,

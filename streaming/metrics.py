@@ -35,7 +35,7 @@ _LAG_BUCKETS_S = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5,
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What is counted when somebody looks, because it is a state and no event."""
+    """State that is read when `/metrics` is scraped, because no event counts it."""
 
     n_streams: int
     n_slots: int
@@ -112,7 +112,7 @@ class Metrics:
         self._refused = {refusal: refused.labels(refusal.label) for refusal in Refusal}
 
     def refused(self, refusal: Refusal) -> None:
-        """Somebody was not let in, or was sent away."""
+        """A request was refused, or a connection ended, for this reason."""
         self._refused[refusal].inc()
 
     def received(self, n_bytes: int) -> None:
@@ -157,7 +157,7 @@ class Metrics:
             self._lag.observe(max(0, heard_ms - word.end_ms) / 1000)
 
     def render(self, observed: Observed) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Every series in Prometheus' text format."""
         for name, value in (
             ("streams", observed.n_streams),
             ("slots", observed.n_slots),

@@ -13,6 +13,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("bench", "clients", "model", "scripts", "streaming", "tests", "training")
 
+# The parts of `streaming`: each imports only leaves and what stands before it here.
+LEVELS = (
+    "streaming.engine.contract",
+    "streaming.engine.messages",
+    "streaming.engine.client",
+    "streaming.engine",  # its process and its commands: whatever else lies in the folder
+    "streaming.timeline",
+    "streaming.audio",
+    "streaming.log",
+    "streaming.stream",
+    "streaming.server",
+    "streaming.adaptors",
+    "streaming.app",
+    "streaming.cli",
+)
 # Leaves of `streaming`: each knows the standard library, other leaves before it, and no folder.
 LEAVES = (
     "streaming.protocol",
@@ -71,14 +86,22 @@ MAY_IMPORT = {
 # What may not even be named: no clock and no event loop where results must follow from samples alone.
 IS_PURE = {
     "streaming/timeline": ("asyncio", "time", "datetime", "socket", "threading"),
-    "streaming/audio": ("time", "datetime", "socket", "websockets"),
+    "streaming/audio": ("asyncio", "time", "datetime", "socket", "threading", "websockets"),
     "streaming/stream": ("socket", "websockets"),
-    "streaming/log": ("websockets",),
+    "streaming/log": ("socket", "websockets"),
 }
+MAY_NAME = {"streaming/audio/container.py": ("asyncio", "threading")}  # its decoder is a thread of its own
 SANS_IO = ("streaming/stream/feed.py", "streaming/stream/snapshot.py", "streaming/audio/vad.py")
 # Weights are a file, or come by a library; nothing else leaves `model`, and nothing runs beside it.
 NOT_IN_MODEL = ("asyncio", "socket", "threading", "multiprocessing", "subprocess", "websockets", "concurrent")
-MAX_FILE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 450, 300, 63
+MAX_FILE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 450, 300, 60
+# What is still larger; whoever splits one takes it off.
+STILL_LARGER = {
+    "model/moss/window.py: RollingCache",
+    "streaming/engine/scheduler.py",
+    "streaming/engine/scheduler.py: Scheduler",
+    "tests/model/moss/test_window.py",
+}
 OUR_FILES = sorted(path.relative_to(ROOT) for package in OURS for path in (ROOT / package).rglob("*.py"))
 TENSORS = ("torch", "transformers", "safetensors")
 
@@ -124,8 +147,9 @@ def test_imports_point_one_way(package: str) -> None:
 def test_a_folder_keeps_its_invariant(package: str) -> None:
     """Its results follow from what it is given: it names no clock, no socket and no event loop."""
     for path in files_of(package):
+        allowed = MAY_NAME.get(str(path.relative_to(ROOT)), ())
         for name in imported(path):
-            assert not within(name, IS_PURE[package]), f"{path} imports {name}"
+            assert not within(name, IS_PURE[package]) or within(name, allowed), f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("name", SANS_IO)
@@ -145,17 +169,22 @@ def test_leaves_import_leaves_alone() -> None:
                     assert within(name, LEAVES[: idx + 1]), f"{file} imports {name}"
 
 
-def test_no_folder_imports_in_a_circle() -> None:
-    """The folders of `streaming` have an order: who imports whom, nobody the other way round."""
-    reached = {package: _folders_imported(package) for package in MAY_IMPORT if package.count("/") == 1}
-    for package, others in reached.items():
-        for other in others:
-            assert package not in reached.get(other, set()), f"{package} and {other} import one another"
+def test_no_import_runs_against_the_levels() -> None:
+    """The parts of `streaming` have an order, so there is no circle of any length among them."""
+    for path in sorted((ROOT / "streaming").rglob("*.py")):
+        importer = _level_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name in imported(path):
+            if within(name, ("streaming",)):
+                assert _level_of(name) <= importer, f"{path} imports {name}"
 
 
-def _folders_imported(package: str) -> set[str]:
-    names = {"/".join(name.split(".")[:2]) for path in files_of(package) for name in imported(path)}
-    return {name for name in names if name in MAY_IMPORT and name != package}
+def _level_of(module: str) -> int:
+    """Where a module stands: the index of the narrowest part of LEVELS that holds it; a leaf is below all."""
+    parts = [part for part in LEVELS if within(module, (part,))]
+    if parts:
+        return LEVELS.index(max(parts, key=len))
+    assert within(module, LEAVES) or module in ("streaming", "streaming.__init__"), f"{module} has no level"
+    return -1
 
 
 @pytest.mark.parametrize("package", ["streaming", "clients"])
@@ -200,18 +229,25 @@ def test_clients_import_without_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-@pytest.mark.parametrize("path", OUR_FILES, ids=str)
-def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
-    """No file over 450 lines; in the product no class over 300, no function over 60."""
+def test_files_classes_and_functions_are_small() -> None:
+    """No file over 450 lines; in the product no class over 300 and no function over 60."""
+    larger = {name for path in OUR_FILES for name in _larger_in(path)}
+    assert larger - STILL_LARGER == set(), "split these"
+    assert STILL_LARGER - larger == set(), "take these off STILL_LARGER"
+
+
+def _larger_in(path: Path) -> Iterator[str]:
     text = (ROOT / path).read_text(encoding="utf-8")
-    assert text.count("\n") <= MAX_FILE_LINES
+    if text.count("\n") > MAX_FILE_LINES:
+        yield str(path)
     if path.parts[0] not in ("model", "streaming", "clients"):
         return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             most = MAX_CLASS_LINES if isinstance(node, ast.ClassDef) else MAX_FUNCTION_LINES
-            assert node.end_lineno - node.lineno < most, f"{path}:{node.lineno}: {node.name}"
+            if node.end_lineno - node.lineno + 1 > most:
+                yield f"{path}: {node.name}"
 
 
 def _file_of(module: str) -> Path:

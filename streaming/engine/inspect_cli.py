@@ -1,7 +1,7 @@
 """The `moss-live inspect` command: what a checkpoint is, what it needs in memory, whether it fits.
 
 Reads configuration, tokenizer and the headers of weight files; never a weight. Of a hub id it fetches
-what describes it alone, unless it is told to fetch the weights.
+only what describes it, unless `--fetch` asks for the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def inspect(
 ) -> None:
     """Say what MODEL (a name that ships, a folder or a hub id) is, what it needs, and whether it fits.
 
-    The status is 0 where it fits or that cannot be told, 1 where it does not fit or its weights are
+    The status is 0 where it fits or that is unknown, 1 where it does not fit or its weights are
     wrong, 2 where it cannot be read.
     """
     from model.errors import CheckpointError

@@ -37,7 +37,7 @@ def describe(config: Config, *, fetch: bool = False) -> dict[str, Any]:
         fetch: Download the weights of a hub id; else what describes them alone.
 
     Raises:
-        CheckpointError: it cannot be found or fetched, or is of a kind that is not known.
+        CheckpointError: it cannot be read, or its kind is unknown.
     """
     name = config.model.name
     device = device_of(config.model.device)
@@ -172,7 +172,7 @@ def _whisper(
         "decoder": f"{shapes.n_decoder_layers} layers of {shapes.width}, vocabulary {shapes.vocab_size}",
     }
     memory = _memory(plan, config, device, dtype, f"{shapes.n_frames // 100} s")
-    memory["parts"][1]["of"] = "mel frames of every stream; workspace grows with streams heard at once"
+    memory["parts"][1]["of"] = "mel frames of every stream; workspace grows with streams encoded at once"
     return {"name": name, "what": what, "facts": facts, "n_parameters": n_parameters, "memory": memory}
 
 

@@ -31,7 +31,7 @@ class Memory:
 
 
 def memory_of(device: torch.device) -> Memory | None:
-    """Of a GPU or of the machine; None where it cannot be told."""
+    """Of a GPU or of the machine; None where it is unknown."""
     if device.type == "cuda":
         available, total = torch.cuda.mem_get_info(device)
         return Memory(total, available)
@@ -39,7 +39,7 @@ def memory_of(device: torch.device) -> Memory | None:
 
 
 def machine_memory(meminfo: Path, cgroup_limit: Path) -> Memory | None:
-    """What Linux says of itself, and no more than a container may have; None elsewhere."""
+    """What Linux reports, and no more than the container's limit; None elsewhere."""
     try:
         text = meminfo.read_text(encoding="ascii")
     except OSError:

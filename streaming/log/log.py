@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from streaming.aio import Changed
+from streaming.aio import Changed, backoff_s
 from streaming.config import LogConfig
 from streaming.errors import LogError, LogFull
 from streaming.log.directory import Directory, StateSource, Stream
@@ -341,7 +340,7 @@ class Log:
                 self._progress.notify()
                 if self._is_closing:  # nobody waits any more; the next server goes on from what is there
                     raise
-                await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))
+                await asyncio.sleep(backoff_s(1, RETRY_S, RETRY_S))
             else:
                 if self.is_full:
                     logger.warning("log %s: can be written again", self._config.path)
