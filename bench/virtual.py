@@ -18,7 +18,8 @@ from streaming.audio.vad import Vad
 from streaming.config import Config
 from streaming.engine.contract import Capabilities, Runner
 from streaming.engine.messages import Audio, CloseStream, Commit, Open, Result, Sound
-from streaming.engine.scheduler import Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TaskSchedule
 from streaming.protocol import SAMPLE_RATE_HZ, Message
 from streaming.stream.feed import Feed, FromEngine
 from streaming.timeline.transcript import new_timeline
@@ -51,6 +52,7 @@ class _Stream:
         audio: NDArray[np.float32],
         config: Config,
         capabilities: Capabilities,
+        max_step: int,
         language: str | None,
         keep: Callable[[Message], bool],
     ) -> None:
@@ -65,6 +67,7 @@ class _Stream:
             language=language,
             ring=len(audio),
             max_ahead=int(config.ingest.max_ahead_s * SAMPLE_RATE_HZ),
+            max_step=max_step,
         )
         self.arrivals: list[tuple[float, Message]] = []
         self.flushed_s: float | None = None
@@ -132,6 +135,7 @@ def run(
     """
     now_s = 0.0
     tick = config.engine.tick_ms * SAMPLE_RATE_HZ // 1000
+    listening = TaskSchedule.for_model(runner.capabilities, config.events, config.emotion, tick)
     scheduler = Scheduler(
         config.transcript,
         n_slots=len(audio),
@@ -139,10 +143,11 @@ def run(
         shed_after_s=config.engine.shed_after_s,
         clock=lambda: now_s,
         longest_window_s=runner.capabilities.max_window_s,
-        listening=Listening.to(runner.capabilities, config.events, config.emotion, tick),
+        tasks=listening,
     )
     streams = [
-        _Stream(number, pcm, config, runner.capabilities, language, keep) for number, pcm in enumerate(audio)
+        _Stream(number, pcm, config, runner.capabilities, listening.max_step(tick), language, keep)
+        for number, pcm in enumerate(audio)
     ]
     for stream in streams:
         stream.open(scheduler)

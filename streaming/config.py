@@ -14,6 +14,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+# Keys of earlier versions: one of them stops the start, and the error names its successor.
+RENAMED = {
+    "transcript.edge_s": "transcript.commit_delay_s",
+    "transcript.patience_s": "transcript.unsure_commit_delay_s",
+    "transcript.sure_score": "transcript.sure_confidence",
+}
 CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
 
 
@@ -197,9 +203,9 @@ class TranscriptConfig(_Section):
     join_gap_s: Annotated[float, Field(ge=0, le=10)] = 2.0
     use_context: bool = False
     agreement: Annotated[int, Field(ge=1, le=5)] = 3
-    edge_s: Annotated[float, Field(ge=0, le=5)] = 0.8
-    sure_score: Annotated[float, Field(ge=0, le=1)] = 0.5
-    patience_s: Annotated[float, Field(ge=0, le=10)] = 3.0
+    commit_delay_s: Annotated[float, Field(ge=0, le=5)] = 0.8
+    sure_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    unsure_commit_delay_s: Annotated[float, Field(ge=0, le=10)] = 3.0
     max_segment_s: Annotated[float, Field(ge=5, le=300)] = 20.0
     max_tokens_per_s: Annotated[float, Field(ge=3, le=50)] = 12.0
 
@@ -244,8 +250,9 @@ class EngineSettings(_Section):
 
 
 class EngineStart(EngineSettings):
-    """What an engine process gets when it starts: its sections, and how it writes its log."""
+    """What an engine process gets when it starts: its sections, and what else concerns it."""
 
+    max_ahead_s: float  # of [ingest]
     log_format: LogFormat = "text"
     is_verbose: bool = False
 
@@ -363,6 +370,6 @@ def _problem(error: object, is_secret: bool) -> str:
     assert isinstance(error, dict), error
     key = ".".join(str(part) for part in error["loc"]) or "file"
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
+        return f"{key}: is now called {RENAMED[key]}" if key in RENAMED else f"{key}: unknown key"
     got = "" if is_secret or isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
     return f"{key}: {error['msg']}{got}"

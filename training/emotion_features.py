@@ -28,7 +28,8 @@ from streaming.audio.vad import Vad
 from streaming.config import Config
 from streaming.engine.contract import Fork, Pcm, SlotStep, StepPlan
 from streaming.engine.runners.whisper import WhisperRunner
-from streaming.engine.scheduler import EMOTION_WINDOW, GRID, MARGIN, MIN_EMOTION
+from streaming.engine.scheduler import EMOTION_WINDOW, MIN_EMOTION
+from streaming.engine.stream_state import GRID, MARGIN
 from streaming.protocol import SAMPLE_RATE_HZ
 
 SHARD = 100  # clips a file

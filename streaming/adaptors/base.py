@@ -45,7 +45,7 @@ class Adaptor(Dialect):
 
     @abstractmethod
     def complaint(self, exc: BadMessage, frame: str | bytes) -> list[Event]:
-        """How the client is told of a bad message."""
+        """How a bad message is answered."""
 
     async def say(self, talk: Conversation, make: Callable[[], Sequence[Event]]) -> None:
         """Send events that are made when it is their turn.

@@ -39,7 +39,7 @@ class ContainerInput:
 
         Raises:
             BadAudio: it cannot be decoded.
-            TooFast: it is further ahead of real time than the server puts up with.
+            TooFast: it is further ahead of real time than the server allows.
         """
         await aio.ended(self._feeding)
 

@@ -19,7 +19,8 @@ from streaming.config import ConfigError, EngineStart
 from streaming.engine import messages
 from streaming.engine.contract import Runner
 from streaming.engine.runners.loader import load_runner, warm_up
-from streaming.engine.scheduler import Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TaskSchedule
 from streaming.logging_setup import configure, where_raised
 from streaming.protocol import SAMPLE_RATE_HZ
 
@@ -124,12 +125,12 @@ class Engine:
             self._pipe.send(message)
         if not schedule.plan.slots:
             return bool(schedule.results)
-        wall, cpu = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
         result = self._runner.step(schedule.plan)
-        wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+        wall_s = time.perf_counter() - started
         for answer in self._scheduler.apply(schedule, result, wall_s):
             self._pipe.send(answer)
-        self._pipe.send(messages.Tick(wall_s, cpu_s, len(schedule.plan.slots)))
+        self._pipe.send(messages.Tick(wall_s, len(schedule.plan.slots)))
         return True
 
 
@@ -174,6 +175,9 @@ def _serve(pipe: Pipe) -> None:
     warm = time.perf_counter()
     capabilities = runner.capabilities
     tick = engine.tick_ms * SAMPLE_RATE_HZ // 1000
+    listening = TaskSchedule.for_model(capabilities, settings.events, settings.emotion, tick)
+    max_step = listening.max_step(tick)
+    _check_ahead(settings.max_ahead_s, max_step)
     scheduler = Scheduler(
         settings.transcript,
         n_slots=engine.n_slots,
@@ -181,7 +185,7 @@ def _serve(pipe: Pipe) -> None:
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
         longest_window_s=capabilities.max_window_s,
-        listening=Listening.to(capabilities, settings.events, settings.emotion, tick),
+        tasks=listening,
     )
     pipe.send(
         messages.Ready(
@@ -191,10 +195,25 @@ def _serve(pipe: Pipe) -> None:
             n_slots=engine.n_slots,
             load_s=loaded - started,
             warm_up_s=warm - loaded,
+            max_step=max_step,
             sounds=tuple(messages.Sound(s.name, s.parent, s.threshold) for s in capabilities.sounds),
         )
     )
     Engine(pipe, scheduler, runner).run()
+
+
+def _check_ahead(max_ahead_s: float, max_step: int) -> None:
+    """See that the server may send as much audio as lies between two decode points.
+
+    Raises:
+        ConfigError: it may not: each side would wait for the other.
+    """
+    least_s = (max_step + messages.SEND_GRID) / SAMPLE_RATE_HZ
+    if max_ahead_s < least_s:
+        raise ConfigError(
+            f"ingest.max_ahead_s is {max_ahead_s}; expected at least {least_s:.2f}: the model is asked "
+            f"every {max_step / SAMPLE_RATE_HZ:.2f} s at the latest"
+        )
 
 
 if __name__ == "__main__":

@@ -253,7 +253,12 @@ def engine_settings(config: Config) -> bytes:
     """The first frame an engine reads: JSON of `EngineStart`. Its log looks as this process' own."""
     sections = {name: getattr(config, name) for name in EngineSettings.model_fields}
     is_verbose = logging.getLogger().isEnabledFor(logging.DEBUG)
-    start = EngineStart(**sections, log_format=config.server.log_format, is_verbose=is_verbose)
+    start = EngineStart(
+        **sections,
+        max_ahead_s=config.ingest.max_ahead_s,
+        log_format=config.server.log_format,
+        is_verbose=is_verbose,
+    )
     return start.model_dump_json().encode()
 
 

@@ -13,10 +13,14 @@ from typing import Literal
 import msgspec
 
 from streaming.engine.contract import HeardWord
+from streaming.protocol import SAMPLE_RATE_HZ
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
 _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size
+# Audio goes to the engine in whole encoder frames, on a grid that every tick lies on: fewer messages,
+# and no tick waits for it. A mark or the end of the audio goes at once.
+SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 
 MarkKind = Literal["started", "stopped", "flush", "ask"]
 # A "tick" hears words and sounds while somebody speaks, a "sound" point sounds alone while nobody does.
@@ -120,6 +124,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     n_slots: int
     load_s: float
     warm_up_s: float
+    max_step: int  # samples: of more undecided audio than this, some is decided at once
     sounds: tuple[Sound, ...] = ()  # columns of `Sounds`
 
 
@@ -230,7 +235,6 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
     """What a step cost, for the metrics."""
 
     wall_s: float
-    cpu_s: float
     n_streams: int
 
 

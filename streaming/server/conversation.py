@@ -91,7 +91,7 @@ class Dialect(ABC):
 
     @abstractmethod
     async def complain(self, exc: BadMessage, frame: str | bytes, talk: Conversation) -> None:
-        """Tell the client of a bad message."""
+        """Answer a bad message."""
 
     @abstractmethod
     async def idle(self, talk: Conversation) -> None:
@@ -141,8 +141,8 @@ class ClientAudio(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a conversation stands: its stream, and what it reads."""
+class Attachment:
+    """What joins a connection to its stream."""
 
     live: LiveStream
     claim: int  # of this connection on the stream's producer slot, which is free
@@ -156,7 +156,7 @@ class Conversation:
         self,
         connection: ServerConnection,
         dialect: Dialect,
-        place: Place,
+        attachment: Attachment,
         limits: ProducerLimits,
         *,
         last_seq: Callable[[str], int],
@@ -167,7 +167,7 @@ class Conversation:
         Args:
             connection: Open.
             dialect: That is spoken.
-            place: In the stream.
+            attachment: To the stream.
             limits: What the connection goes by.
             last_seq: Of a stream, by its name.
             stopping: Set when the server stops.
@@ -175,9 +175,9 @@ class Conversation:
         self.limits = limits
         self._connection = connection
         self._dialect = dialect
-        self._live = place.live
-        self._claim = place.claim
-        self._reader = place.reader
+        self._live = attachment.live
+        self._claim = attachment.claim
+        self._reader = attachment.reader
         self._last_seq = last_seq
         self._stopping = stopping
         self._sending = asyncio.Lock()  # what one message becomes is not cut in two
@@ -202,7 +202,7 @@ class Conversation:
 
         Raises:
             BadAudio: they cannot be audio of their format.
-            TooFast: they are further ahead of real time than the server puts up with.
+            TooFast: they are further ahead of real time than the server allows.
         """
         async with self.paced(audio.seconds_of(len(data))):
             await audio.feed(data)
@@ -212,7 +212,7 @@ class Conversation:
         """Count audio that came, and take it in the body; waits where it came too fast.
 
         Raises:
-            TooFast: it is further ahead of real time than the server puts up with.
+            TooFast: it is further ahead of real time than the server allows.
         """
         now = asyncio.get_running_loop().time()
         read_at = now + self._pace.take(audio_s, now)

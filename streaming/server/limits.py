@@ -33,7 +33,7 @@ class Attempts:
     """Requests of each address: a burst, then so many a second.
 
     At `MAX_ADDRESSES` the one seen longest ago is forgotten, and its next request has the whole
-    burst again: a flood from that many addresses is not told from that many visitors.
+    burst again: a flood from that many addresses looks like that many visitors.
     """
 
     def __init__(self, per_s: float, burst: int) -> None:
@@ -94,7 +94,7 @@ class AudioPace:
         """Count audio that came; gives the seconds to wait before reading on.
 
         Raises:
-            TooFast: it is further ahead than the server puts up with.
+            TooFast: it is further ahead than the server allows.
         """
         self._ahead = max(0.0, self._ahead - (now_s - self._at) * self._speed) + audio_s
         self._at = now_s

@@ -22,7 +22,7 @@ from streaming.log.log import Log
 from streaming.protocol import CloseCode, Subscribe
 from streaming.refusals import Refusal
 from streaming.server.admission import Admitted, Guard, GuardedConnection, Refused
-from streaming.server.conversation import Conversation, Dialect, Place, ResumableDialect
+from streaming.server.conversation import Attachment, Conversation, Dialect, ResumableDialect
 from streaming.server.limits import ProducerLimits
 from streaming.server.routes import Handshake, SocketRoute, StreamRoute
 from streaming.stream.lifetime import Resumption
@@ -163,7 +163,7 @@ class Producers:
         with self._hub.subscription() as reader:
             self._hub.subscribe(reader, Subscribe((dialect.name,)))
             live = dialect.begin(self._streams, language, self._settings.vad)
-            await self._converse(connection, dialect, Place(live, live.slot.claim(), reader))
+            await self._converse(connection, dialect, Attachment(live, live.slot.claim(), reader))
 
     async def _resume(
         self, connection: ServerConnection, dialect: ResumableDialect, resumption: Resumption
@@ -181,20 +181,22 @@ class Producers:
                     return
                 logger.info("stream %s: its producer is back", name)
                 dialect.resume(live)
-                await self._converse(connection, dialect, Place(live, claim, reader))
+                await self._converse(connection, dialect, Attachment(live, claim, reader))
         except Replaced as over:
             logger.info("stream %s: a connection that waited for it is replaced", name)
             await connection.close(over.close_code, str(over))
 
-    async def _converse(self, connection: ServerConnection, dialect: Dialect, place: Place) -> None:
+    async def _converse(self, connection: ServerConnection, dialect: Dialect, attachment: Attachment) -> None:
         last_seq = self._log.directory.last_seq
         limits, stopping = self._limits(), self._stopping
-        await Conversation(connection, dialect, place, limits, last_seq=last_seq, stopping=stopping).run()
+        await Conversation(
+            connection, dialect, attachment, limits, last_seq=last_seq, stopping=stopping
+        ).run()
 
     async def _recite(
         self, connection: ServerConnection, dialect: Dialect, reader: Subscription, after: int | None
     ) -> None:
-        """Tell a producer that comes back how its stream ended."""
+        """Send a producer that comes back how its stream ended."""
         last = self._log.directory.last_seq(dialect.name)
         if after is not None and after < last:
             async for row in reader:

@@ -44,7 +44,7 @@ class Complaints:
         """One more, which was answered.
 
         Raises:
-            BadMessages: it is the last that the server puts up with.
+            BadMessages: it is the last that the server allows.
         """
         self._n_bad += 1
         if self._n_bad >= self._n_allowed:

@@ -22,7 +22,7 @@ import msgspec
 from streaming.audio.ring import Ring
 from streaming.engine import messages
 from streaming.engine.contract import Pcm
-from streaming.engine.messages import Mark
+from streaming.engine.messages import SEND_GRID, Mark
 from streaming.errors import EngineFault
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
@@ -36,13 +36,7 @@ from streaming.protocol import (
 )
 from streaming.timeline.transcript import Timeline, TimelineState
 
-# Audio goes to the engine in whole encoder frames, on a grid that every tick lies on: fewer messages,
-# and no tick waits for it. A mark or the end of the audio goes at once.
-SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 MAX_SEND = SAMPLE_RATE_HZ  # samples in one message
-# More undecided audio means a decode point. The longest step of a grid is 2.88 s (MOSS-Audio's events at
-# tick_ms = 960), the least that a stream may be ahead 3 s.
-MAX_STEP = 3 * MAX_SEND - SEND_GRID
 
 FromEngine = messages.Result | messages.Progress | messages.Skipped  # of one stream
 
@@ -82,6 +76,7 @@ class Feed:
         language: str | None = None,
         ring: int,
         max_ahead: int,
+        max_step: int,
         state: FeedState | None = None,
         audio: Pcm | None = None,
     ) -> None:
@@ -93,12 +88,14 @@ class Feed:
             language: That the stream is set to; None: detect. Of a state, its own counts.
             ring: Samples that are kept for the engine at most.
             max_ahead: Samples that the engine gets beyond what it has decided.
+            max_step: Samples between two decode points at most, as the engine's `Ready` says.
             state: Of the feed that this one continues.
             audio: Of that feed's ring, from `state.ring_start` to `state.ring_end`.
         """
         self._number = number
         self._timeline = timeline
         self._max_ahead = max_ahead
+        self._max_step = max_step
         self._language = language
         self._language_from: int | None = None  # where a change begins that the engine does not know
         self._settled_language: str | None = None  # what the engine detected and stays with
@@ -215,7 +212,7 @@ class Feed:
         """Whether the engine has more undecided audio than lies between two points, or owes a result."""
         sent = islice(self._pending, self._n_marks_sent)
         owes_result = any(pending.mark.kind != "started" for pending in sent)
-        return self._is_open and (owes_result or self._sent - self._consumed >= MAX_STEP)
+        return self._is_open and (owes_result or self._sent - self._consumed >= self._max_step)
 
     @property
     def undecided(self) -> tuple[int, int]:

@@ -220,6 +220,7 @@ class Streams:
             language=language,
             ring=int(ingest.ring_s * SAMPLE_RATE_HZ),
             max_ahead=int(ingest.max_ahead_s * SAMPLE_RATE_HZ),
+            max_step=ready.max_step,
             state=state,
             audio=audio,
         )

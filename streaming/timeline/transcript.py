@@ -144,8 +144,8 @@ class Timeline:
         self._config = config
         self._sounds = sounds  # None: no events are wanted
         self._voice = voice  # None: no emotion is wanted
-        self._edge = int(config.edge_s * SAMPLE_RATE_HZ)
-        self._patience = max(self._edge, int(config.patience_s * SAMPLE_RATE_HZ))
+        self._commit_delay = int(config.commit_delay_s * SAMPLE_RATE_HZ)
+        self._unsure_delay = max(self._commit_delay, int(config.unsure_commit_delay_s * SAMPLE_RATE_HZ))
         self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
         self._guesses: deque[list[str]] = deque(  # of the last updates, uncommitted
             map(list, state.guesses), maxlen=config.agreement - 1
@@ -258,9 +258,10 @@ class Timeline:
         n = 0
         for word in words[:-1]:
             agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
-            edge = self._edge if agree and word.score >= self._config.sure_score else self._patience
+            is_sure = agree and word.score >= self._config.sure_confidence
+            delay = self._commit_delay if is_sure else self._unsure_delay
             # A word that flips at every update must not hold up for ever what comes after it.
-            if word.end > point - edge or not (agree or word.end <= point - STALE):
+            if word.end > point - delay or not (agree or word.end <= point - STALE):
                 break
             n += 1
         return n

@@ -21,6 +21,7 @@ from streaming.engine.contract import HeardWord
 from streaming.engine.messages import Mark, PointKind
 
 TICK = 10_240  # samples between decode points
+MAX_STEP = 46_720  # samples: of more undecided audio than this, some is decided at once
 WORD = 5_120  # samples of a word
 BYTES = 4  # of a sample
 
@@ -182,7 +183,7 @@ class Process:
             self._send(messages.Failed("no weights"))
             return
         n_slots = settings["engine"]["n_slots"]
-        self._send(messages.Ready("fake", self._engine.tasks, ("de", "en"), n_slots, 0.0, 0.0))
+        self._send(messages.Ready("fake", self._engine.tasks, ("de", "en"), n_slots, 0.0, 0.0, MAX_STEP))
         while True:
             self._engine.take(messages.decode_to_engine(self._receive()))
 

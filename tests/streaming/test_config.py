@@ -8,7 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 from streaming.cli import serve
-from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, parse_config, with_overrides
+from streaming.config import (
+    CONFIG_ENV,
+    RENAMED,
+    Config,
+    ConfigError,
+    load_config,
+    parse_config,
+    with_overrides,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,12 +34,24 @@ from streaming.config import CONFIG_ENV, Config, ConfigError, load_config, parse
         ("[moss]\nanswer_tokens = 2000", "moss: .*answer_tokens is 2000; expected at most 1024"),
         ('[moss]\nmarkers = "none"', "moss.markers"),
         ("[server", "no TOML"),
+        ("[transcript]\nedge_s = 0.5", r"transcript.edge_s: is now called transcript\.commit_delay_s$"),
+        ("[transcript]\npatience_s = 2.0", "transcript.patience_s: .* transcript.unsure_commit_delay_s$"),
+        ("[transcript]\nsure_score = 0.4", "transcript.sure_score: .* transcript.sure_confidence$"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, named: str) -> None:
     """Unknown keys, wrong types and impossible values, with the file they are in."""
     with pytest.raises(ConfigError, match=f"^some.toml: .*{named}"):
         parse_config(text, "some.toml")
+
+
+def test_a_renamed_key_leads_to_one_that_exists() -> None:
+    """And is none itself any more."""
+    for old, new in RENAMED.items():
+        section, _, key = new.partition(".")
+        fields = type(getattr(Config(), section)).model_fields
+        assert key in fields
+        assert old.removeprefix(f"{section}.") not in fields
 
 
 def test_every_problem_has_its_line() -> None:

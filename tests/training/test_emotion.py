@@ -11,7 +11,8 @@ import torch
 from model.emotion import load_head
 from model.whisper.checkpoint import EMBEDDED_SHA256
 from streaming.config import Config
-from streaming.engine.scheduler import EMOTION_WINDOW, GRID, MIN_EMOTION
+from streaming.engine.scheduler import EMOTION_WINDOW, MIN_EMOTION
+from streaming.engine.stream_state import GRID
 from training.emotion import LABELS, N_FOLDS, WIDTH, cross_validate, fit_temperature, fold_of, prepare
 from training.emotion_features import TICK, Features, points, read_cache
 from training.emotion_measures import Scored, measure

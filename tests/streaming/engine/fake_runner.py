@@ -30,7 +30,8 @@ from streaming.engine.contract import (
     StepPlan,
     StepResult,
 )
-from streaming.engine.scheduler import MARGIN, WORDS_ALONE, Listening
+from streaming.engine.stream_state import MARGIN
+from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
 from streaming.protocol import SAMPLE_RATE_HZ
 from tests.streaming.engine.recording import GRID, UNIT
 
@@ -39,12 +40,12 @@ FRAGMENT = 320  # samples; less of a run, at a window's start, is not heard
 LONGEST_WINDOW_S = 7.0  # what the runner can look at
 SOUND_PAST = 2 * SAMPLE_RATE_HZ  # samples that a row of sound scores looks back on ...
 SOUND_DELAY = SAMPLE_RATE_HZ * 3 // 5  # ... and how long it is waited for
-SCORED = Listening(sound_ticks=1, emotion_ticks=4)  # as a model that scores sounds row by row
+SCORED = TaskSchedule(sound_ticks=1, emotion_ticks=4)  # as a model that scores sounds row by row
 # As one that names them when asked.
-NAMED = Listening(
+NAMED = TaskSchedule(
     sound_ticks=4, events_ticks=4, emotion_ticks=6, reach=int(LONGEST_WINDOW_S * SAMPLE_RATE_HZ)
 )
-listenings = st.sampled_from([WORDS_ALONE, SCORED, NAMED])
+listenings = st.sampled_from([TRANSCRIPT_ONLY, SCORED, NAMED])
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class FakeRunner:
 
     capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0, 0.08)
 
-    def __init__(self, listening: Listening = WORDS_ALONE) -> None:
+    def __init__(self, listening: TaskSchedule = TRANSCRIPT_ONLY) -> None:
         self.asked: dict[int, Asked] = {}  # the last transcript fork of each owner
         self._listening = listening
         self._slots: dict[int, _Slot] = {}

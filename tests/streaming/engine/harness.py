@@ -26,7 +26,8 @@ from streaming.engine.messages import (
     Skipped,
     Sounds,
 )
-from streaming.engine.scheduler import WORDS_ALONE, Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ask,
@@ -41,6 +42,7 @@ from streaming.stream.feed import Feed, FeedState
 from streaming.timeline.transcript import Timeline
 from tests.streaming.engine.fake_runner import LONGEST_WINDOW_S, Asked, FakeRunner
 from tests.streaming.engine.recording import ASKED_ABOUT_S, Script, Utterance, make_script
+from tests.streaming.fake_engine import MAX_STEP
 
 TICK = 5120  # samples
 SECOND = SAMPLE_RATE_HZ
@@ -52,10 +54,10 @@ CONFIG = TranscriptConfig(
     join_gap_s=1.0,
     use_context=True,
     agreement=2,
-    edge_s=0.2,
+    commit_delay_s=0.2,
     max_segment_s=6.0,
     max_tokens_per_s=12.0,
-    sure_score=0.0,
+    sure_confidence=0.0,
 )
 
 
@@ -102,11 +104,21 @@ def make_feed(number: int, script: Script, max_ahead: int, saved: bytes | None =
     """A feed with trackers that record; of a new stream, or one that continues from a saved state."""
     if saved is None:
         timeline = Timeline(CONFIG, Recorder(), Recorder())
-        return Feed(number, timeline, language="en", ring=len(script.pcm), max_ahead=max_ahead)
+        return Feed(
+            number, timeline, language="en", ring=len(script.pcm), max_ahead=max_ahead, max_step=MAX_STEP
+        )
     state = msgspec.msgpack.decode(saved, type=FeedState)
     timeline = Timeline(CONFIG, Recorder(state.timeline.sounds), Recorder(), state.timeline)
     audio = script.pcm[state.ring_start : state.ring_end]
-    return Feed(number, timeline, ring=len(script.pcm), max_ahead=max_ahead, state=state, audio=audio)
+    return Feed(
+        number,
+        timeline,
+        ring=len(script.pcm),
+        max_ahead=max_ahead,
+        max_step=MAX_STEP,
+        state=state,
+        audio=audio,
+    )
 
 
 @dataclass
@@ -171,7 +183,7 @@ class World:
         n_slots: int = 8,
         *,
         shed_after_s: float = 0.0,
-        listening: Listening = WORDS_ALONE,
+        listening: TaskSchedule = TRANSCRIPT_ONLY,
         max_ahead: int = 1_000_000_000,
     ) -> None:
         self.now_s = 0.0
@@ -190,7 +202,7 @@ class World:
             shed_after_s=self._shed_after_s,
             clock=lambda: self.now_s,
             longest_window_s=LONGEST_WINDOW_S,
-            listening=self._listening,
+            tasks=self._listening,
         )
         return scheduler, FakeRunner(self._listening)
 
@@ -291,7 +303,7 @@ class World:
             assert self.streams[number].is_done, self.streams[number]
 
 
-def alone(script: Script, listening: Listening = WORDS_ALONE) -> Stream:
+def alone(script: Script, listening: TaskSchedule = TRANSCRIPT_ONLY) -> Stream:
     """The script heard by an engine of its own, all at once."""
     world = World(1, listening=listening)
     stream = world.open(1, script)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from streaming.config import Config, ServerConfig
+from streaming.config import Config, IngestConfig, ServerConfig
 from streaming.engine import __main__ as engine_main
 from streaming.engine import messages
 from streaming.engine.client import engine_settings
@@ -47,6 +47,38 @@ def receive(sock: socket.socket) -> messages.FromEngine:
     """The next message."""
     header = sock.recv(messages.HEADER_BYTES, socket.MSG_WAITALL)
     return messages.decode_from_engine(sock.recv(messages.frame_length(header), socket.MSG_WAITALL))
+
+
+class SlowGridRunner(BrokenRunner):
+    """One that is asked for events every four seconds."""
+
+    capabilities = Capabilities("slow", ("transcript", "events"), (), 30.0, 0.08, events_every_s=4.0)
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(("max_ahead_s", "starts"), [(3.0, False), (3.9, False), (4.0, True)])
+def test_a_stream_may_be_as_far_ahead_as_two_decode_points_lie_apart(
+    max_ahead_s: float, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else server and engine would wait for one another: the engine does not start, and names the key."""
+    monkeypatch.setattr(engine_main, "load_runner", lambda _settings: SlowGridRunner())
+    monkeypatch.setattr(engine_main, "warm_up", lambda _runner, _n_slots: None)
+    settings = engine_settings(Config(ingest=IngestConfig(max_ahead_s=max_ahead_s)))
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.settimeout(20.0)
+        engine = threading.Thread(target=engine_main.serve, args=(theirs,))
+        engine.start()
+        ours.sendall(len(settings).to_bytes(4, "little") + settings)
+        first = receive(ours)
+        ours.shutdown(socket.SHUT_RDWR)
+        engine.join(20.0)
+    if starts:
+        assert isinstance(first, messages.Ready)
+        assert first.max_step == 6 * 10_240, "six ticks of 0.64 s"
+    else:
+        assert isinstance(first, messages.Failed)
+        assert first.message.startswith(f"ingest.max_ahead_s is {max_ahead_s}; expected at least 3.92")
 
 
 @pytest.mark.usefixtures("root_logger")

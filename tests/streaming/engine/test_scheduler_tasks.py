@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from streaming.config import EmotionConfig, EventsConfig, TranscriptConfig
 from streaming.engine.contract import SOUND_FRAME, Capabilities, SoundLabel
 from streaming.engine.messages import Audio, Mark, Open
-from streaming.engine.scheduler import WORDS_ALONE, Listening, Scheduler
+from streaming.engine.scheduler import Scheduler
+from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
 from streaming.protocol import AnswerFinal, EmotionUpdate, EventEnded, ms_of
 from tests.streaming.engine.fake_runner import LONGEST_WINDOW_S, NAMED, SCORED, SOUND_DELAY
 from tests.streaming.engine.harness import SECOND, TICK, alone, rows_of
@@ -80,7 +81,7 @@ def test_a_question_is_answered_at_its_place() -> None:
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
-        (Capabilities("words", ("transcript",), (), 30.0, 0.08), WORDS_ALONE),
+        (Capabilities("words", ("transcript",), (), 30.0, 0.08), TRANSCRIPT_ONLY),
         (
             Capabilities(
                 "scores",
@@ -90,7 +91,7 @@ def test_a_question_is_answered_at_its_place() -> None:
                 0.08,
                 sounds=(SoundLabel("Dog", None, 0.5),),
             ),
-            Listening(sound_ticks=1, events_ticks=0, emotion_ticks=3),
+            TaskSchedule(sound_ticks=1, events_ticks=0, emotion_ticks=3),
         ),
         (
             Capabilities(
@@ -102,22 +103,46 @@ def test_a_question_is_answered_at_its_place() -> None:
                 events_every_s=2.56,
                 answer_tokens=1000,
             ),
-            Listening(sound_ticks=4, events_ticks=4, emotion_ticks=3, reach=29 * SECOND, answer_tokens=1000),
+            TaskSchedule(
+                sound_ticks=4, events_ticks=4, emotion_ticks=3, reach=29 * SECOND, answer_tokens=1000
+            ),
         ),
     ],
     ids=lambda value: value.model if isinstance(value, Capabilities) else "",
 )
 def test_a_model_is_asked_what_it_can_and_what_is_wanted(
-    capabilities: Capabilities, expected: Listening
+    capabilities: Capabilities, expected: TaskSchedule
 ) -> None:
     """Nothing that is switched off; but a model that answers questions hears everything."""
-    wanted = Listening.to(capabilities, EventsConfig(), EmotionConfig(), 10_240)
+    wanted = TaskSchedule.for_model(capabilities, EventsConfig(), EmotionConfig(), 10_240)
     assert wanted == expected
-    off = Listening.to(capabilities, EventsConfig(enabled=False), EmotionConfig(enabled=False), 10_240)
+    off = TaskSchedule.for_model(
+        capabilities, EventsConfig(enabled=False), EmotionConfig(enabled=False), 10_240
+    )
     if "answer" in capabilities.tasks:
-        assert off == Listening(sound_ticks=expected.sound_ticks, reach=expected.reach, answer_tokens=1000)
+        assert off == TaskSchedule(sound_ticks=expected.sound_ticks, reach=expected.reach, answer_tokens=1000)
     else:
-        assert off == WORDS_ALONE
+        assert off == TRANSCRIPT_ONLY
+
+
+@pytest.mark.parametrize("listening", [TRANSCRIPT_ONLY, SCORED, NAMED])
+@pytest.mark.parametrize("is_speech", [False, True])
+@pytest.mark.parametrize("at", [0, 1, TICK - 1, TICK, 5 * TICK + 77])
+def test_no_more_audio_than_the_longest_step_is_undecided(
+    listening: TaskSchedule, is_speech: bool, at: int
+) -> None:
+    """Wherever a stream is: with so much audio there is a decode point, or nothing to decode."""
+    scheduler = Scheduler(
+        TranscriptConfig(), n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0, tasks=listening
+    )
+    n_samples = listening.max_step(TICK)
+    scheduler.open(Open(1, None, start=at, consumed=at, window_start=at, is_speech=is_speech, speech_edge=at))
+    scheduler.push(Audio(1, at, bytes(4 * n_samples)))
+    schedule = scheduler.schedule()
+    if is_speech or listening.sound_ticks:
+        assert len(schedule.plan.slots) == 1
+    else:
+        assert [progress.consumed for progress in schedule.progress] == [at + n_samples]
 
 
 def test_an_answer_may_be_as_long_as_the_model_allows() -> None:
@@ -128,7 +153,7 @@ def test_an_answer_may_be_as_long_as_the_model_allows() -> None:
         tick=TICK,
         shed_after_s=0.0,
         clock=lambda: 0.0,
-        listening=Listening(sound_ticks=1, answer_tokens=1000),
+        tasks=TaskSchedule(sound_ticks=1, answer_tokens=1000),
     )
     scheduler.open(Open(1, None))
     asked = Mark("ask", TICK // 2, 0, "What was that?")

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.engine.messages import Mark
-from streaming.engine.scheduler import WORDS_ALONE, Listening
+from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
 from streaming.protocol import TranscriptFinal
+from tests.streaming.engine import harness
 from tests.streaming.engine.fake_runner import NAMED, listenings
 from tests.streaming.engine.harness import (
     LONG,
@@ -42,7 +43,7 @@ aheads = st.sampled_from([3 * SECOND, 1_000_000_000])
 @given(script=scripts, actions=actions, holds_flush=st.booleans(), listening=listenings, max_ahead=aheads)
 @settings(max_examples=60)
 def test_no_timing_changes_anything(
-    script: Script, actions: list[tuple[str, int]], holds_flush: bool, listening: Listening, max_ahead: int
+    script: Script, actions: list[tuple[str, int]], holds_flush: bool, listening: TaskSchedule, max_ahead: int
 ) -> None:
     """However audio is cut, in however many messages, whenever the engine has its turns."""
     world = World(1, listening=listening, max_ahead=max_ahead)
@@ -83,7 +84,7 @@ def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
 )
 @settings(max_examples=60)
 def test_neighbours_change_nothing(
-    mine: Script, others: list[Script], order: list[tuple[int, str, int]], listening: Listening
+    mine: Script, others: list[Script], order: list[tuple[int, str, int]], listening: TaskSchedule
 ) -> None:
     """Streams that join, speak and leave, in any order, in slots that change hands."""
     world = World(len(others) + 1, listening=listening)
@@ -108,7 +109,7 @@ def test_neighbours_change_nothing(
 
 @given(script=scripts, listening=listenings)
 @settings(max_examples=60)
-def test_every_mark_is_answered_once_and_in_order(script: Script, listening: Listening) -> None:
+def test_every_mark_is_answered_once_and_in_order(script: Script, listening: TaskSchedule) -> None:
     """Stops, flushes and questions each have a result, at their place; ticks lie on the grid between them."""
     stream = alone(script, listening)
     marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "started"]
@@ -144,7 +145,7 @@ def orders(death: str) -> st.SearchStrategy[list[tuple[str, int]]]:
 @given(script=scripts, order=orders("crash"), listening=listenings, max_ahead=aheads)
 @settings(max_examples=120)
 def test_a_crash_at_any_point_changes_nothing(
-    script: Script, order: list[tuple[str, int]], listening: Listening, max_ahead: int
+    script: Script, order: list[tuple[str, int]], listening: TaskSchedule, max_ahead: int
 ) -> None:
     """The next engine asks what the dead one would have asked, and what was committed goes on."""
     world = World(1, listening=listening, max_ahead=max_ahead)
@@ -159,7 +160,7 @@ def test_a_crash_at_any_point_changes_nothing(
 @given(script=scripts, order=orders("restart"), listening=listenings, max_ahead=aheads)
 @settings(max_examples=60)
 def test_a_restart_of_the_server_at_any_point_changes_nothing(
-    script: Script, order: list[tuple[str, int]], listening: Listening, max_ahead: int
+    script: Script, order: list[tuple[str, int]], listening: TaskSchedule, max_ahead: int
 ) -> None:
     """A feed that is restored from a snapshot continues as the one that was saved would have."""
     world = World(1, listening=listening, max_ahead=max_ahead)
@@ -171,9 +172,29 @@ def test_a_restart_of_the_server_at_any_point_changes_nothing(
     assert_same(stream, alone(script, listening))
 
 
+@pytest.mark.parametrize("sound_ticks", [0, 1, 4, 6])
+@pytest.mark.parametrize("tick", [5_120, 10_240, 15_360])
+def test_nothing_is_owed_while_nothing_is_due(
+    monkeypatch: pytest.MonkeyPatch, tick: int, sound_ticks: int
+) -> None:
+    """A stream whose audio stops anywhere is not taken for one that a hanging engine owes a result."""
+    tasks = TaskSchedule(sound_ticks=sound_ticks)
+    monkeypatch.setattr(harness, "TICK", tick)
+    monkeypatch.setattr(harness, "MAX_STEP", tasks.max_step(tick))
+    for lead in range(95, 150, 6):
+        script = make_script([Utterance(lead, ((4000, 400),) * 10), Utterance(90, ((4000, 400),) * 10)])
+        world = World(1, listening=tasks)
+        stream = world.open(1, script)
+        while stream.arrived < len(script.pcm):
+            world.arrive(stream, 640)
+            while world.tick() or world.outbox:
+                world.take()
+            assert not stream.feed.is_owed, (lead, stream.arrived)
+
+
 @pytest.mark.parametrize("death", ["crash", "restart"])
-@pytest.mark.parametrize("listening", [WORDS_ALONE, NAMED])
-def test_a_death_after_any_message_changes_nothing(death: str, listening: Listening) -> None:
+@pytest.mark.parametrize("listening", [TRANSCRIPT_ONLY, NAMED])
+def test_a_death_after_any_message_changes_nothing(death: str, listening: TaskSchedule) -> None:
     """Through windows that are cut in long speech and begin anew after a long silence."""
     long = Utterance(60, ((4000, 400),) * 30)
     script = make_script([long, Utterance(120, ((4000, 400),) * 6)], questions=[0.4])

@@ -113,7 +113,7 @@ async def test_a_fault_while_sending_ends_the_stream_of_a_dialect_that_is_not_re
     def fail_once(self: Deepgram, envelope: Envelope) -> list[Event]:
         if envelope.message.type == TranscriptDelta.type:
             monkeypatch.setattr(Deepgram, "translate", translate)
-            raise RuntimeError(SECRET)  # noqa: TRY004  any fault of the translator's
+            raise RuntimeError(SECRET)
         return translate(self, envelope)
 
     monkeypatch.setattr(Deepgram, "translate", fail_once)

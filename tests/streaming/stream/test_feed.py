@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from streaming.config import parse_config
 from streaming.engine import messages
-from streaming.engine.messages import Mark
+from streaming.engine.messages import SEND_GRID, Mark
 from streaming.errors import EngineFault
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
@@ -30,10 +30,10 @@ from streaming.protocol import (
     SpeechStopped,
     TranscriptDelta,
 )
-from streaming.stream.feed import MAX_SEND, SEND_GRID, Feed, FeedState
+from streaming.stream.feed import MAX_SEND, Feed, FeedState
 from streaming.timeline.transcript import new_timeline
 from tests.streaming.engine.recording import Script, Utterance, make_script
-from tests.streaming.fake_engine import FakeEngine
+from tests.streaming.fake_engine import MAX_STEP, FakeEngine
 
 SECOND = SAMPLE_RATE_HZ
 CONFIG = parse_config("")
@@ -63,13 +63,21 @@ steps = st.lists(
 def new_feed(max_ahead: int, ring: int, saved: bytes | None = None, script: Script | None = None) -> Feed:
     """Of a new stream, or one that continues from a snapshot."""
     if saved is None or script is None:
-        return Feed(1, new_timeline(CONFIG, TASKS, ()), language="en", ring=ring, max_ahead=max_ahead)
+        return Feed(
+            1,
+            new_timeline(CONFIG, TASKS, ()),
+            language="en",
+            ring=ring,
+            max_ahead=max_ahead,
+            max_step=MAX_STEP,
+        )
     state = msgspec.msgpack.decode(saved, type=FeedState)
     return Feed(
         1,
         new_timeline(CONFIG, TASKS, (), state.timeline),
         ring=ring,
         max_ahead=max_ahead,
+        max_step=MAX_STEP,
         state=state,
         audio=script.pcm[state.ring_start : state.ring_end],
     )

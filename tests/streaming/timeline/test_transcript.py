@@ -39,10 +39,10 @@ CONFIG = TranscriptConfig(
     join_gap_s=1.0,
     use_context=True,
     agreement=2,
-    edge_s=EDGE_S,
+    commit_delay_s=EDGE_S,
     max_segment_s=6.0,
     max_tokens_per_s=12.0,
-    sure_score=0.0,
+    sure_confidence=0.0,
 )
 
 
@@ -198,7 +198,7 @@ def test_a_word_is_committed_when_two_updates_agree() -> None:
 )
 def test_separators_and_texts_joined_are_the_transcript(text: str, running: str) -> None:
     """Of deltas and of the interim behind them: a space between words, nothing in an unspaced script."""
-    timeline = Timeline(TranscriptConfig(agreement=1, edge_s=0.0))
+    timeline = Timeline(TranscriptConfig(agreement=1, commit_delay_s=0.0))
     said = ""
     words = heard(text)
     n_committed = 0
@@ -370,7 +370,7 @@ def test_memory_does_not_grow_with_the_stream() -> None:
 
 # --- what a restarted server goes on from ------------------------------------------------------
 
-CONFIGURED = {"_config", "_edge", "_patience", "_max_segment", "_sounds", "_voice"}
+CONFIGURED = {"_config", "_commit_delay", "_unsure_delay", "_max_segment", "_sounds", "_voice"}
 
 
 def test_a_state_holds_everything_a_timeline_remembers() -> None:

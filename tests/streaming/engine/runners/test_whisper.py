@@ -24,7 +24,7 @@ from streaming.engine.runners import whisper as whisper_runner
 from streaming.engine.runners.loader import warm_up
 from streaming.engine.runners.sounds import SoundScorer
 from streaming.engine.runners.whisper import NO_SPEECH, WhisperRunner, is_invented
-from streaming.engine.scheduler import MARGIN
+from streaming.engine.stream_state import MARGIN
 from tests.tiny_whisper import tiny_checkpoint
 
 
