@@ -57,11 +57,11 @@ from training.nano_mixtures import Mixture, Sources, load_sources, mix
 from training.nano_mixtures import Word as Said
 from training.nano_text import (
     Exchange,
-    a_kind,
     events,
-    heard_when,
-    said_between,
+    random_kind,
+    sound_times,
     transcript,
+    words_between,
 )
 
 PARTS = ("offline", "encoder", "live", "hour", "together")
@@ -125,9 +125,9 @@ def judge(checkpoint: Checkpoint, mixtures: Sequence[Mixture]) -> dict[str, Any]
     rng = np.random.default_rng(SEED)
     asked = []
     for mixture in mixtures:
-        when = heard_when(mixture, 0, a_kind(mixture, rng))
+        when = sound_times(mixture, 0, random_kind(mixture, rng))
         exchanges = [transcript(mixture, 0), events(mixture, 0), when]
-        said = said_between(mixture, 0, rng)
+        said = words_between(mixture, 0, rng)
         asked.append([*exchanges, said] if said else exchanges)
     tally = Tally()
     answers = listen(checkpoint, [m.audio for m in mixtures], asked)

@@ -1,7 +1,7 @@
-"""Scenes to train on: clips of known sounds over speech, music and noise, with exact times.
+"""Scenes for training the sound head: clips of known sounds over speech, music and noise, with exact times.
 
-Only clips whose licence lets the weights ship without a condition but attribution are taken: CC0,
-CC BY and Apache-2.0. What a seed gives is always the same.
+Uses only clips whose licence asks for nothing but attribution, so that the weights can ship: CC0, CC BY
+and Apache-2.0. The same seed gives the same scene. Knows no model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Audio = NDArray[np.float32]  # [n_samples], 16 kHz mono
 
 SCENE_S = 30.0
 FREE_LICENCES = ("CC0", "CC-BY (", "CC BY 4.0", "CC BY 3.0", "Apache-2.0 repo")
-# Of these sounds one occurrence is cut out of a clip; of the others the clip is taken whole.
+# Of these sounds one occurrence is cut out of a clip; of the others the whole clip is used.
 SHORT = ("dog_bark", "sneeze", "rooster")
 STEADY = ("rain", "sea_waves")  # these may also fill a scene
 
@@ -35,12 +35,12 @@ class Clip:
     name: str  # its path without the ending, relative to the data
     label: str
     audio: Audio
-    segments: tuple[tuple[float, float], ...]  # seconds; where it can be heard
+    segments: tuple[tuple[float, float], ...]  # seconds; where the sound is audible
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What scenes are mixed from."""
+    """The clips that scenes are mixed from."""
 
     sounds: tuple[Clip, ...]
     speech: tuple[Clip, ...]
@@ -59,7 +59,7 @@ class Occurrence:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Audio and what can be heard in it."""
+    """Audio and its labelled sounds."""
 
     audio: Audio
     occurrences: tuple[Occurrence, ...]
@@ -67,7 +67,7 @@ class Scene:
 
 
 def is_free(licence: str) -> bool:
-    """Whether weights trained on a clip of this licence may ship with attribution alone."""
+    """Whether weights trained on a clip of this licence can ship with attribution alone."""
     return licence.startswith(FREE_LICENCES) and "not stated" not in licence and "-SA" not in licence
 
 
@@ -77,7 +77,7 @@ def stem(path: str) -> str:
 
 
 def load_sources(data: Path, speech_folders: Sequence[str]) -> Sources:
-    """Read every clip that may be used, decoded; about 600 MB."""
+    """Read and decode every usable clip; about 600 MB."""
     sounds = [
         Clip(stem(row["path"]), row["label"], read_audio(data / row["path"]), _segments(row))
         for row in rows(data / "events/manifest.jsonl")
@@ -97,11 +97,32 @@ def load_sources(data: Path, speech_folders: Sequence[str]) -> Sources:
     return Sources(tuple(sounds), tuple(speech), tuple(music), tuple(noise))
 
 
+@dataclass(frozen=True, slots=True)
+class _Background:
+    """What lies under a scene."""
+
+    audio: NDArray[np.float64]
+    level: float  # RMS that sounds are measured against
+    occurrences: tuple[Occurrence, ...] = ()  # sounds of its own
+    clip: Clip | None = None  # where those are from
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """A sound to be mixed into a scene."""
+
+    label: str
+    audio: Audio
+    spans: Sequence[tuple[float, float]]  # seconds of `audio`; where the sound is audible
+    snr_db: float  # above the background
+
+
 def make_scene(sources: Sources, rng: np.random.Generator) -> Scene:
-    """One scene of `SCENE_S` seconds; noise beds, which hold no sound to be found, are not named in it."""
+    """One scene of `SCENE_S` seconds; noise backgrounds, which hold no labelled sound, are not listed in it."""
     n = round(SCENE_S * SAMPLE_RATE_HZ)
-    mix, occurrences, level, under = _background(sources, n, rng)
-    names = [] if under is None else [under.name]
+    background = _background(sources, n, rng)
+    mix, occurrences = background.audio, list(background.occurrences)
+    names = [] if background.clip is None else [background.clip.name]
     by_label: dict[str, list[Clip]] = {}
     for clip in sources.sounds:
         by_label.setdefault(clip.label, []).append(clip)
@@ -112,68 +133,77 @@ def make_scene(sources: Sources, rng: np.random.Generator) -> Scene:
         clip = by_label[label][rng.integers(len(by_label[label]))]
         names.append(clip.name)
         sound, spans = _excerpt(clip, rng)
-        _add(mix, occurrences, label, sound, spans, level, rng.uniform(3.0, 30.0), room, rng)
+        placement = _Placement(label, sound, spans, rng.uniform(3.0, 30.0))
+        occurrences += _add(mix, placement, background.level, room, rng)
     for _ in range(rng.integers(0, 4)):
         clip = sources.speech[rng.integers(len(sources.speech))]
         names.append(clip.name)
         sound = clip.audio[: round(rng.uniform(2.0, 10.0) * SAMPLE_RATE_HZ)]
         spans = [(a, min(b, len(sound) / SAMPLE_RATE_HZ)) for a, b in clip.segments]
-        _add(mix, occurrences, "speech", sound, spans, level, rng.uniform(10.0, 30.0), room, rng)
+        placement = _Placement("speech", sound, spans, rng.uniform(10.0, 30.0))
+        occurrences += _add(mix, placement, background.level, room, rng)
     peak = float(np.abs(mix).max())
     gain = min(10.0 ** (rng.uniform(-30.0, 6.0) / 20.0), 0.99 / max(peak, 1e-4))
     return Scene((mix * gain).astype(np.float32), tuple(occurrences), tuple(names))
 
 
-def _background(
-    sources: Sources, n: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float64], list[Occurrence], float, Clip | None]:
-    """What lies under a scene, what of it is to be heard, the level events are measured against, its clip."""
+def _background(sources: Sources, n: int, rng: np.random.Generator) -> _Background:
+    """Hiss, noise, music or a steady sound, `n` samples."""
     kind = rng.choice(["quiet", "noise", "music", "steady"], p=[0.2, 0.25, 0.25, 0.3])
     level = 10.0 ** (rng.uniform(-50.0, -30.0) / 20.0)
     hiss = _coloured(n, rng) * level
     if kind == "quiet" or (kind == "noise" and not sources.noise):
-        return hiss, [], level, None
+        return _Background(hiss, level)
     if kind == "noise":
         noise = sources.noise[rng.integers(len(sources.noise))]
-        return _looped(noise, n, rng) * level, [], level, None
+        return _Background(_looped(noise, n, rng) * level, level)
     if kind == "music":
         loud = level * 10.0 ** (rng.uniform(0.0, 12.0) / 20.0)
         clip = sources.music[rng.integers(len(sources.music))]
         music = _looped(_varied(clip, rng), n, rng) * loud
-        return music + hiss * 0.03, [Occurrence("music", 0.0, SCENE_S)], loud, clip
+        return _Background(music + hiss * 0.03, loud, (Occurrence("music", 0.0, SCENE_S),), clip)
     clips = [clip for clip in sources.sounds if clip.label in STEADY]
     clip = clips[rng.integers(len(clips))]
-    return _looped(_varied(clip, rng), n, rng) * level, [Occurrence(clip.label, 0.0, SCENE_S)], level, clip
+    steady = _looped(_varied(clip, rng), n, rng) * level
+    return _Background(steady, level, (Occurrence(clip.label, 0.0, SCENE_S),), clip)
 
 
 def _add(
     mix: NDArray[np.float64],
-    occurrences: list[Occurrence],
-    label: str,
-    sound: Audio,
-    spans: Sequence[tuple[float, float]],
+    placement: _Placement,
     level: float,
-    snr_db: float,
     room: Audio | None,
     rng: np.random.Generator,
-) -> None:
-    """Mix a sound in somewhere, at a level above the background; sounds may overlap."""
+) -> list[Occurrence]:
+    """Mix a sound in at a random place, in place; sounds may overlap.
+
+    Args:
+        mix: [n] samples of the scene; updated in place.
+        placement: The sound; skipped if it is silent or longer than the scene.
+        level: RMS of the background.
+        room: An impulse response; None: the sound as it is.
+        rng: Source of the place and of a small change of level.
+
+    Returns:
+        Where it is audible in the scene.
+    """
+    sound, spans = placement.audio, placement.spans
     active = np.concatenate([sound[round(a * SAMPLE_RATE_HZ) : round(b * SAMPLE_RATE_HZ)] for a, b in spans])
     rms = float(np.sqrt(np.mean(np.square(active, dtype=np.float64)))) if len(active) else 0.0
     if rms < 1e-5 or len(sound) >= len(mix):
-        return
+        return []
     first = int(rng.integers(0, len(mix) - len(sound)))
-    scaled = sound * (level * 10.0 ** (snr_db / 20.0) / rms)
+    scaled = sound * (level * 10.0 ** (placement.snr_db / 20.0) / rms)
     scaled = scaled * (10.0 ** (rng.uniform(-3.0, 3.0) / 20.0))
     if room is not None:
         scaled = np.convolve(scaled, room)[: len(mix) - first]
     mix[first : first + len(scaled)] += scaled
     start_s = first / SAMPLE_RATE_HZ
-    occurrences += [Occurrence(label, start_s + a, start_s + b) for a, b in spans]
+    return [Occurrence(placement.label, start_s + a, start_s + b) for a, b in spans]
 
 
 def _excerpt(clip: Clip, rng: np.random.Generator) -> tuple[Audio, list[tuple[float, float]]]:
-    """A part of a clip and where in it the sound can be heard, seconds."""
+    """A part of a clip and where in it the sound is audible, seconds."""
     clip = _varied(clip, rng)
     if clip.label in SHORT and rng.random() < 0.8:
         a, b = clip.segments[rng.integers(len(clip.segments))]
@@ -189,7 +219,7 @@ def _excerpt(clip: Clip, rng: np.random.Generator) -> tuple[Audio, list[tuple[fl
 
 
 def _varied(clip: Clip, rng: np.random.Generator) -> Clip:
-    """The clip a little faster or slower and with a tilted spectrum, so that it is not learned by heart."""
+    """The clip a little faster or slower and with a tilted spectrum: augmentation against overfitting."""
     audio, factor = clip.audio, 1.0
     if rng.random() < 0.7:
         factor = float(rng.uniform(0.88, 1.14))
@@ -204,7 +234,7 @@ def _varied(clip: Clip, rng: np.random.Generator) -> Clip:
 
 
 def _looped(clip: Clip, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """`n` samples of a clip from somewhere in it on, at a level of 1."""
+    """`n` samples of a clip from a random place on, repeated, at an RMS of 1."""
     audio = clip.audio.astype(np.float64)
     first = int(rng.integers(len(audio)))
     rolled = np.roll(audio, -first)
@@ -213,7 +243,7 @@ def _looped(clip: Clip, n: int, rng: np.random.Generator) -> NDArray[np.float64]
 
 
 def _coloured(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Noise whose power falls with the frequency, more or less, at a level of 1."""
+    """Noise between white and brown, `n` samples at an RMS of 1."""
     spectrum = np.fft.rfft(rng.normal(size=n))
     spectrum *= np.maximum(np.arange(len(spectrum)), 20.0) ** -float(rng.uniform(0.0, 1.0))
     noise = np.fft.irfft(spectrum, n)
@@ -221,7 +251,7 @@ def _coloured(n: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def soften(sound: Audio, n: int) -> None:
-    """Fade the first and the last `n` samples of a sound, against clicks; in place."""
+    """Fade in and out over `n` samples, in place, to avoid clicks."""
     n_fade = min(n, len(sound) // 2)
     ramp = np.linspace(0.0, 1.0, n_fade, dtype=np.float32)
     sound[:n_fade] *= ramp
@@ -231,12 +261,12 @@ def soften(sound: Audio, n: int) -> None:
 def make_room(
     rng: np.random.Generator, decay_s_between: tuple[float, float], share_between: tuple[float, float]
 ) -> Audio:
-    """An impulse response: the direct sound and a tail of noise that dies away.
+    """An impulse response: the direct sound and a tail of decaying noise.
 
     Args:
-        rng: Where its randomness comes from.
+        rng: Source of randomness.
         decay_s_between: Seconds in which the tail falls by 60 dB.
-        share_between: Level of the tail, of the direct sound's.
+        share_between: Level of the tail relative to the direct sound.
     """
     decay_s = float(rng.uniform(*decay_s_between))
     n = round(decay_s * SAMPLE_RATE_HZ)

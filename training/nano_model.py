@@ -204,7 +204,7 @@ class Learner(nn.Module):
         heard = within[is_audio[..., 0]]
         row, token, kind = batch.kinds.unbind(1)
         guided = (
-            ("when", SOUND_HEAD, batch.sounds_told),
+            ("when", SOUND_HEAD, batch.sounds_named),
             ("since", SINCE_HEAD, batch.since),
             ("limits", LIMIT_HEAD, batch.limits),
         )

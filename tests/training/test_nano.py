@@ -22,15 +22,15 @@ from training.nano_mixtures import SOUNDS, WORDS, Event, Mixture, Sound, Sources
 from training.nano_model import AUDIO, POINTING, STOP, WITHIN, Learner, save_weights, total, write_description
 from training.nano_text import (
     Exchange,
-    a_kind,
     continued,
     events,
     exchanges,
-    heard_when,
     label_of,
-    said_between,
+    random_kind,
     save_tokenizer,
+    sound_times,
     transcript,
+    words_between,
 )
 from training.nano_voices import coloured, coloured_noise, in_room, level, resampled
 
@@ -121,7 +121,7 @@ def test_agreed_words_are_gone_on_from() -> None:
     for seed in range(200):
         exchange = continued(MIXTURE, 0, np.random.default_rng(seed))
         assert exchange is not None
-        seen.add((exchange.said, exchange.answer))
+        seen.add((exchange.forced_prefix, exchange.answer))
     assert ("[0.30]seven", " three[1.45][5.00]one two[5.80]") in seen
     assert ("[0.30]seven three", "[1.45][5.00]one two[5.80]") in seen
     assert ("[0.30]seven three[1.45][5.00]one", " two[5.80]") in seen
@@ -133,7 +133,7 @@ def test_questions_about_time_cut_no_word() -> None:
     """Every word is wholly inside or wholly outside of what is asked about."""
     answers = set()
     for seed in range(200):
-        exchange = said_between(MIXTURE, 100, np.random.default_rng(seed))
+        exchange = words_between(MIXTURE, 100, np.random.default_rng(seed))
         assert exchange is not None
         numbers = [int(part) - 100 for part in exchange.question[:-1].split() if part.isdigit()]
         start, end = numbers
@@ -142,16 +142,16 @@ def test_questions_about_time_cut_no_word() -> None:
         answers.add(exchange.answer)
     assert {"seven three", "one two", "Nothing."} <= answers
     cut = Mixture(np.zeros(91_200, np.float32), (Word("one", 4.8, 5.3, 0),), ())  # 5.7 s
-    questions = [said_between(cut, 0, np.random.default_rng(seed)) for seed in range(50)]
+    questions = [words_between(cut, 0, np.random.default_rng(seed)) for seed in range(50)]
     assert not any(one and "5 seconds" in one.question for one in questions)
     busy = Mixture(MIXTURE.audio, (Word("one", 0.0, 9.0, 0),), ())
-    assert said_between(busy, 0, np.random.default_rng(0)) is not None  # from one end to the other
+    assert words_between(busy, 0, np.random.default_rng(0)) is not None  # from one end to the other
 
 
 def test_when_a_sound_was_heard() -> None:
     """Every time of it, or that it never was."""
     answers = {
-        exchange.question: exchange.answer for exchange in [heard_when(MIXTURE, 0, kind) for kind in SOUNDS]
+        exchange.question: exchange.answer for exchange in [sound_times(MIXTURE, 0, kind) for kind in SOUNDS]
     }
     assert answers["When did the dog bark?"] == "2.10 - 4.55"
     assert answers["When did it rain?"] == "3.00 - 9.00"
@@ -166,7 +166,7 @@ def test_sounds_that_were_there_are_asked_for_and_others() -> None:
     kinds = [exchange.kind for exchange in asked if exchange.kind]
     assert set(kinds[:2]) == {"dog_bark", "rain"}
     assert len(set(kinds)) == len(kinds) == 3
-    some = [a_kind(MIXTURE, np.random.default_rng(seed)) for seed in range(200)]
+    some = [random_kind(MIXTURE, np.random.default_rng(seed)) for seed in range(200)]
     assert 0.7 < sum(kind in kinds[:2] for kind in some) / len(some) < 0.9
     assert set(some) == set(SOUNDS)
 
@@ -258,7 +258,7 @@ def test_a_packed_question_sees_what_it_sees_in_the_cache(folder: Path, layout: 
         served = []
         for exchange in asked:
             answer = [*layout.tokenizer.encode(exchange.answer), STOP]
-            ids = layout.question(exchange.question, exchange.said)
+            ids = layout.question(exchange.question, exchange.forced_prefix)
             continuation = cache.reserve(0, exchange.first_block, len(ids) + len(answer))
             served.append(cache.extend([continuation], [ids]))
             served += [cache.extend([continuation], [[token]]) for token in answer[:-1]]
@@ -312,7 +312,7 @@ def test_audio_tokens_are_asked_for_what_was_before_them_and_when_they_are(
 def test_heads_are_pointed_at_what_the_next_token_is_about(folder: Path, layout: Layout) -> None:
     """A word's token at the audio tokens of that word; an answer with edges at these edges."""
     config = Learner.of(folder).model.config.encoder
-    said = said_between(MIXTURE, 0, np.random.default_rng(0))
+    said = words_between(MIXTURE, 0, np.random.default_rng(0))
     assert said is not None
     batch = make_batch([MIXTURE], [[transcript(MIXTURE, 0), said]], [0], layout, config)
     audio = (batch.ids[0] == AUDIO).nonzero().flatten().tolist()
@@ -338,16 +338,16 @@ def test_heads_are_pointed_at_what_the_next_token_is_about(folder: Path, layout:
 def test_an_answer_about_a_sound_knows_of_which(folder: Path, layout: Layout) -> None:
     """Every token of it, and looks at all of the sound; where there was none, at itself."""
     config = Learner.of(folder).model.config.encoder
-    asked = {kind: heard_when(MIXTURE, 0, kind) for kind in ("rain", "sneeze")}
+    asked = {kind: sound_times(MIXTURE, 0, kind) for kind in ("rain", "sneeze")}
     batch = make_batch([MIXTURE], [list(asked.values())], [0], layout, config)
     said: dict[str, list[int]] = {kind: [] for kind in asked}
     for _, token, kind in batch.kinds.tolist():
         said[SOUNDS[kind]].append(int(batch.labels[0, token]))
     for name, exchange in asked.items():
         assert said[name] == [*layout.tokenizer.encode(exchange.answer), STOP]
-    assert len(batch.sounds_told) == len(said["rain"]) + len(said["sneeze"]) - 2  # not of the stops
+    assert len(batch.sounds_named) == len(said["rain"]) + len(said["sneeze"]) - 2  # not of the stops
     audio = (batch.ids[0] == AUDIO).nonzero().flatten().tolist()
-    looked_at = {(first, last) for _, token, first, last in batch.sounds_told.tolist() if first < token}
+    looked_at = {(first, last) for _, token, first, last in batch.sounds_named.tolist() if first < token}
     assert looked_at == {(audio[37], audio[112])}  # 3.00 to 8.99 s
     itself = [token for _, token, first, last in batch.pointers.tolist() if token == first == last]
     assert [int(batch.labels[0, token]) for token in itself] == said["sneeze"][:-1]
