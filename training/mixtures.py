@@ -118,7 +118,7 @@ class _Placement:
 
 
 def make_scene(sources: Sources, rng: np.random.Generator) -> Scene:
-    """One scene of `SCENE_S` seconds; noise backgrounds, which hold no labelled sound, are not listed in it."""
+    """One scene of `SCENE_S` seconds; noise backgrounds hold no labelled sound and are not listed in it."""
     n = round(SCENE_S * SAMPLE_RATE_HZ)
     background = _background(sources, n, rng)
     mix, occurrences = background.audio, list(background.occurrences)
