@@ -41,13 +41,18 @@ class SchemaCheck:
 
     def install(self) -> None:
         """Wrap the protocol's functions, before any module takes them by name."""
-        encode, decode = protocol.encode, protocol.decode
+        encode, encode_bytes, decode = protocol.encode, protocol.encode_bytes, protocol.decode
         encode_client, decode_client = protocol.encode_client, protocol.decode_client
 
         def seen_encode(envelope: protocol.Envelope) -> str:
             text = encode(envelope)
             self.see(text, is_ours=True)
             return text
+
+        def seen_encode_bytes(envelope: protocol.Envelope) -> bytes:
+            frame = encode_bytes(envelope)
+            self.see(frame, is_ours=True)
+            return frame
 
         def seen_decode(text: str | bytes) -> protocol.Envelope:
             envelope = decode(text)
@@ -66,7 +71,8 @@ class SchemaCheck:
             self.see(text, is_ours=True)
             return message
 
-        protocol.encode, protocol.decode = seen_encode, seen_decode
+        protocol.encode, protocol.encode_bytes = seen_encode, seen_encode_bytes
+        protocol.decode = seen_decode
         protocol.encode_client, protocol.decode_client = seen_encode_client, seen_decode_client
 
 

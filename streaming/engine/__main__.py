@@ -175,8 +175,8 @@ def _serve(pipe: Pipe) -> None:
     warm = time.perf_counter()
     capabilities = runner.capabilities
     tick = engine.tick_ms * SAMPLE_RATE_HZ // 1000
-    listening = TaskSchedule.for_model(capabilities, settings.events, settings.emotion, tick)
-    max_step = listening.max_step(tick)
+    tasks = TaskSchedule.for_model(capabilities, settings.events, settings.emotion, tick)
+    max_step = tasks.max_step(tick)
     _check_ahead(settings.max_ahead_s, max_step)
     scheduler = Scheduler(
         settings.transcript,
@@ -185,7 +185,7 @@ def _serve(pipe: Pipe) -> None:
         shed_after_s=engine.shed_after_s,
         clock=time.monotonic,
         longest_window_s=capabilities.max_window_s,
-        tasks=listening,
+        tasks=tasks,
     )
     pipe.send(
         messages.Ready(

@@ -8,12 +8,14 @@ Positions are samples at 16 kHz since the stream's first one.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
 from streaming.engine.contract import HeardWord
 from streaming.protocol import SAMPLE_RATE_HZ
+from streaming.text import join_words
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # larger than any message; a longer length means a broken pipe
 _LENGTH = struct.Struct("<I")
@@ -37,6 +39,11 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
 
 
 MAX_CONTEXT_CHARS = 224  # of the committed text before a window
+
+
+def extended(context: str, texts: Iterable[str]) -> str:
+    """The committed text before a window, with words that leave it: scheduler and timeline keep it alike."""
+    return join_words([context, *texts] if context else texts)[-MAX_CONTEXT_CHARS:]
 
 
 # --- server to engine --------------------------------------------------------------------

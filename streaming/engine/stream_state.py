@@ -23,9 +23,9 @@ import numpy as np
 
 from streaming.engine.contract import HeardWord, Hypothesis, Pcm
 from streaming.engine.findings import Findings
-from streaming.engine.messages import MAX_CONTEXT_CHARS, Configure, Mark, Open, PointKind
+from streaming.engine.messages import Configure, Mark, Open, PointKind, extended
 from streaming.protocol import SAMPLE_RATE_HZ
-from streaming.text import ends_sentence, join_words
+from streaming.text import ends_sentence
 
 GRID = 320  # samples; windows begin on the encoder's 20 ms grid
 MARGIN = 480  # samples before a window that its first mel frames look at, rounded up to hops
@@ -134,7 +134,7 @@ class Stream:
         gone = []
         while self.committed and self.committed[0].middle < self.window_start:
             gone.append(self.committed.popleft().text)
-        self.context = join_words([self.context, *gone] if self.context else gone)[-MAX_CONTEXT_CHARS:]
+        self.context = extended(self.context, gone)
 
     def take(self, end: int, *, is_gapless: bool) -> tuple[int, Pcm]:
         """Audio from where the runner is to `end`, or, where gaps may be, from where the window needs it.

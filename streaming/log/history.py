@@ -106,11 +106,6 @@ class Transcript:
         return max((segment.words[-1].end_ms for segment in self.segments if segment.words), default=0)
 
 
-def is_history(path: str) -> bool:
-    """Whether a path is one of these."""
-    return path == HISTORY_PATH or path.startswith(f"{HISTORY_PATH}/")
-
-
 def stream_of(path: str) -> str | None:
     """The name in a path; None where it is about all streams."""
     return path.removeprefix(f"{HISTORY_PATH}/").partition("/")[0] if path != HISTORY_PATH else None

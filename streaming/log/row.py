@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from streaming.protocol import Envelope, encode
+from streaming.protocol import Envelope, encode_bytes
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -21,4 +21,4 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 def row_of(envelope: Envelope) -> Row:
     """The row of a message."""
-    return Row(envelope.stream, envelope.seq, envelope.message.type, encode(envelope).encode())
+    return Row(envelope.stream, envelope.seq, envelope.message.type, encode_bytes(envelope))

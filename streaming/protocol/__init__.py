@@ -62,6 +62,7 @@ from streaming.protocol.messages import (
     Word,
     decode,
     encode,
+    encode_bytes,
 )
 from streaming.protocol.requests import (
     STREAM_MESSAGES,
@@ -138,6 +139,7 @@ __all__ = [
     "decode",
     "decode_client",
     "encode",
+    "encode_bytes",
     "encode_client",
     "is_pattern",
     "ms_of",

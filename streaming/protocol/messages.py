@@ -298,11 +298,16 @@ _DECODERS = {name: msgspec.json.Decoder(cls) for name, cls in MESSAGE_TYPES.item
 
 
 def encode(envelope: Envelope) -> str:
-    """The text frame of one server message: its head, then the fields of the message."""
+    """The text frame of one server message."""
+    return encode_bytes(envelope).decode()
+
+
+def encode_bytes(envelope: Envelope) -> bytes:
+    """The text frame of one server message in UTF-8: its head, then the fields of the message."""
     message = envelope.message
     head = _ENCODER.encode(_Head(message.type, envelope.stream, envelope.seq))
     fields = _ENCODER.encode(message)[len('{"type":""') + len(message.type) :]
-    return (head[:-1] + fields).decode()
+    return head[:-1] + fields
 
 
 def decode(text: str | bytes) -> Envelope:

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
@@ -54,8 +54,6 @@ class BadMessage(ValueError):
 
 class Dialect(ABC):
     """What one protocol says differently, on one connection. Belongs to the event loop."""
-
-    is_resumable: ClassVar[bool] = False  # another connection may continue the stream of this one
 
     name: str  # of its stream
     language: str | None = None  # as the URL asks; None: not said, "auto": detect
@@ -112,8 +110,6 @@ class Dialect(ABC):
 
 class ResumableDialect(Dialect):
     """A dialect in which a producer may come back to its stream."""
-
-    is_resumable = True
 
     resumption: Resumption | None  # of a producer that comes back; None: it begins a stream
 
@@ -175,6 +171,7 @@ class Conversation:
         self.limits = limits
         self._connection = connection
         self._dialect = dialect
+        self._is_resumable = isinstance(dialect, ResumableDialect)
         self._live = attachment.live
         self._claim = attachment.claim
         self._reader = attachment.reader
@@ -261,7 +258,7 @@ class Conversation:
                     lag = self._dialect.frames(row_of(reader.lag())) if isinstance(over, SlowReader) else ()
                     await ws.close(self._connection, self._dialect.closing(over), lag)
         finally:
-            if not self._dialect.is_resumable:
+            if not self._is_resumable:
                 self._live.end("internal")  # changes nothing unless something above failed
                 await self._live.wait_over()
             slot.detach(reader)
@@ -279,7 +276,7 @@ class Conversation:
 
     async def _converse(self, sender: asyncio.Task[None]) -> tuple[ConnectionOver | None, str | None]:
         """What ended it, if not the client, and the reason for `session.closed`; None: the stream goes on."""
-        name, is_resumable = self._live.name, self._dialect.is_resumable
+        name, is_resumable = self._live.name, self._is_resumable
         try:
             await aio.race(
                 self._receive(),

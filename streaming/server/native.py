@@ -38,7 +38,7 @@ from streaming.protocol import (
     SessionUpdate,
     decode,
     decode_client,
-    encode,
+    encode_bytes,
 )
 from streaming.query import read
 from streaming.server.conversation import BadMessage, Conversation, Frame, ResumableDialect
@@ -141,7 +141,7 @@ class Native(ResumableDialect):
             return (row.frame,)
         created = decode(row.frame)
         assert isinstance(created.message, SessionCreated), created
-        return (encode(replace(created, message=replace(created.message, resume_token=self._token))),)
+        return (encode_bytes(replace(created, message=replace(created.message, resume_token=self._token))),)
 
     async def take(self, frame: str | bytes, talk: Conversation) -> bool:
         """Take audio, or do what one message asks for; False at `close`.

@@ -22,12 +22,12 @@ import msgspec
 from streaming.config import EngineSettings, TranscriptConfig
 from streaming.engine.contract import HeardWord
 from streaming.engine.messages import (
-    MAX_CONTEXT_CHARS,
     Emotion,
     Events,
     Result,
     Sound,
     Sounds,
+    extended,
 )
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
@@ -248,8 +248,7 @@ class Timeline:
         """
         inside = [word for word in self._kept if word.middle >= window_start]
         before = [word.text for word in self._kept][: len(self._kept) - len(inside)]
-        context = join_words([self._context, *before] if self._context else before)
-        return tuple(inside), context[-MAX_CONTEXT_CHARS:]
+        return tuple(inside), extended(self._context, before)
 
     def _n_sure(self, words: Sequence[HeardWord], point: int) -> int:
         """How many words may be committed at a tick. Never the last: it may have been cut in two."""
@@ -275,7 +274,7 @@ class Timeline:
         while self._kept[-1].end - self._kept[0].end > KEPT:
             gone.append(self._kept.popleft().text)
         if gone:
-            self._context = join_words([self._context, *gone] if self._context else gone)[-MAX_CONTEXT_CHARS:]
+            self._context = extended(self._context, gone)
         return TranscriptDelta(
             join_words(word.text for word in words),
             _wire(words),

@@ -45,7 +45,7 @@ SCORED = TaskSchedule(sound_ticks=1, emotion_ticks=4)  # as a model that scores 
 NAMED = TaskSchedule(
     sound_ticks=4, events_ticks=4, emotion_ticks=6, reach=int(LONGEST_WINDOW_S * SAMPLE_RATE_HZ)
 )
-listenings = st.sampled_from([TRANSCRIPT_ONLY, SCORED, NAMED])
+task_schedules = st.sampled_from([TRANSCRIPT_ONLY, SCORED, NAMED])
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class FakeRunner:
 
     capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0, 0.08)
 
-    def __init__(self, listening: TaskSchedule = TRANSCRIPT_ONLY) -> None:
+    def __init__(self, tasks: TaskSchedule = TRANSCRIPT_ONLY) -> None:
         self.asked: dict[int, Asked] = {}  # the last transcript fork of each owner
-        self._listening = listening
+        self._tasks = tasks
         self._slots: dict[int, _Slot] = {}
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -85,7 +85,7 @@ class FakeRunner:
         words, events, emotions, answers, sounds = [], [], [], [], []
         for step in plan.slots:
             slot = self._take(step)
-            if self._listening.sound_ticks and not self._listening.events_ticks:
+            if self._tasks.sound_ticks and not self._tasks.events_ticks:
                 sounds.append(self._score(step, slot))
             for fork in step.forks:
                 about = slot.pcm[fork.window_start - slot.start :]
@@ -122,7 +122,7 @@ class FakeRunner:
             slot.pcm = np.concatenate([slot.pcm, step.pcm])
         else:
             assert step.start > slot.end, "a jump goes ahead"
-            assert not self._listening.sound_ticks, "what hears everything misses nothing"
+            assert not self._tasks.sound_ticks, "what hears everything misses nothing"
             slot = self._begin(step)
         self._slots[step.slot_idx] = slot
         assert slot.start % HOP == 0

@@ -183,11 +183,11 @@ class World:
         n_slots: int = 8,
         *,
         shed_after_s: float = 0.0,
-        listening: TaskSchedule = TRANSCRIPT_ONLY,
+        tasks: TaskSchedule = TRANSCRIPT_ONLY,
         max_ahead: int = 1_000_000_000,
     ) -> None:
         self.now_s = 0.0
-        self._listening = listening
+        self._tasks = tasks
         self._n_slots, self._shed_after_s = n_slots, shed_after_s
         self._max_ahead = max_ahead
         self.streams: dict[int, Stream] = {}
@@ -202,13 +202,13 @@ class World:
             shed_after_s=self._shed_after_s,
             clock=lambda: self.now_s,
             longest_window_s=LONGEST_WINDOW_S,
-            tasks=self._listening,
+            tasks=self._tasks,
         )
-        return scheduler, FakeRunner(self._listening)
+        return scheduler, FakeRunner(self._tasks)
 
     def open(self, number: int, script: Script) -> Stream:
         """A new stream."""
-        if not self._listening.events_ticks:
+        if not self._tasks.events_ticks:
             script = script.without_questions()
         stream = Stream(number, script, make_feed(number, script, self._max_ahead))
         stream.feed.reopen()
@@ -303,9 +303,9 @@ class World:
             assert self.streams[number].is_done, self.streams[number]
 
 
-def alone(script: Script, listening: TaskSchedule = TRANSCRIPT_ONLY) -> Stream:
+def alone(script: Script, tasks: TaskSchedule = TRANSCRIPT_ONLY) -> Stream:
     """The script heard by an engine of its own, all at once."""
-    world = World(1, listening=listening)
+    world = World(1, tasks=tasks)
     stream = world.open(1, script)
     world.finish(1)
     return stream

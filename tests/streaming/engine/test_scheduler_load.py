@@ -23,7 +23,7 @@ from tests.streaming.engine.harness import (
 
 def test_a_slow_engine_leaves_no_row_out() -> None:
     """Where points are skipped, words come late and sounds with the next point."""
-    world = World(1, shed_after_s=1.0, listening=SCORED)
+    world = World(1, shed_after_s=1.0, tasks=SCORED)
     stream = world.open(1, MINUTE)
     live(world, stream, 0.96)
     assert stream.skipped
@@ -32,7 +32,7 @@ def test_a_slow_engine_leaves_no_row_out() -> None:
 
 def test_an_engine_that_dies_in_a_long_step_loses_no_row() -> None:
     """Its progress had been told, and points been left out: the rows since the last answer come again."""
-    world = World(1, shed_after_s=1.0, listening=SCORED)
+    world = World(1, shed_after_s=1.0, tasks=SCORED)
     stream = world.open(1, MINUTE)
     n_steps = 0
     while not stream.is_done:

@@ -125,21 +125,21 @@ def test_a_model_is_asked_what_it_can_and_what_is_wanted(
         assert off == TRANSCRIPT_ONLY
 
 
-@pytest.mark.parametrize("listening", [TRANSCRIPT_ONLY, SCORED, NAMED])
+@pytest.mark.parametrize("tasks", [TRANSCRIPT_ONLY, SCORED, NAMED])
 @pytest.mark.parametrize("is_speech", [False, True])
 @pytest.mark.parametrize("at", [0, 1, TICK - 1, TICK, 5 * TICK + 77])
 def test_no_more_audio_than_the_longest_step_is_undecided(
-    listening: TaskSchedule, is_speech: bool, at: int
+    tasks: TaskSchedule, is_speech: bool, at: int
 ) -> None:
     """Wherever a stream is: with so much audio there is a decode point, or nothing to decode."""
     scheduler = Scheduler(
-        TranscriptConfig(), n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0, tasks=listening
+        TranscriptConfig(), n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0, tasks=tasks
     )
-    n_samples = listening.max_step(TICK)
+    n_samples = tasks.max_step(TICK)
     scheduler.open(Open(1, None, start=at, consumed=at, window_start=at, is_speech=is_speech, speech_edge=at))
     scheduler.push(Audio(1, at, bytes(4 * n_samples)))
     schedule = scheduler.schedule()
-    if is_speech or listening.sound_ticks:
+    if is_speech or tasks.sound_ticks:
         assert len(schedule.plan.slots) == 1
     else:
         assert [progress.consumed for progress in schedule.progress] == [at + n_samples]

@@ -12,7 +12,7 @@ from streaming.engine.messages import Mark
 from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
 from streaming.protocol import TranscriptFinal
 from tests.streaming.engine import harness
-from tests.streaming.engine.fake_runner import NAMED, listenings
+from tests.streaming.engine.fake_runner import NAMED, task_schedules
 from tests.streaming.engine.harness import (
     LONG,
     SECOND,
@@ -40,18 +40,18 @@ actions = st.lists(
 aheads = st.sampled_from([3 * SECOND, 1_000_000_000])
 
 
-@given(script=scripts, actions=actions, holds_flush=st.booleans(), listening=listenings, max_ahead=aheads)
+@given(script=scripts, actions=actions, holds_flush=st.booleans(), tasks=task_schedules, max_ahead=aheads)
 @settings(max_examples=60)
 def test_no_timing_changes_anything(
-    script: Script, actions: list[tuple[str, int]], holds_flush: bool, listening: TaskSchedule, max_ahead: int
+    script: Script, actions: list[tuple[str, int]], holds_flush: bool, tasks: TaskSchedule, max_ahead: int
 ) -> None:
     """However audio is cut, in however many messages, whenever the engine has its turns."""
-    world = World(1, listening=listening, max_ahead=max_ahead)
+    world = World(1, tasks=tasks, max_ahead=max_ahead)
     stream = world.open(1, script)
     for action, n in actions:
         act(world, stream, action, n, holds_flush=holds_flush)
     world.finish(1)
-    assert_same(stream, alone(script, listening))
+    assert_same(stream, alone(script, tasks))
 
 
 def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
@@ -80,14 +80,14 @@ def test_a_flush_on_the_grid_comes_after_its_tick() -> None:
         st.tuples(st.integers(0, 3), st.sampled_from(["arrive", "join", "leave", "tick", "take"]), cuts),
         max_size=60,
     ),
-    listening=listenings,
+    tasks=task_schedules,
 )
 @settings(max_examples=60)
 def test_neighbours_change_nothing(
-    mine: Script, others: list[Script], order: list[tuple[int, str, int]], listening: TaskSchedule
+    mine: Script, others: list[Script], order: list[tuple[int, str, int]], tasks: TaskSchedule
 ) -> None:
     """Streams that join, speak and leave, in any order, in slots that change hands."""
-    world = World(len(others) + 1, listening=listening)
+    world = World(len(others) + 1, tasks=tasks)
     stream = world.open(0, mine)
     next_number = 1
     for who, action, n in order:
@@ -103,15 +103,15 @@ def test_neighbours_change_nothing(
             act(world, world.streams[numbers[who % len(numbers)]], action, n % 7 if action == "take" else n)
     world.finish(*world.streams)
     for number, other in world.streams.items():
-        assert_same(other, alone(other.script, listening))
+        assert_same(other, alone(other.script, tasks))
         assert number != 0 or other is stream
 
 
-@given(script=scripts, listening=listenings)
+@given(script=scripts, tasks=task_schedules)
 @settings(max_examples=60)
-def test_every_mark_is_answered_once_and_in_order(script: Script, listening: TaskSchedule) -> None:
+def test_every_mark_is_answered_once_and_in_order(script: Script, tasks: TaskSchedule) -> None:
     """Stops, flushes and questions each have a result, at their place; ticks lie on the grid between them."""
-    stream = alone(script, listening)
+    stream = alone(script, tasks)
     marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "started"]
     assert [(at, kind) for at, kind in stream.answered if kind not in ("tick", "sound")] == marks
     points = [at for at, _ in stream.answered]
@@ -142,34 +142,34 @@ def orders(death: str) -> st.SearchStrategy[list[tuple[str, int]]]:
     )
 
 
-@given(script=scripts, order=orders("crash"), listening=listenings, max_ahead=aheads)
+def assert_deaths_change_nothing(
+    death: str, script: Script, order: list[tuple[str, int]], tasks: TaskSchedule, max_ahead: int
+) -> None:
+    """With the deaths of `order`, and one more at its end, the stream is as it is alone."""
+    world = World(1, tasks=tasks, max_ahead=max_ahead)
+    stream = world.open(1, script)
+    for action, n in (*order, (death, 0)):
+        act(world, stream, action, n)
+    world.finish(1)
+    assert_same(stream, alone(script, tasks))
+
+
+@given(script=scripts, order=orders("crash"), tasks=task_schedules, max_ahead=aheads)
 @settings(max_examples=120)
 def test_a_crash_at_any_point_changes_nothing(
-    script: Script, order: list[tuple[str, int]], listening: TaskSchedule, max_ahead: int
+    script: Script, order: list[tuple[str, int]], tasks: TaskSchedule, max_ahead: int
 ) -> None:
     """The next engine asks what the dead one would have asked, and what was committed goes on."""
-    world = World(1, listening=listening, max_ahead=max_ahead)
-    stream = world.open(1, script)
-    for action, n in order:
-        act(world, stream, action, n)
-    world.crash()
-    world.finish(1)
-    assert_same(stream, alone(script, listening))
+    assert_deaths_change_nothing("crash", script, order, tasks, max_ahead)
 
 
-@given(script=scripts, order=orders("restart"), listening=listenings, max_ahead=aheads)
+@given(script=scripts, order=orders("restart"), tasks=task_schedules, max_ahead=aheads)
 @settings(max_examples=60)
 def test_a_restart_of_the_server_at_any_point_changes_nothing(
-    script: Script, order: list[tuple[str, int]], listening: TaskSchedule, max_ahead: int
+    script: Script, order: list[tuple[str, int]], tasks: TaskSchedule, max_ahead: int
 ) -> None:
     """A feed that is restored from a snapshot continues as the one that was saved would have."""
-    world = World(1, listening=listening, max_ahead=max_ahead)
-    stream = world.open(1, script)
-    for action, n in order:
-        act(world, stream, action, n)
-    world.restart()
-    world.finish(1)
-    assert_same(stream, alone(script, listening))
+    assert_deaths_change_nothing("restart", script, order, tasks, max_ahead)
 
 
 @pytest.mark.parametrize("sound_ticks", [0, 1, 4, 6])
@@ -183,7 +183,7 @@ def test_nothing_is_owed_while_nothing_is_due(
     monkeypatch.setattr(harness, "MAX_STEP", tasks.max_step(tick))
     for lead in range(95, 150, 6):
         script = make_script([Utterance(lead, ((4000, 400),) * 10), Utterance(90, ((4000, 400),) * 10)])
-        world = World(1, listening=tasks)
+        world = World(1, tasks=tasks)
         stream = world.open(1, script)
         while stream.arrived < len(script.pcm):
             world.arrive(stream, 640)
@@ -193,15 +193,15 @@ def test_nothing_is_owed_while_nothing_is_due(
 
 
 @pytest.mark.parametrize("death", ["crash", "restart"])
-@pytest.mark.parametrize("listening", [TRANSCRIPT_ONLY, NAMED])
-def test_a_death_after_any_message_changes_nothing(death: str, listening: TaskSchedule) -> None:
+@pytest.mark.parametrize("tasks", [TRANSCRIPT_ONLY, NAMED])
+def test_a_death_after_any_message_changes_nothing(death: str, tasks: TaskSchedule) -> None:
     """Through windows that are cut in long speech and begin anew after a long silence."""
     long = Utterance(60, ((4000, 400),) * 30)
     script = make_script([long, Utterance(120, ((4000, 400),) * 6)], questions=[0.4])
-    undisturbed = alone(script, listening)
+    undisturbed = alone(script, tasks)
     n_taken, has_more = 0, True
     while has_more:
-        world = World(1, listening=listening, max_ahead=3 * SECOND)
+        world = World(1, tasks=tasks, max_ahead=3 * SECOND)
         stream = world.open(1, script)
         left = n_taken
         while left and has_more:
