@@ -15,6 +15,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
+from streaming import aio
 from streaming.config import LogConfig
 from streaming.log.directory import StateSource
 from streaming.log.history import History
@@ -93,9 +94,10 @@ async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pyte
     async with running_server() as running, running.stream("good") as good:
         for _ in range(2):  # the second time, the name is free again
             async with running.stream("bad") as bad, asyncio.timeout(TIMEOUT_S):
-                with contextlib.suppress(ConnectionClosed):
-                    await bad.send(audio)
-                await bad.wait_closed()
+                async with aio.background(keep_sending(bad, audio), "sends"):
+                    with contextlib.suppress(ConnectionClosed):
+                        async for _ in bad:
+                            pass
             assert bad.close_code == 1011
             async with running.subscribe() as reader:
                 await reader.send(encode_client(Subscribe(("bad",), after=0)))
@@ -103,6 +105,14 @@ async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pyte
         await good.send(audio)
         await good.send(encode_client(Close()))
         assert await reason(good) == "closed"
+
+
+async def keep_sending(connection: ClientConnection, audio: bytes) -> None:
+    """Until a second state has to be saved: where the disk is slow, the first one holds a lot."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await connection.send(audio)
+            await asyncio.sleep(0.05)
 
 
 async def reason(connection: ClientConnection) -> str:
