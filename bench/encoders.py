@@ -20,7 +20,7 @@ from rapidfuzz.distance import Levenshtein
 from bench.manifest import Clip, join, load_manifest, read_audio
 from bench.measures import normal_words
 from streaming.config import Config, EmotionConfig, EngineConfig, EventsConfig, ModelConfig
-from streaming.engine.contract import Fork, HeardWord, Pcm, Runner, SlotStep, StepPlan
+from streaming.engine.contract import Fork, Pcm, Runner, SlotStep, StepPlan, TimedWord
 from streaming.engine.runners.loader import load_runner, warm_up
 from streaming.engine.runners.whisper import GUARD_POSITIONS
 from streaming.engine.scheduler import EXTRA_TOKENS
@@ -67,20 +67,21 @@ class Ears:
         self.runner, self.config = runner, config
         self._longest_s = min(LONGEST_S, runner.capabilities.max_window_s)
 
-    def hear(self, pcm: Pcm, language: str | None, prefix: Sequence[HeardWord] = ()) -> tuple[HeardWord, ...]:
+    def hear(self, pcm: Pcm, language: str | None, prefix: Sequence[TimedWord] = ()) -> tuple[TimedWord, ...]:
         """The words of one window after `prefix`, with their times in samples from its start."""
         budget = EXTRA_TOKENS + int(len(pcm) / SAMPLE_RATE_HZ * self.config.transcript.max_tokens_per_s)
         fork = Fork("transcript", 0, tuple(prefix), "", language, budget)
-        result = self.runner.step(StepPlan((SlotStep(0, 0, 0, pcm, (fork,)),)))
+        (result,) = self.runner.step(StepPlan((SlotStep(0, 0, 0, pcm, (fork,)),)))
         self.runner.reset([0])
-        return result.hypotheses[0].words
+        return result.words
 
-    def hear_all(self, pcm: Pcm, language: str | None) -> tuple[HeardWord, ...]:
+    def hear_all(self, pcm: Pcm, language: str | None) -> tuple[TimedWord, ...]:
         """The words of audio of any length, heard piece by piece."""
-        words: list[HeardWord] = []
+        words: list[TimedWord] = []
         for start, piece in pieces(pcm, self._longest_s):
             words += [
-                HeardWord(w.text, w.start + start, w.end + start, w.score) for w in self.hear(piece, language)
+                TimedWord(w.text, w.start + start, w.end + start, w.confidence)
+                for w in self.hear(piece, language)
             ]
         return tuple(words)
 
@@ -274,7 +275,7 @@ def character_errors(pairs: Iterable[tuple[str, str]]) -> float:
     return errors / max(1, n_chars)
 
 
-def text_of(words: Iterable[HeardWord]) -> str:
+def text_of(words: Iterable[TimedWord]) -> str:
     """Words as running text."""
     return join_words(word.text for word in words)
 
@@ -289,7 +290,7 @@ class Agreement:
     shifts_s: tuple[float, ...]  # of the words both have: how far beginning and end lie apart, in turn
 
 
-def agreement(ref: Sequence[HeardWord], other: Sequence[HeardWord], end_s: float) -> Agreement:
+def agreement(ref: Sequence[TimedWord], other: Sequence[TimedWord], end_s: float) -> Agreement:
     """Align two hypotheses word by word and count up to second `end_s` of the reference."""
     ref_words = [(text, word) for word in ref for text in normal_words(word.text)]
     other_words = [(text, word) for word in other for text in normal_words(word.text)]

@@ -56,7 +56,7 @@ from bench.measures import Run, measure, normal_text, pooled_wer, transcript
 from bench.virtual import run
 from clients.sources import SourceError
 from model.errors import CheckpointError
-from streaming.engine.contract import HeardWord, Pcm
+from streaming.engine.contract import Pcm, TimedWord
 from streaming.protocol import SAMPLE_RATE_HZ
 
 MAX_RATIO = 1.05  # of error rates, short to padded
@@ -214,7 +214,7 @@ def measure_edges(material: Material) -> Measures:
     for window in windows:
         end_s = len(window.pcm) / SAMPLE_RATE_HZ - LAST_S
         padded = material.encoders.padded.hear(window.pcm, ENGLISH)
-        prefix: tuple[HeardWord, ...] = ()
+        prefix: tuple[TimedWord, ...] = ()
         if window.has_prefix and len(padded) > 1:
             prefix = padded[: len(padded) // 2]
             padded = material.encoders.padded.hear(window.pcm, ENGLISH, prefix)

@@ -212,25 +212,25 @@ def points(
     Gives whether it is a stop, the point, where the transcript's window begins, and the emotion's.
     """
     marks = Vad(config.vad).push(stream)
-    edge = window_start = last_stop = 0
+    speech_start = window_start = last_stop = 0
     join_gap = int(config.transcript.join_gap_s * SAMPLE_RATE_HZ)
     for mark in marks:
-        if mark.kind == "started":
-            if mark.edge - last_stop > join_gap or not last_stop:
-                window_start = mark.edge // GRID * GRID
-            edge = mark.edge
+        if mark.kind == "speech_start":
+            if mark.boundary - last_stop > join_gap or not last_stop:
+                window_start = mark.boundary // GRID * GRID
+            speech_start = mark.boundary
             continue
-        last_stop = mark.edge
-        if mark.edge < clip_start + SAMPLE_RATE_HZ // 4:  # other speech
+        last_stop = mark.boundary
+        if mark.boundary < clip_start + SAMPLE_RATE_HZ // 4:  # other speech
             continue
-        least = max(edge, clip_start) + MIN_EMOTION
+        least = max(speech_start, clip_start) + MIN_EMOTION
         ticks = [tick for tick in range(-(-least // TICK) * TICK, mark.at, TICK)]
         points = [(False, int(rng.choice(ticks)))] if ticks else []
-        if mark.edge - edge >= MIN_EMOTION:
+        if mark.boundary - speech_start >= MIN_EMOTION:
             points.append((True, mark.at))
         for is_stop, at in points:
-            heard_to = mark.edge if is_stop else at
-            yield is_stop, at, window_start, max(window_start, edge, heard_to - EMOTION_WINDOW)
+            heard_to = mark.boundary if is_stop else at
+            yield is_stop, at, window_start, max(window_start, speech_start, heard_to - EMOTION_WINDOW)
 
 
 def _in_a_room(audio: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.floating]:

@@ -43,7 +43,7 @@ class Decoded:
     language: str
     language_score: float
     no_speech: float  # probability at the start token
-    n_loops_cut: int
+    n_repetitions_cut: int
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class _Row:
     scores: list[float] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)  # [A, t, S] each, one row per predicted token
     is_done: bool = False
-    n_loops_cut: int = 0
+    n_repetitions_cut: int = 0
 
 
 class Decoder:
@@ -215,7 +215,7 @@ class Decoder:
         n_cut = min(len(row.tokens), loop_length([*row.request.prefix, *row.tokens]))
         if n_cut:
             del row.tokens[-n_cut:], row.scores[-n_cut:], row.attention[-n_cut:]
-            row.n_loops_cut += 1
+            row.n_repetitions_cut += 1
         row.is_done = bool(n_cut) or self._n_free(row) <= 0
 
     def _n_free(self, row: _Row) -> int:
@@ -240,7 +240,7 @@ class Decoder:
             language,
             row.language_score,
             row.no_speech,
-            row.n_loops_cut,
+            row.n_repetitions_cut,
         )
 
 

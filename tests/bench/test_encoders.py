@@ -28,7 +28,7 @@ from bench.encoders import (
 )
 from bench.manifest import Clip, RefWord
 from streaming.config import Config, EngineConfig
-from streaming.engine.contract import HeardWord, Pcm
+from streaming.engine.contract import Pcm, TimedWord
 from streaming.engine.runners.whisper import WhisperRunner
 from tests.tiny_whisper import tiny_checkpoint
 
@@ -67,10 +67,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def heard(text: str, shift: int = 0) -> list[HeardWord]:
+def heard(text: str, shift: int = 0) -> list[TimedWord]:
     """One word a second, each half a second long."""
     return [
-        HeardWord(word, i * SECOND + shift, i * SECOND + SECOND // 2 + shift, 1.0)
+        TimedWord(word, i * SECOND + shift, i * SECOND + SECOND // 2 + shift, 1.0)
         for i, word in enumerate(text.split())
     ]
 

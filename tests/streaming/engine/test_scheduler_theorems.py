@@ -112,11 +112,11 @@ def test_neighbours_change_nothing(
 def test_every_mark_is_answered_once_and_in_order(script: Script, tasks: TaskSchedule) -> None:
     """Stops, flushes and questions each have a result, at their place; ticks lie on the grid between them."""
     stream = alone(script, tasks)
-    marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "started"]
-    assert [(at, kind) for at, kind in stream.answered if kind not in ("tick", "sound")] == marks
+    marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "speech_start"]
+    assert [(at, kind) for at, kind in stream.answered if kind not in ("tick", "idle_tick")] == marks
     points = [at for at, _ in stream.answered]
     assert points == sorted(points)
-    assert all(at % TICK == 0 for at, kind in stream.answered if kind in ("tick", "sound"))
+    assert all(at % TICK == 0 for at, kind in stream.answered if kind in ("tick", "idle_tick"))
 
 
 @given(script=scripts)
@@ -242,7 +242,7 @@ def test_a_crash_in_a_pause_changes_nothing(pause: int) -> None:
     """Whether the window goes on behind the pause is decided as if nothing had happened."""
     speech = Utterance(20, ((4000, 0), (4000, 3000)))
     script = make_script([speech, Utterance(pause, speech.words)])
-    crash_at = next(mark.at for mark in script.marks if mark.kind == "stopped") + GRID
+    crash_at = next(mark.at for mark in script.marks if mark.kind == "speech_stop") + GRID
     world = World(1)
     stream = world.open(1, script)
     world.arrive(stream, crash_at)
