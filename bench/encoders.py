@@ -59,7 +59,7 @@ class Window:
     has_prefix: bool  # the first half of its words counts as committed, as it would be live
 
 
-class Ears:
+class Transcriber:
     """One encoder, asked as the engine asks it: the same forks, budgets and prompts."""
 
     def __init__(self, runner: Runner, config: Config) -> None:
@@ -67,7 +67,7 @@ class Ears:
         self.runner, self.config = runner, config
         self._longest_s = min(LONGEST_S, runner.capabilities.max_window_s)
 
-    def hear(self, pcm: Pcm, language: str | None, prefix: Sequence[TimedWord] = ()) -> tuple[TimedWord, ...]:
+    def transcribe(self, pcm: Pcm, language: str | None, prefix: Sequence[TimedWord] = ()) -> tuple[TimedWord, ...]:
         """The words of one window after `prefix`, with their times in samples from its start."""
         budget = EXTRA_TOKENS + int(len(pcm) / SAMPLE_RATE_HZ * self.config.transcript.max_tokens_per_s)
         fork = Fork("transcript", 0, tuple(prefix), "", language, budget)
@@ -75,13 +75,13 @@ class Ears:
         self.runner.reset([0])
         return result.words
 
-    def hear_all(self, pcm: Pcm, language: str | None) -> tuple[TimedWord, ...]:
+    def transcribe_all(self, pcm: Pcm, language: str | None) -> tuple[TimedWord, ...]:
         """The words of audio of any length, heard piece by piece."""
         words: list[TimedWord] = []
         for start, piece in pieces(pcm, self._longest_s):
             words += [
                 TimedWord(w.text, w.start + start, w.end + start, w.confidence)
-                for w in self.hear(piece, language)
+                for w in self.transcribe(piece, language)
             ]
         return tuple(words)
 
@@ -90,9 +90,9 @@ class Ears:
 class Encoders:
     """The same weights three times."""
 
-    short: Ears  # as the engine has it
-    tight: Ears  # with 0.2 s computed behind the audio, not a second
-    padded: Ears  # every window padded to 30 s: the reference
+    short: Transcriber  # as the engine has it
+    tight: Transcriber  # with 0.2 s computed behind the audio, not a second
+    padded: Transcriber  # every window padded to 30 s: the reference
 
 
 def load_encoders(threads: int, dtype: str) -> Encoders:
@@ -105,13 +105,13 @@ def load_encoders(threads: int, dtype: str) -> Encoders:
     events, emotion = EventsConfig(enabled=False), EmotionConfig(enabled=False)
     short = ModelConfig.model_validate({"dtype": dtype})
     padded = short.model_copy(update={"short_context": False})
-    ears = []
+    transcribers = []
     for model, guard in ((short, GUARD_POSITIONS), (short, TIGHT_POSITIONS), (padded, GUARD_POSITIONS)):
         config = Config(model=model, engine=engine, events=events, emotion=emotion)
         runner = load_runner(config, guard_positions=guard)
         warm_up(runner, 1)
-        ears.append(Ears(runner, config))
-    return Encoders(*ears)
+        transcribers.append(Transcriber(runner, config))
+    return Encoders(*transcribers)
 
 
 def load_lines(manifest: Path, root: Path, path_part: str) -> tuple[list[Line], list[Sound]]:
@@ -249,12 +249,12 @@ def sound_of(kind: SoundKind, sounds: Sequence[Sound], seconds: float, seed: int
     return np.concatenate([made, *parts])[: int(seconds * SAMPLE_RATE_HZ)]
 
 
-def n_words_in_windows(ears: Ears, pcm: Pcm) -> int:
+def n_words_in_windows(transcriber: Transcriber, pcm: Pcm) -> int:
     """Words heard in windows of 3, 6, 10 and 15 s in turn; where nobody speaks, all are invented."""
     lengths = [int(s * SAMPLE_RATE_HZ) for s in (3, 6, 10, 15)]
     n_words = at = turn = 0
     while at < len(pcm):
-        n_words += len(ears.hear(pcm[at : at + lengths[turn % 4]], None))
+        n_words += len(transcriber.transcribe(pcm[at : at + lengths[turn % 4]], None))
         at += lengths[turn % 4]
         turn += 1
     return n_words

@@ -340,7 +340,7 @@ class Feed:
             raise EngineFault(f"stream {self._number}: a question at {result.point} without an answer")
 
     def _consume(self, position: int) -> None:
-        """The engine decided everything before a position; that answers the `started` marks there."""
+        """The engine decided everything before a position; that answers the `speech_start` marks there."""
         self._consumed = max(self._consumed, position)
         while self._n_marks_sent:
             mark = self._pending[0].mark
@@ -353,7 +353,7 @@ class Feed:
     def _announce(self) -> list[Message]:
         """Put on the timeline the speech that has begun, in its order with the words.
 
-        A `started` mark waits until every mark before it has its result; then no words of earlier
+        A `speech_start` mark waits until every mark before it has its result; then no words of earlier
         audio can follow, and the timeline has the same order at any speed. Sounds of earlier audio may.
         """
         found: list[Message] = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bench import short_context
 from bench.encoders import (
-    Ears,
+    Transcriber,
     Encoders,
     Line,
     agreement,
@@ -184,7 +184,7 @@ def test_agreement_counts_the_words_before_the_last_second() -> None:
 def tiny_encoders() -> Encoders:
     """The tiny checkpoint instead of the embedded one."""
     config = Config(engine=EngineConfig(n_slots=1, shed_after_s=0.0))
-    ears = []
+    transcribers = []
     for pads_fully, guard in ((False, 50), (False, 10), (True, 50)):
         runner = WhisperRunner(
             tiny_checkpoint(),
@@ -194,8 +194,8 @@ def tiny_encoders() -> Encoders:
             pads_fully=pads_fully,
             guard_positions=guard,
         )
-        ears.append(Ears(runner, config))
-    return Encoders(*ears)
+        transcribers.append(Transcriber(runner, config))
+    return Encoders(*transcribers)
 
 
 def command(root: Path) -> list[str]:

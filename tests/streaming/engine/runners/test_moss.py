@@ -252,7 +252,7 @@ def test_sentences_become_words_and_agreed_words_a_prefix(says: Script) -> None:
 def test_agreed_words_are_told_with_the_times_they_had(
     start_s: float, turns: list[tuple[str, str, str]], says: Script
 ) -> None:
-    """Every turn: the agreed words, what the model says, and what was put in its mouth."""
+    """Every turn: the committed words, what the model writes, and the forced prefix."""
     runner = make_runner()
     position = 0
     for agreed, text, told in turns:
