@@ -67,7 +67,9 @@ class Transcriber:
         self.runner, self.config = runner, config
         self._longest_s = min(LONGEST_S, runner.capabilities.max_window_s)
 
-    def transcribe(self, pcm: Pcm, language: str | None, prefix: Sequence[TimedWord] = ()) -> tuple[TimedWord, ...]:
+    def transcribe(
+        self, pcm: Pcm, language: str | None, prefix: Sequence[TimedWord] = ()
+    ) -> tuple[TimedWord, ...]:
         """The words of one window after `prefix`, with their times in samples from its start."""
         budget = EXTRA_TOKENS + int(len(pcm) / SAMPLE_RATE_HZ * self.config.transcript.max_tokens_per_s)
         fork = Fork("transcript", 0, tuple(prefix), "", language, budget)

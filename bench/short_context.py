@@ -189,7 +189,10 @@ def measure_languages(material: Material) -> Measures:
         row: Measures = {"n_clips": len(lines)}
         for name, told in (("told", language), ("detected", None)):
             cer = {}
-            for side, transcriber in (("short", material.encoders.short), ("padded", material.encoders.padded)):
+            for side, transcriber in (
+                ("short", material.encoders.short),
+                ("padded", material.encoders.padded),
+            ):
                 said = [
                     (line.clip.text, text_of(transcriber.transcribe_all(read_audio(line.clip.path), told)))
                     for line in lines
@@ -218,7 +221,9 @@ def measure_edges(material: Material) -> Measures:
         if window.has_prefix and len(padded) > 1:
             prefix = padded[: len(padded) // 2]
             padded = material.encoders.padded.transcribe(window.pcm, ENGLISH, prefix)
-        found.append(agreement(padded, material.encoders.short.transcribe(window.pcm, ENGLISH, prefix), end_s))
+        found.append(
+            agreement(padded, material.encoders.short.transcribe(window.pcm, ENGLISH, prefix), end_s)
+        )
     n_words, n_added = sum(a.n_words for a in found), sum(a.n_added for a in found)
     n_same = sum(a.n_same for a in found)
     same = n_same / max(1, n_words + n_added)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from bench import short_context
 from bench.encoders import (
-    Transcriber,
     Encoders,
     Line,
+    Transcriber,
     agreement,
     character_errors,
     cut_windows,

@@ -147,7 +147,7 @@ class WhisperRunner:
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
         self._sounds = sounds
-        self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
+        self._padding: Padding | None = None if pads_fully else self._model.padding_of(PADDING_LEVEL)
         tasks: list[Task] = ["transcript"]
         tasks += [] if sounds is None else ["events"]
         tasks += [] if emotion is None else ["emotion"]
@@ -249,8 +249,8 @@ class WhisperRunner:
             cache = self._model.decoder.new_cache(self._model.encoder(mel, wanted), n_tokens)
         else:
             heard = torch.tensor(n_heard, device=self._device)
-            encoded = self._model.encoder.forward_heard(mel, heard, padding, wanted)
-            cache = self._model.decoder.new_cache_heard(encoded, heard, padding, n_tokens)
+            encoded = self._model.encoder.forward_unpadded(mel, heard, padding, wanted)
+            cache = self._model.decoder.new_cache_unpadded(encoded, heard, padding, n_tokens)
         return self._decoder.decode(cache, requests)
 
     def _confirmed(self, due: Sequence[_Due], decoded: Sequence[Decoded]) -> list[Decoded]:
@@ -333,7 +333,7 @@ class WhisperRunner:
                 continue
             start = due.fork.window_start + decoded.starts[word.first] * SAMPLES_PER_POSITION
             stop = due.fork.window_start + decoded.starts[word.last] * SAMPLES_PER_POSITION
-            score = math.exp(float(np.mean(decoded.scores[word.first : word.last])))
+            score = math.exp(float(np.mean(decoded.log_probabilities[word.first : word.last])))
             text = word.text
             if word.is_continuation:  # "-source" after a committed "open": the hyphen came too late as well
                 text = text.lstrip(string.punctuation)
@@ -343,6 +343,6 @@ class WhisperRunner:
 
 def is_invented(decoded: Decoded) -> bool:
     """Whether the text was probably made up over sound that is no speech."""
-    if not decoded.scores:
+    if not decoded.log_probabilities:
         return True
-    return decoded.no_speech > NO_SPEECH and float(np.mean(decoded.scores)) < LOW_SCORE
+    return decoded.no_speech > NO_SPEECH and float(np.mean(decoded.log_probabilities)) < LOW_SCORE

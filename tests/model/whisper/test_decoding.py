@@ -43,7 +43,7 @@ def assert_same(ours: Decoded, theirs: Decoded) -> None:
     assert ours.starts == theirs.starts
     assert ours.language == theirs.language
     assert ours.n_repetitions_cut == theirs.n_repetitions_cut
-    assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
+    assert ours.log_probabilities == pytest.approx(theirs.log_probabilities, abs=1e-4)
     assert ours.language_score == pytest.approx(theirs.language_score, abs=1e-4)
     assert ours.no_speech == pytest.approx(theirs.no_speech, abs=1e-4)
 
@@ -145,7 +145,7 @@ def test_every_token_has_a_time(encoded: torch.Tensor) -> None:
     for n_positions in (1, 3, 4, 50, N_AUDIO_POSITIONS):
         request = dataclasses.replace(REQUEST, n_positions=n_positions)
         for answer in decode(encoded, *[request] * N_CLIPS):
-            assert len(answer.scores) == len(answer.tokens)
+            assert len(answer.log_probabilities) == len(answer.tokens)
             if answer.tokens:
                 assert len(answer.starts) == len(answer.tokens) + 1
                 assert list(answer.starts) == sorted(answer.starts)
