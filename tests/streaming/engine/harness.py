@@ -248,7 +248,10 @@ class World:
         if schedule.plan.slots:
             answers = self.runner.step(schedule.plan)
             for result in self.scheduler.apply(schedule, answers, 0.0):
-                has_words = result.kind != "idle_tick" and self.runner.asked_at(result.stream) == result.point
+                has_words = (
+                    result.kind not in ("idle_tick", "ask")
+                    and self.runner.asked_at(result.stream) == result.point
+                )
                 self.outbox.append((result, self.runner.asked[result.stream] if has_words else None))
         return bool(schedule.plan.slots or schedule.results)
 

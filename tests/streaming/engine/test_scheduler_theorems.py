@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streaming.engine.messages import Mark
@@ -165,6 +165,12 @@ def test_a_crash_at_any_point_changes_nothing(
 
 @given(script=scripts, order=orders("restart"), tasks=task_schedules, max_ahead=aheads)
 @settings(max_examples=60)
+@example(  # a flush and a question at one sample
+    script=make_script([Utterance(0, ((1600, 0),))] * 2, flushes=[0.25], questions=[0.25]),
+    order=[("arrive", 5120), ("tick", 0), ("take", 1)],
+    tasks=NAMED,
+    max_ahead=3 * SECOND,
+)
 def test_a_restart_of_the_server_at_any_point_changes_nothing(
     script: Script, order: list[tuple[str, int]], tasks: TaskSchedule, max_ahead: int
 ) -> None:
