@@ -194,7 +194,7 @@ class Vad:
             self.is_speech = True
             self._speech_end = at
             began = at - self._n_run * FRAME
-            return Mark("started", at, max(began - self._pad, self._last_stop))
+            return Mark("speech_start", at, max(began - self._pad, self._last_stop))
         if self._n_run >= RESUME_FRAMES:
             self._speech_end = at
         if at - self._speech_end < self._n_stop * FRAME:
@@ -202,7 +202,7 @@ class Vad:
         self.is_speech = False
         self._n_run = 0
         self._last_stop = self._speech_end
-        return Mark("stopped", at, self._speech_end)
+        return Mark("speech_stop", at, self._speech_end)
 
 
 def _frames(pcm: Pcm) -> list[_Frame]:

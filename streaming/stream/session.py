@@ -298,7 +298,7 @@ class Session:
     def _take(self, message: FromEngine) -> None:
         match message:
             case messages.Result():
-                self._outlets.metrics.decoded(message.n_loops_cut, is_silence=message.is_silence)
+                self._outlets.metrics.decoded(message.n_repetitions_cut, is_silence=message.is_silence)
             case messages.Skipped():
                 self._outlets.metrics.skipped(message.n_points)
         try:

@@ -37,12 +37,12 @@ def test_how_samples_are_cut_changes_no_mark(borders: list[int]) -> None:
 def test_speech_is_found_with_its_edges() -> None:
     """Three utterances after half a second; the speech at the end has not stopped; a click is none."""
     marks = marks_of(SIGNAL, [])
-    assert [mark.kind for mark in marks] == ["started", "stopped"] * 3 + ["started"]
+    assert [mark.kind for mark in marks] == ["speech_start", "speech_stop"] * 3 + ["speech_start"]
     first, stopped = marks[0], marks[1]
-    assert abs(first.edge - (8000 - 300 * 16)) <= 2 * FRAME
+    assert abs(first.boundary - (8000 - 300 * 16)) <= 2 * FRAME
     assert 0 <= first.at - 8000 <= 120 * 16 + 3 * FRAME
-    assert abs(stopped.edge - 24_000) <= 10 * FRAME
-    assert stopped.at - stopped.edge == VadConfig().stop_ms * 16
+    assert abs(stopped.boundary - 24_000) <= 10 * FRAME
+    assert stopped.at - stopped.boundary == VadConfig().stop_ms * 16
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(100, 1500)), max_size=8), st.integers(0, 3))
@@ -51,9 +51,9 @@ def test_marks_alternate_and_never_overlap(parts: list[tuple[bool, int]], seed: 
     pieces = [tone_speech(ms / 1000, seed) if voiced else silence(ms / 1000) for voiced, ms in parts]
     marks = marks_of(np.concatenate([silence(0.0), *pieces]), [])
     kinds = [mark.kind for mark in marks]
-    assert kinds == ["started", "stopped"] * (len(kinds) // 2) + ["started"] * (len(kinds) % 2)
-    assert all(0 <= mark.edge <= mark.at and mark.at % FRAME == 0 for mark in marks)
-    assert all(a.edge <= b.edge and a.at < b.at for a, b in pairwise(marks))
+    assert kinds == ["speech_start", "speech_stop"] * (len(kinds) // 2) + ["speech_start"] * (len(kinds) % 2)
+    assert all(0 <= mark.boundary <= mark.at and mark.at % FRAME == 0 for mark in marks)
+    assert all(a.boundary <= b.boundary and a.at < b.at for a, b in pairwise(marks))
 
 
 @pytest.mark.parametrize("dbfs", [-48, -53, -58, -63])
@@ -62,7 +62,7 @@ def test_quiet_speech_is_speech(dbfs: int) -> None:
     marks = marks_of(at_level(SIGNAL, dbfs) + room_noise(len(SIGNAL), dbfs - 25), [])
     loud = marks_of(SIGNAL, [])
     assert [mark.kind for mark in marks] == [mark.kind for mark in loud]
-    assert all(abs(a.edge - b.edge) <= 10 * FRAME for a, b in zip(marks, loud, strict=True))
+    assert all(abs(a.boundary - b.boundary) <= 10 * FRAME for a, b in zip(marks, loud, strict=True))
 
 
 @pytest.mark.parametrize("dbfs", [-48, -53, -58, -63])
@@ -86,8 +86,8 @@ def test_tails_of_loud_speech_are_no_speech() -> None:
     """What is far below the speech just heard does not hold up its end."""
     loud, quiet = at_level(tone_speech(3.0), -26), at_level(tone_speech(3.0), -62)
     marks = marks_of(np.concatenate([loud, quiet, silence(1.0)]) + room_noise(7 * SAMPLE_RATE_HZ, -80), [])
-    assert [mark.kind for mark in marks] == ["started", "stopped"]
-    assert abs(marks[1].edge - len(loud)) <= 10 * FRAME
+    assert [mark.kind for mark in marks] == ["speech_start", "speech_stop"]
+    assert abs(marks[1].boundary - len(loud)) <= 10 * FRAME
 
 
 def test_speech_that_is_mostly_cut_is_noticed() -> None:
