@@ -121,18 +121,28 @@ class SoundScores(msgspec.Struct, frozen=True, array_like=True):
 
     start: int  # samples, a multiple of SOUND_FRAME: where the first row begins
     scores: bytes  # [n_frames, n_labels] uint8, row by row, in 255ths; at least one row
+    # [n_frames] uint8: how sure a voice is, whether or not that is one of the labels; empty: not known.
+    voice: bytes = b""
 
     @staticmethod
-    def of(start: int, scores: NDArray[np.float32]) -> SoundScores | None:
-        """Pack scores [n_frames, n_labels] of 0 to 1; None where there is no row."""
-        if not scores.size:
+    def of(
+        start: int, scores: NDArray[np.float32], voice: NDArray[np.float32] | None = None
+    ) -> SoundScores | None:
+        """Pack scores [n_frames, n_labels] and `voice` [n_frames] of 0 to 1; None where there is no row."""
+        if not len(scores):
             return None
-        assert 0.0 <= scores.min() <= scores.max() <= 1.0, (scores.min(), scores.max())
-        return SoundScores(start, np.rint(scores * 255.0).astype(np.uint8).tobytes())
+        return SoundScores(start, _packed(scores), b"" if voice is None else _packed(voice))
 
     def rows(self, n_labels: int) -> NDArray[np.uint8]:
         """The scores [n_frames, n_labels], in 255ths."""
         return np.frombuffer(self.scores, np.uint8).reshape(-1, n_labels)
+
+
+def _packed(scores: NDArray[np.float32]) -> bytes:
+    """Scores of 0 to 1 in 255ths, row by row."""
+    assert not scores.size or 0.0 <= scores.min() <= scores.max() <= 1.0, (scores.min(), scores.max())
+    packed: bytes = np.rint(scores * 255.0).astype(np.uint8).tobytes()
+    return packed
 
 
 class SoundEvent(msgspec.Struct, frozen=True, array_like=True):

@@ -95,6 +95,7 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     point: int
     kind: PointKind
     n_words: int
+    unsaid: tuple[int, ...] = ()  # indices of those that nobody said: they count, and are not committed
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):

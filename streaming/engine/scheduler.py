@@ -168,7 +168,8 @@ class Scheduler:
         assert point is not None, (message.point, message.kind)
         expected = (point.at, point.kind)
         assert expected == (message.point, message.kind), (expected, message.point, message.kind)
-        stream.committed.extend(stream.hypothesis[: message.n_words])
+        committed = stream.hypothesis[: message.n_words]
+        stream.committed.extend(w for i, w in enumerate(committed) if i not in message.unsaid)
         stream.hypothesis = ()
         stream.awaiting = None
         stream.answered = point.at

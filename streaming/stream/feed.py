@@ -313,7 +313,8 @@ class Feed:
                 self._last_stop = answered.mark.boundary
                 found += self._timeline.speech_stopped(answered.mark.boundary)
         applied = self._timeline.apply(result)
-        self._replies.append(messages.Commit(self._number, result.point, result.kind, applied.n_committed))
+        answer = (result.point, result.kind, applied.n_committed, applied.unsaid)
+        self._replies.append(messages.Commit(self._number, *answer))
         found += applied.messages
         if answered is not None and answered.client_id is not None:
             found += _reply(answered.client_id, answered.mark, result)

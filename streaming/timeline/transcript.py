@@ -42,6 +42,7 @@ from streaming.protocol import (
 )
 from streaming.text import comparable, ends_sentence, join_words, separator
 from streaming.timeline.emotion import EmotionState, EmotionTracker
+from streaming.timeline.evidence import Voices, VoiceState, credible
 from streaming.timeline.scored_events import EventTracker
 
 STALE = 8 * SAMPLE_RATE_HZ  # a word so far behind the live edge is committed as it was last heard
@@ -54,6 +55,7 @@ class Applied:
 
     messages: tuple[Message, ...]
     n_committed: int  # of the result's words, from the first on
+    unsaid: tuple[int, ...] = ()  # indices of those among them that nobody said
 
 
 class TimelineState(msgspec.Struct, frozen=True):
@@ -70,6 +72,7 @@ class TimelineState(msgspec.Struct, frozen=True):
     n_segments: int = 0
     sounds: Any = None  # of the trackers, as plain data
     emotion: Any = None
+    voices: VoiceState = VoiceState()
 
 
 class EventTracking(Protocol):
@@ -156,6 +159,7 @@ class Timeline:
         self._context = state.context  # the end of the committed text before them
         self._language = state.language
         self._speech_start = state.speech_start
+        self._voices = Voices(state.voices)
         self.n_words = state.n_words  # committed
         self.n_segments = state.n_segments  # closed
 
@@ -173,6 +177,7 @@ class Timeline:
             n_segments=self.n_segments,
             sounds=None if self._sounds is None else self._sounds.snapshot(),
             emotion=None if self._emotion is None else self._emotion.snapshot(),
+            voices=self._voices.snapshot(),
         )
 
     def speech_started(self, start: int) -> list[Message]:
@@ -189,11 +194,16 @@ class Timeline:
     def apply(self, result: Result) -> Applied:
         """Take what was found at a point: show it, commit of it what is sure."""
         events = self._apply_events(result.found)
+        self._voices.push(result.found.sounds)
         if result.kind in ("idle_tick", "ask"):
             return Applied(tuple(events), 0)
-        words = self._apply_words(result)
-        emotion = self._apply_emotion(result, words.messages)
-        return Applied((*events, *words.messages, *emotion), words.n_committed)
+        said = credible(result.words, self._voices, result.no_speech)
+        words = [result.words[i] for i in said]
+        n_committed, messages = self._apply_words(result, words)
+        emotion = self._apply_emotion(result, words, messages)
+        n_words = said[n_committed - 1] + 1 if n_committed else 0
+        unsaid = sorted(set(range(n_words)).difference(said))
+        return Applied((*events, *messages, *emotion), n_words, tuple(unsaid))
 
     def _apply_events(self, found: Findings) -> list[Message]:
         """The sound events that begin or end."""
@@ -202,22 +212,24 @@ class Timeline:
         messages = [] if found.sounds is None else self._sounds.push(found.sounds)
         return messages if found.events is None else messages + self._sounds.named(found.events)
 
-    def _apply_emotion(self, result: Result, messages: Sequence[Message]) -> list[Message]:
+    def _apply_emotion(
+        self, result: Result, words: Sequence[TimedWord], messages: Sequence[Message]
+    ) -> list[Message]:
         """How the speaker sounds: of each segment that was closed, else as it is now.
 
         Endpointing takes some sounds for a voice; where no word was heard, nobody has an emotion.
         """
         finals = [message for message in messages if isinstance(message, TranscriptFinal)]
-        if self._emotion is None or not (result.words or self._segment or finals):
+        if self._emotion is None or not (words or self._segment or finals):
             return []
         now = [] if result.found.emotion is None else self._emotion.push(result.found.emotion)
         if not finals:
             return now
         return [message for final in finals for message in self._emotion.final(final.start_ms, final.end_ms)]
 
-    def _apply_words(self, result: Result) -> Applied:
+    def _apply_words(self, result: Result, words: Sequence[TimedWord]) -> tuple[int, list[Message]]:
+        """How many of the words are committed, and what that and the others lead to."""
         self._language = result.language or self._language
-        words = result.words
         n_committed = len(words) if result.kind != "tick" else self._n_sure(words, result.point)
         messages: list[Message] = []
         if n_committed:
@@ -233,7 +245,7 @@ class Timeline:
             messages += self._close(len(self._segment))
         else:
             messages += self._close_long(result.point)
-        return Applied(tuple(messages), n_committed)
+        return n_committed, messages
 
     def finish(self, end: int) -> list[Message]:
         """Nothing follows after sample `end`: what is not committed is dropped, the segment closed."""
