@@ -39,6 +39,7 @@ SEPARATOR = "goes between the committed text so far and `text`: a space or nothi
 StartMs = Annotated[int, Meta(description="start, in stream time")]
 EndMs = Annotated[int, Meta(description="end, in stream time")]
 Words = Annotated[tuple["Word", ...], Meta(description="the words of `text` with their times")]
+EpochMs = Annotated[int, Meta(description="Unix time of the stream's first sample, milliseconds")]
 EventId = Annotated[str, Meta(description="the same in an event's two messages, unique in its stream")]
 EventLabel = Annotated[str, Meta(description="what kind of sound")]
 AskId = Annotated[str, Meta(description="the `id` of the `ask`")]
@@ -54,7 +55,7 @@ class Word(msgspec.Struct, frozen=True, gc=False):
 
 
 class SessionCreated(Tagged, frozen=True):
-    """The stream began. The only message with wall-clock time."""
+    """The stream was opened; its audio may come much later, see `audio.started`."""
 
     model: Annotated[str, Meta(description="the name of the loaded model")]
     tasks: Annotated[
@@ -62,7 +63,9 @@ class SessionCreated(Tagged, frozen=True):
         Meta(description='what the model can do: "transcript", "events", "emotion", "answer"'),
     ]
     languages: Annotated[tuple[str, ...], Meta(description="codes that `language` accepts beside `auto`")]
-    epoch_ms: Annotated[int, Meta(description="Unix time of the stream's first sample")]
+    epoch_ms: Annotated[
+        int, Meta(description="Unix time of the opening; that of the first sample is in `audio.started`")
+    ]
     sample_rate_hz: Annotated[
         int, Meta(description="of the sample clock behind every time; not the client's own rate")
     ] = SAMPLE_RATE_HZ
@@ -76,7 +79,11 @@ class SessionResumed(Tagged, frozen=True):
     """The producer's connection is resumed: send audio from sample `n_samples` on."""
 
     n_samples: Annotated[
-        int, Meta(description="samples that the server has: per channel, at the client's own rate")
+        int,
+        Meta(
+            description="samples that the server has, those of gaps included: per channel, at the client's "
+            "own rate"
+        ),
     ]
     end_ms: EndMs
 
@@ -91,18 +98,44 @@ class SessionClosed(Tagged, frozen=True):
             '"internal", "server_lost": the server crashed and the stream could not be resumed'
         ),
     ]
-    duration_ms: Annotated[int, Meta(description="of the audio that arrived")]
+    duration_ms: Annotated[int, Meta(description="of the audio that arrived, and of the gaps in it")]
     n_words: Annotated[int, Meta(description="committed words")]
     n_segments: Annotated[int, Meta(description="closed segments: `transcript.final` messages")]
+
+
+class AudioStarted(Tagged, frozen=True):
+    """The first sample came: adding `epoch_ms` to a time of this stream gives its wall-clock time."""
+
+    epoch_ms: EpochMs
+
+
+class AudioGap(Tagged, frozen=True):
+    """The producer has no audio of this span and said so: silence stands for it."""
+
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class Ack(Tagged, frozen=True):
     """All audio up to here has arrived and is on the server's disk."""
 
     n_samples: Annotated[
-        int, Meta(description="samples since the stream began: per channel, at the client's own rate")
+        int,
+        Meta(
+            description="samples since the stream began, those of gaps included: per channel, at the "
+            "client's own rate"
+        ),
     ]
     end_ms: EndMs
+    epoch_ms: Annotated[EpochMs | None, Meta(extra=SINCE_0_2)] = None
+    wall_ms: Annotated[
+        int | None,
+        Meta(
+            description="Unix time at which the newest of this audio came: more than `epoch_ms + end_ms` "
+            "by the pauses that were not told",
+            extra=SINCE_0_2,
+        ),
+    ] = None
 
 
 class SpeechStarted(Tagged, frozen=True):
@@ -248,6 +281,8 @@ Message = (
     SessionCreated
     | SessionResumed
     | SessionClosed
+    | AudioStarted
+    | AudioGap
     | Ack
     | SpeechStarted
     | SpeechStopped

@@ -13,6 +13,9 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
 
 from streaming.aio import Changed
 from streaming.audio.vad import Vad
@@ -25,6 +28,7 @@ from streaming.metrics import Metrics
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ask,
+    AudioStarted,
     Degraded,
     Error,
     Message,
@@ -33,6 +37,7 @@ from streaming.protocol import (
     TranscriptDelta,
     ms_of,
 )
+from streaming.stream.clock import StreamClock
 from streaming.stream.feed import Feed, FromEngine
 from streaming.stream.snapshot import SessionState
 
@@ -43,6 +48,8 @@ SLICE = int(SLICE_S * SAMPLE_RATE_HZ)
 REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
 MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
+
+_M = TypeVar("_M", bound=Message)
 
 
 class StreamState(enum.Enum):
@@ -91,7 +98,15 @@ class Session:
     """A live stream, from the first sample to `session.closed`. Belongs to the event loop."""
 
     def __init__(
-        self, name: str, number: int, feed: Feed, vad: Vad, *, engine: EngineClient, outlets: Outlets
+        self,
+        name: str,
+        number: int,
+        feed: Feed,
+        vad: Vad,
+        clock: StreamClock,
+        *,
+        engine: EngineClient,
+        outlets: Outlets,
     ) -> None:
         """A stream that no engine has yet; `open` or `reopen` is called next.
 
@@ -100,10 +115,12 @@ class Session:
             number: The engine's name for it, as the feed was given.
             feed: New, or restored.
             vad: Endpointing; new, or restored to the feed's newest sample.
+            clock: New, or restored with the feed.
             engine: Runs, or will.
             outlets: Where messages go.
         """
         self.name = name
+        self.clock = clock
         self._number = number
         self._feed = feed
         self._vad = vad
@@ -121,7 +138,7 @@ class Session:
         """Announce the stream and take its slot, at once or when the engine is back."""
         ready = self._engine.ready
         assert ready is not None, "admitted before the engine was ever ready"
-        self._outlets.publish(SessionCreated(ready.model, ready.tasks, ready.languages, epoch_ms))
+        self._say(SessionCreated(ready.model, ready.tasks, ready.languages, epoch_ms))
         self._attach()
         logger.info("stream %s: opened as %d", self.name, self._number)
 
@@ -161,7 +178,7 @@ class Session:
 
     def snapshot(self) -> SessionState:
         """What a new session continues from, with the audio since `SessionState.needed_from`."""
-        return SessionState(self._feed.snapshot(), self._vad.snapshot())
+        return SessionState(self._feed.snapshot(), self._vad.snapshot(), self.clock.snapshot())
 
     def take_unsaved(self) -> Unsaved:
         """The audio since the last call, which belongs to the `snapshot` of the same moment."""
@@ -175,8 +192,8 @@ class Session:
 
     @property
     def n_samples(self) -> int:
-        """Samples taken so far, at 16 kHz."""
-        return self._feed.n_samples
+        """Samples taken so far, at 16 kHz, with all that gaps stand for."""
+        return self._feed.n_samples + self.clock.jumped_ms * SAMPLE_RATE_HZ // 1000
 
     async def feed(self, pcm: Pcm) -> None:
         """Take 16 kHz mono audio, [n_samples], however much; waits while the ring is full.
@@ -202,6 +219,40 @@ class Session:
         """Take audio that `wait_for_room` was called for, without awaiting anything in between."""
         if self._state in (StreamState.LOST, StreamState.CLOSED):
             return  # no engine will decode it, and the connection is being closed for that
+        if len(pcm):
+            self._end_gap()
+        self._take_audio(pcm)
+
+    async def gap(self, duration_ms: int) -> None:
+        """Take a gap of the sender's: silence, as `StreamClock` says; waits while there is no room for it.
+
+        Cancelled while it waits, it has taken nothing.
+        """
+        await self.wait_for_room(self.clock.silence_of(duration_ms))
+        self.push_gap(duration_ms)
+
+    def push_gap(self, duration_ms: int) -> None:
+        """Take a gap for whose silence `wait_for_room` was called, without awaiting in between."""
+        if self._state in (StreamState.LOST, StreamState.CLOSED):
+            return
+        silence: Pcm = np.zeros(self.clock.silence_of(duration_ms), np.float32)
+        self._begin(duration_ms)
+        if len(silence):
+            self._take_audio(silence)
+        self.clock.gap(duration_ms, self._feed.n_samples)
+
+    def _begin(self, duration_ms: int) -> None:
+        """Say when the first sample came. A stream that a server of 0.1 began does not know."""
+        if self.clock.epoch_ms is None and not self._feed.n_samples:
+            self._outlets.publish(AudioStarted(self.clock.began(duration_ms)))
+
+    def _end_gap(self) -> None:
+        if (gap := self.clock.end_gap()) is not None:
+            self._outlets.publish(gap)  # its times are the stream's already
+
+    def _take_audio(self, pcm: Pcm) -> None:
+        if len(pcm):
+            self._begin(ms_of(len(pcm)))
         found = self._feed.push(pcm, self._vad.push(pcm))
         if self._outlets.is_saved:
             self._unsaved.append(pcm)
@@ -257,9 +308,10 @@ class Session:
             self._engine.send(messages.CloseStream(self._number))
         self._engine.detach(self._number)
         self._move(StreamState.CLOSED)
+        self._end_gap()
         self._publish(self._feed.close())
         closed = SessionClosed(reason, ms_of(self._feed.n_samples), self._feed.n_words, self._feed.n_segments)
-        self._outlets.publish(closed)
+        closed = self._say(closed)
         logger.info(
             "stream %s: closed (%s), %.1f s, %d words in %d segments",
             self.name,
@@ -344,13 +396,19 @@ class Session:
 
     def _degraded(self, code: str, text: str) -> None:
         start, end = self._feed.undecided
-        self._outlets.publish(Degraded(code, text, ms_of(start), ms_of(end)))
+        self._say(Degraded(code, text, ms_of(start), ms_of(end)))
 
     def _publish(self, found: Sequence[Message]) -> None:
         for message in found:
-            self._outlets.publish(message)
+            self._say(message)
             if isinstance(message, TranscriptDelta) and self._is_in_real_time():
                 self._outlets.metrics.committed(message, ms_of(self._feed.n_samples))
+
+    def _say(self, message: _M) -> _M:
+        """Publish a message with the stream's times in place of the engine's."""
+        placed = self.clock.placed(message)
+        self._outlets.publish(placed)
+        return placed
 
     def _is_in_real_time(self) -> bool:
         """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""

@@ -8,13 +8,14 @@ not read, and its stream is closed with what was committed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from streaming.audio.ingest import AudioFormat, Encoding, IngestState
 from streaming.audio.vad import Vad, VadState
 from streaming.errors import LogError
+from streaming.stream.clock import ClockState
 from streaming.stream.feed import FeedState, PendingMark
 
 VERSION = 1
@@ -35,6 +36,10 @@ class InputState(msgspec.Struct, frozen=True):
         return AudioFormat(self.encoding, self.rate_hz, self.channels, self.asked_language)
 
 
+class _Timing(msgspec.Struct, frozen=True):
+    clock: ClockState = ClockState()  # states of 0.1 have none
+
+
 class _Header(msgspec.Struct, frozen=True):
     version: int
 
@@ -49,6 +54,7 @@ class SessionState:
 
     feed: FeedState
     vad: VadState
+    clock: ClockState = field(default_factory=ClockState)
 
     @property
     def needed_from(self) -> int:
@@ -66,7 +72,9 @@ class SavedStream:
 
 def encode_stream(saved: SavedStream) -> bytes:
     """As it is saved: one flat map of the version and the fields of all parts."""
-    parts = (_Header(VERSION), saved.session.feed, _Endpointing(saved.session.vad), saved.input)
+    session = saved.session
+    of_session = (session.feed, _Endpointing(session.vad), _Timing(session.clock))
+    parts = (_Header(VERSION), *of_session, saved.input)
     return msgspec.msgpack.encode({k: v for part in parts for k, v in msgspec.structs.asdict(part).items()})
 
 
@@ -81,7 +89,8 @@ def decode_stream(body: bytes) -> SavedStream:
         version = decode(body, type=_Header).version
         if version != VERSION:
             raise LogError(f"a saved state of version {version}; expected {VERSION}")
-        session = SessionState(decode(body, type=FeedState), decode(body, type=_Endpointing).vad)
+        vad, clock = decode(body, type=_Endpointing).vad, decode(body, type=_Timing).clock
+        session = SessionState(decode(body, type=FeedState), vad, clock)
         return SavedStream(session, decode(body, type=InputState))
     except msgspec.MsgspecError as exc:
         raise LogError(f"a saved state that cannot be read: {exc}") from exc
