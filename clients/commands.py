@@ -16,7 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,9 +26,13 @@ from streaming.protocol import (
     STREAM_NAME,
     STREAM_PATTERN,
     Envelope,
+    Gap,
     TranscriptDelta,
     encode,
 )
+
+if TYPE_CHECKING:
+    from clients.sources import Chunk
 
 COMMANDS = "moss_live.commands"
 DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"
@@ -115,6 +119,9 @@ name_argument = click.argument("name", callback=_stream_name)
 language_option = click.option("--language", help="Such as en; by default the server's setting.")
 captions_option = click.option("--captions", "with_captions", is_flag=True, help="Show the captions here.")
 after_option = click.option("--after", type=click.IntRange(min=0), help="Begin after this seq of the log.")
+reconnect_option = click.option(
+    "--reconnect", is_flag=True, help="Open a live source again when it fails, and tell the gap."
+)
 wait_option = click.option(
     "--wait", "wait_s", type=click.FloatRange(min=0), default=DEFAULT_WAIT_S, show_default=True,
     help="Seconds to wait for a stream that is not there yet.",
@@ -129,6 +136,9 @@ wait_option = click.option(
 @language_option
 @captions_option
 @click.option("--fast", is_flag=True, help="As fast as the server accepts, not in real time.")
+@click.option("--track", metavar="NUMBER|LANGUAGE|TITLE",
+              help="The sound track of a file that has several; by default the one with speech.")  # fmt: skip
+@reconnect_option
 def stream(
     source: str,
     server: str,
@@ -137,12 +147,17 @@ def stream(
     language: str | None,
     with_captions: bool,
     fast: bool,
+    track: str | None,
+    reconnect: bool,
 ) -> None:
-    """Send a recording, a URL's audio or - (standard input), as if it were live."""
-    with _missing_extra():
-        from clients.sources import file_chunks
+    """Send a recording, a URL's audio or - (standard input), as if it were live.
 
-        _run(_produce(file_chunks(source), server, token, name, language, with_captions, paced=not fast))
+    Time stamps count: where a file has no sound for a while, captions behind it keep their times. A live
+    URL that ends or fails ends the command with status 1, unless --reconnect is given.
+    """
+    with _missing_extra():
+        chunks = _file_or_url(source, track, reconnect=reconnect)
+        _run(_produce(chunks, server, token, name, language, with_captions, paced=not fast))
 
 
 @group.command()
@@ -152,6 +167,7 @@ def stream(
 @language_option
 @captions_option
 @click.option("--device", help="An input's name or number; `python -m sounddevice` lists them.")
+@reconnect_option
 def mic(
     server: str,
     token: str | None,
@@ -159,10 +175,12 @@ def mic(
     language: str | None,
     with_captions: bool,
     device: str | None,
+    reconnect: bool,
 ) -> None:
     """Send the microphone until Ctrl-C."""
     with _missing_extra():
-        _run(_produce_microphone(device, server, token, name, language, with_captions))
+        chunks = _microphone(device, reconnect=reconnect)
+        _run(_produce(chunks, server, token, name, language, with_captions, paced=False))
 
 
 @group.command()
@@ -219,27 +237,46 @@ def captions(name: str, server: str, token: str | None, after: int, wait_s: floa
         _run(run())
 
 
-async def _produce_microphone(
-    device: str | None,
-    server: str,
-    token: str | None,
-    name: str | None,
-    language: str | None,
-    with_captions: bool,
-) -> None:
-    from clients.sources import CHUNK_MS, microphone
+def _file_or_url(source: str, track: str | None, *, reconnect: bool) -> AsyncIterator[Chunk]:
+    """The audio of a source; where it has several sound tracks, says which one is taken."""
+    from clients.reconnect import reconnecting
+    from clients.sources import Opened, file_chunks
+
+    seen: list[Opened] = []
+
+    def on_open(opened: Opened) -> None:
+        if len(opened.tracks) > 1 and not seen:
+            others = "; ".join(map(str, opened.tracks))
+            click.echo(f"sound track {opened.taken} of {others}; --track takes another", err=True)
+        seen[:] = [opened]
+
+    if not reconnect:
+        return file_chunks(source, track=track, on_open=on_open)
+    return reconnecting(
+        lambda: file_chunks(source, track=track, on_open=on_open), is_live=lambda: seen[-1].is_live
+    )
+
+
+async def _microphone(device: str | None, *, reconnect: bool) -> AsyncIterator[Chunk]:
+    from clients.reconnect import reconnecting
+    from clients.sources import microphone_chunks
 
     number_or_name = int(device) if device and device.isdecimal() else device
-    async with microphone(number_or_name) as queue:
-        click.echo("listening; Ctrl-C ends the stream", err=True)
-        await _produce(aiter(queue), server, token, name, language, with_captions, paced=False)
-        if queue.n_dropped:
-            lost_s = queue.n_dropped * CHUNK_MS / 1000
-            click.echo(f"{lost_s:.1f} s of audio were lost: the connection was too slow", err=True)
+    chunks = microphone_chunks(number_or_name)
+    if reconnect:
+        chunks = reconnecting(lambda: microphone_chunks(number_or_name), is_live=lambda: True)
+    is_first = True
+    async for chunk in chunks:
+        if is_first:
+            click.echo("listening; Ctrl-C ends the stream", err=True)
+            is_first = False
+        if isinstance(chunk, Gap):
+            click.echo(f"{chunk.duration_ms / 1000:.1f} s of audio were lost", err=True)
+        yield chunk
 
 
 async def _produce(
-    chunks: AsyncIterator[bytes],
+    chunks: AsyncIterator[Chunk],
     server: str,
     token: str | None,
     name: str | None,

@@ -39,7 +39,6 @@ SEPARATOR = "goes between the committed text so far and `text`: a space or nothi
 StartMs = Annotated[int, Meta(description="start, in stream time")]
 EndMs = Annotated[int, Meta(description="end, in stream time")]
 Words = Annotated[tuple["Word", ...], Meta(description="the words of `text` with their times")]
-EpochMs = Annotated[int, Meta(description="Unix time of the stream's first sample, milliseconds")]
 EventId = Annotated[str, Meta(description="the same in an event's two messages, unique in its stream")]
 EventLabel = Annotated[str, Meta(description="what kind of sound")]
 AskId = Annotated[str, Meta(description="the `id` of the `ask`")]
@@ -55,7 +54,7 @@ class Word(msgspec.Struct, frozen=True, gc=False):
 
 
 class SessionCreated(Tagged, frozen=True):
-    """The stream was opened; its audio may come much later, see `audio.started`."""
+    """The stream was opened; its audio may come much later."""
 
     model: Annotated[str, Meta(description="the name of the loaded model")]
     tasks: Annotated[
@@ -64,7 +63,7 @@ class SessionCreated(Tagged, frozen=True):
     ]
     languages: Annotated[tuple[str, ...], Meta(description="codes that `language` accepts beside `auto`")]
     epoch_ms: Annotated[
-        int, Meta(description="Unix time of the opening; that of the first sample is in `audio.started`")
+        int, Meta(description="Unix time of the opening, which may lie before the first sample")
     ]
     sample_rate_hz: Annotated[
         int, Meta(description="of the sample clock behind every time; not the client's own rate")
@@ -103,12 +102,6 @@ class SessionClosed(Tagged, frozen=True):
     n_segments: Annotated[int, Meta(description="closed segments: `transcript.final` messages")]
 
 
-class AudioStarted(Tagged, frozen=True):
-    """The first sample came: adding `epoch_ms` to a time of this stream gives its wall-clock time."""
-
-    epoch_ms: EpochMs
-
-
 class AudioGap(Tagged, frozen=True):
     """The producer has no audio of this span and said so: silence stands for it."""
 
@@ -127,12 +120,11 @@ class Ack(Tagged, frozen=True):
         ),
     ]
     end_ms: EndMs
-    epoch_ms: Annotated[EpochMs | None, Meta(extra=SINCE_0_2)] = None
     wall_ms: Annotated[
         int | None,
         Meta(
-            description="Unix time at which the newest of this audio came: more than `epoch_ms + end_ms` "
-            "by the pauses that were not told",
+            description="Unix time at which the newest of this audio came; null where that was before the "
+            "server's start",
             extra=SINCE_0_2,
         ),
     ] = None
@@ -281,7 +273,6 @@ Message = (
     SessionCreated
     | SessionResumed
     | SessionClosed
-    | AudioStarted
     | AudioGap
     | Ack
     | SpeechStarted

@@ -53,7 +53,7 @@ class Acknowledger:
         if self.has_unacknowledged:
             self.skip(self._n_samples)
             end_ms = self._n_acked * 1000 // self._rate_hz
-            self._tell(Ack(self._n_acked, end_ms, self._clock.epoch_ms, self._came_ms))
+            self._tell(Ack(self._n_acked, end_ms, self._came_ms))
 
     def skip(self, n_samples: int) -> None:
         """The producer knows already that so many samples were received."""

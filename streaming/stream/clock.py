@@ -29,7 +29,6 @@ _T = TypeVar("_T", bound="Message | Word")
 class ClockState(msgspec.Struct, frozen=True):
     """What a clock remembers."""
 
-    epoch_ms: int | None = None
     jumps: tuple[tuple[int, int], ...] = ()  # where on the engine's clock, and by how much in all up to it
     gap: tuple[int, int] | None = None  # the running gap on the stream's clock
     gap_silence_ms: int = 0  # of the running gap, that the engine got
@@ -43,28 +42,22 @@ class StreamClock:
 
         Args:
             now_ms: Unix time.
-            state: Of the clock that this one continues; None: no sample came yet.
+            state: Of the clock that this one continues.
         """
         state = state or ClockState()
         self.now_ms = now_ms
-        self.epoch_ms = state.epoch_ms  # Unix time of the first sample; None: not known
         self._jumps = list(state.jumps) or [(0, 0)]
         self._gap = state.gap
         self._gap_silence_ms = state.gap_silence_ms
 
     def snapshot(self) -> ClockState:
         """What another clock continues from."""
-        return ClockState(self.epoch_ms, tuple(self._jumps), self._gap, self._gap_silence_ms)
+        return ClockState(tuple(self._jumps), self._gap, self._gap_silence_ms)
 
     @property
     def jumped_ms(self) -> int:
         """Of all gaps, what the engine did not get."""
         return self._jumps[-1][1]
-
-    def began(self, duration_ms: int) -> int:
-        """The first `duration_ms` of the stream came just now; the Unix time at which they began."""
-        self.epoch_ms = self.now_ms() - duration_ms
-        return self.epoch_ms
 
     # --- gaps ----------------------------------------------------------------------------
 

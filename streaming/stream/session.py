@@ -28,7 +28,6 @@ from streaming.metrics import Metrics
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Ask,
-    AudioStarted,
     Degraded,
     Error,
     Message,
@@ -73,12 +72,17 @@ async def _at_once() -> None:
     return
 
 
+def _ignore(_: int) -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Outlets:
     """Where a stream's messages go."""
 
     publish: Callable[[Message], None]  # to its log and every reader
     tell: Callable[[Message], None]  # to its producer alone
+    began: Callable[[int], None] = _ignore  # called once, with the Unix time of the first sample
     room: Callable[[], Awaitable[None]] = _at_once  # returns when the log takes more
     # Whether the log saves the stream's state, so that it resumes after a restart of the server.
     is_saved: bool = False
@@ -92,6 +96,30 @@ class Unsaved:
     start: int  # sample at which `pcm` begins
     stop: int
     pcm: bytes  # float32 little-endian
+
+
+class _Timed:
+    """What a session says, with the stream's times in place of the engine's."""
+
+    def __init__(self, outlets: Outlets, clock: StreamClock) -> None:
+        self._outlets = outlets
+        self._clock = clock
+
+    def say(self, message: _M) -> _M:
+        """Publish a message whose times are the engine's; gives it as it was published."""
+        placed = self._clock.placed(message)
+        self._outlets.publish(placed)
+        return placed
+
+    def begin(self, duration_ms: int, *, is_first: bool) -> None:
+        """So much audio came just now, or the time for which there is none."""
+        if is_first:
+            self._outlets.began(self._clock.now_ms() - duration_ms)
+
+    def end_gap(self) -> None:
+        """No further part of a gap comes: it is published if it is worth it."""
+        if (gap := self._clock.end_gap()) is not None:
+            self._outlets.publish(gap)  # its times are the stream's already
 
 
 class Session:
@@ -121,6 +149,7 @@ class Session:
         """
         self.name = name
         self.clock = clock
+        self._timed = _Timed(outlets, clock)
         self._number = number
         self._feed = feed
         self._vad = vad
@@ -138,7 +167,7 @@ class Session:
         """Announce the stream and take its slot, at once or when the engine is back."""
         ready = self._engine.ready
         assert ready is not None, "admitted before the engine was ever ready"
-        self._say(SessionCreated(ready.model, ready.tasks, ready.languages, epoch_ms))
+        self._timed.say(SessionCreated(ready.model, ready.tasks, ready.languages, epoch_ms))
         self._attach()
         logger.info("stream %s: opened as %d", self.name, self._number)
 
@@ -220,7 +249,8 @@ class Session:
         if self._state in (StreamState.LOST, StreamState.CLOSED):
             return  # no engine will decode it, and the connection is being closed for that
         if len(pcm):
-            self._end_gap()
+            self._timed.begin(ms_of(len(pcm)), is_first=not self._feed.n_samples)
+            self._timed.end_gap()
         self._take_audio(pcm)
 
     async def gap(self, duration_ms: int) -> None:
@@ -236,23 +266,12 @@ class Session:
         if self._state in (StreamState.LOST, StreamState.CLOSED):
             return
         silence: Pcm = np.zeros(self.clock.silence_of(duration_ms), np.float32)
-        self._begin(duration_ms)
+        self._timed.begin(duration_ms, is_first=not self._feed.n_samples)
         if len(silence):
             self._take_audio(silence)
         self.clock.gap(duration_ms, self._feed.n_samples)
 
-    def _begin(self, duration_ms: int) -> None:
-        """Say when the first sample came. A stream that a server of 0.1 began does not know."""
-        if self.clock.epoch_ms is None and not self._feed.n_samples:
-            self._outlets.publish(AudioStarted(self.clock.began(duration_ms)))
-
-    def _end_gap(self) -> None:
-        if (gap := self.clock.end_gap()) is not None:
-            self._outlets.publish(gap)  # its times are the stream's already
-
     def _take_audio(self, pcm: Pcm) -> None:
-        if len(pcm):
-            self._begin(ms_of(len(pcm)))
         found = self._feed.push(pcm, self._vad.push(pcm))
         if self._outlets.is_saved:
             self._unsaved.append(pcm)
@@ -308,10 +327,10 @@ class Session:
             self._engine.send(messages.CloseStream(self._number))
         self._engine.detach(self._number)
         self._move(StreamState.CLOSED)
-        self._end_gap()
+        self._timed.end_gap()
         self._publish(self._feed.close())
         closed = SessionClosed(reason, ms_of(self._feed.n_samples), self._feed.n_words, self._feed.n_segments)
-        closed = self._say(closed)
+        closed = self._timed.say(closed)
         logger.info(
             "stream %s: closed (%s), %.1f s, %d words in %d segments",
             self.name,
@@ -396,19 +415,13 @@ class Session:
 
     def _degraded(self, code: str, text: str) -> None:
         start, end = self._feed.undecided
-        self._say(Degraded(code, text, ms_of(start), ms_of(end)))
+        self._timed.say(Degraded(code, text, ms_of(start), ms_of(end)))
 
     def _publish(self, found: Sequence[Message]) -> None:
         for message in found:
-            self._say(message)
+            self._timed.say(message)
             if isinstance(message, TranscriptDelta) and self._is_in_real_time():
                 self._outlets.metrics.committed(message, ms_of(self._feed.n_samples))
-
-    def _say(self, message: _M) -> _M:
-        """Publish a message with the stream's times in place of the engine's."""
-        placed = self.clock.placed(message)
-        self._outlets.publish(placed)
-        return placed
 
     def _is_in_real_time(self) -> bool:
         """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
