@@ -19,6 +19,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from streaming.engine.contract import HeardWord, Hypothesis, Pcm
@@ -189,7 +190,8 @@ def has_lost_its_place(stream: Stream, at: int, kind: PointKind) -> bool:
 def words_after(stream: Stream, hypothesis: Hypothesis) -> tuple[HeardWord, ...]:
     """The hypothesis' words, none of them before what is committed or before anybody spoke.
 
-    What a model hears after a pause it likes to begin inside the pause: endpointing knows better.
+    None reaches over the next. What a model hears after a pause it likes to begin inside the pause:
+    endpointing knows better.
     """
     floor = max(stream.window_start, stream.speech_edge)
     if stream.committed:
@@ -197,6 +199,8 @@ def words_after(stream: Stream, hypothesis: Hypothesis) -> tuple[HeardWord, ...]
     words: list[HeardWord] = []
     for word in hypothesis.words:
         start = max(word.start, floor)
+        if words and words[-1].end > start:
+            words[-1] = msgspec.structs.replace(words[-1], end=start)
         words.append(HeardWord(word.text, start, max(word.end, start), word.score))
         floor = start
     return tuple(words)
