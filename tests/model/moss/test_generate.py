@@ -180,7 +180,7 @@ def test_thoughts_are_split_off(text: str, thought: str, said: str) -> None:
 
 
 def test_a_thought_beyond_its_budget_is_closed() -> None:
-    """`</think>` is put in the model's mouth, and what follows is the answer."""
+    """`</think>` is forced, and what follows is the answer."""
     cache = make_cache()
     opening = LAYOUT.question("What?", "")
     tokens = LAYOUT.tokenizer.encode("<think>")
