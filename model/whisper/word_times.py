@@ -3,7 +3,8 @@
 Alignment leaves no gaps: every encoder position belongs to a token. A pause goes to the punctuation
 behind a word or, where there is none, to the beginning of the next word. So a word ends where its
 punctuation begins, its beginning is cut to what is loud, and a span that is too long for a word
-holds the word at its end. Limits: docs/measurements.md, section "Word times".
+holds the word at its end; of two such spans in a row the first word stands right before the second.
+What was measured is in docs/measurements.md, section 14.
 """
 
 from __future__ import annotations
@@ -45,10 +46,24 @@ def word_spans(
         loud: [n_positions], see `loud_positions`.
 
     Returns:
-        First and last position (exclusive) of each word: inside the span of its tokens, so that no
-        two overlap; not longer than `longest`.
+        First and last position (exclusive) of each word: not before its first token, not longer than
+        `longest`, and so that no two overlap.
     """
-    return [_span(word, starts, loud) for word in words]
+    spans: list[tuple[int, int]] = []  # from the last word to the first
+    limit: int | None = None  # where the word behind begins, if its span was too long
+    for word in reversed(words):
+        first, last = starts[word.first], starts[word.spoken]
+        is_too_long = last - first > longest(word.text)
+        if is_too_long:
+            if limit is not None and word.spoken == word.last:
+                last = limit
+            else:
+                last = _end_of_loud(loud, first, last)
+            first = max(first, last - _positions(TYPICAL_S + TYPICAL_PER_LETTER_S * _n_letters(word.text)))
+        first = _begin_of_loud(loud, first, last)
+        limit = first if is_too_long else None
+        spans.append((first, last))
+    return spans[::-1]
 
 
 def loud_positions(log_power: Tensor) -> NDArray[np.bool_]:
@@ -75,14 +90,6 @@ def loud_positions(log_power: Tensor) -> NDArray[np.bool_]:
 def longest(text: str) -> int:
     """The longest span of a word, in encoder positions."""
     return _positions(LONGEST_S + LONGEST_PER_LETTER_S * _n_letters(text))
-
-
-def _span(word: TokenWord, starts: Sequence[int], loud: NDArray[np.bool_]) -> tuple[int, int]:
-    first, last = starts[word.first], starts[word.spoken]
-    if last - first > longest(word.text):
-        last = _end_of_loud(loud, first, last)
-        first = max(first, last - _positions(TYPICAL_S + TYPICAL_PER_LETTER_S * _n_letters(word.text)))
-    return _begin_of_loud(loud, first, last), last
 
 
 def _begin_of_loud(loud: NDArray[np.bool_], first: int, last: int) -> int:

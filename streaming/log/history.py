@@ -109,7 +109,7 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     is_final: bool  # False: committed, but the segment is not closed yet
 
 
-class HeardSound(msgspec.Struct, frozen=True, gc=False):
+class SoundSpan(msgspec.Struct, frozen=True, gc=False):
     """A sound that is no speech."""
 
     id: str
@@ -126,7 +126,7 @@ class Transcript:
     created: SessionCreated | None  # None: it left the log
     closed: SessionClosed | None
     segments: tuple[Segment, ...]
-    sounds: tuple[HeardSound, ...] = ()  # in the order they began
+    sounds: tuple[SoundSpan, ...] = ()  # in the order they began
 
     @property
     def end_ms(self) -> int:
@@ -236,7 +236,7 @@ def transcript_of(messages: Iterable[Message]) -> Transcript:
     closed: SessionClosed | None = None
     segments: list[Segment] = []
     spoken: list[Word] = []  # committed, in no closed segment yet
-    sounds: dict[str, HeardSound] = {}  # by id: what ends replaces what began
+    sounds: dict[str, SoundSpan] = {}  # by id: what ends replaces what began
     for message in messages:
         match message:
             case SessionCreated() as created:
@@ -251,9 +251,9 @@ def transcript_of(messages: Iterable[Message]) -> Transcript:
                     Segment(final.words, final.text, final.language, final.speaker, is_final=True)
                 )
             case EventStarted(id=id_, label=label) if not is_speech(label):
-                sounds[id_] = HeardSound(id_, label, message.start_ms, None, message.score)
+                sounds[id_] = SoundSpan(id_, label, message.start_ms, None, message.score)
             case EventEnded(id=id_, label=label) if not is_speech(label):
-                sounds[id_] = HeardSound(id_, label, message.start_ms, message.end_ms, message.score)
+                sounds[id_] = SoundSpan(id_, label, message.start_ms, message.end_ms, message.score)
             case _:
                 pass
     if spoken:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,20 @@ SILENCE = loud()
         pytest.param([word("1984")], [1.0, 2.6], MUSIC, [(1.0, 2.6)], id="digits are words"),
         pytest.param([word("BFM")], [1.0, 2.2], MUSIC, [(1.0, 2.2)], id="capitals are spelt"),
         pytest.param([word("你")], [1.0, 1.8], MUSIC, [(1.0, 1.8)], id="a syllable"),
+        pytest.param(
+            [word("Le"), word("plus", 1)],
+            [4.0, 28.0, 29.6],
+            MUSIC,
+            [(29.04, 29.26), (29.26, 29.6)],
+            id="two after a jingle",
+        ),
+        pytest.param(
+            [word("it.", 0, 1), word("He", 2)],
+            [1.0, 9.0, 9.0, 20.0],
+            loud((1.0, 1.5), (19.8, 30.0)),
+            [(1.28, 1.5), (19.8, 20.0)],
+            id="a sentence before a pause",
+        ),
         pytest.param([word("a"), word("b", 1)], [1.0, 1.0, 1.0], MUSIC, [(1, 1), (1, 1)], id="no length"),
     ],
 )
@@ -60,8 +76,8 @@ def test_a_word_is_where_it_is_said(
 
 
 @given(data=st.data())
-def test_spans_lie_inside_their_tokens_and_are_not_too_long(data: st.DataObject) -> None:
-    """Whatever the alignment and the sound; so they are in order and never overlap."""
+def test_spans_are_in_order_and_not_too_long(data: st.DataObject) -> None:
+    """None begins before its tokens or overlaps the next, whatever the alignment and the sound."""
     n_words = data.draw(st.integers(1, 6))
     texts = st.text(st.sampled_from("abcXYZ129你。.,-"), min_size=1, max_size=8)
     words = []
@@ -73,9 +89,11 @@ def test_spans_lie_inside_their_tokens_and_are_not_too_long(data: st.DataObject)
         at = last
     starts = sorted(data.draw(st.lists(st.integers(0, 400), min_size=at + 1, max_size=at + 1)))
     is_loud = np.array(data.draw(st.lists(st.booleans(), max_size=400)), dtype=np.bool_)
-    for said, (first, last) in zip(words, word_spans(words, starts, is_loud), strict=True):
-        assert starts[said.first] <= first <= last <= starts[said.spoken]
+    spans = word_spans(words, starts, is_loud)
+    for said, (first, last) in zip(words, spans, strict=True):
+        assert starts[said.first] <= first <= last <= starts[-1]
         assert last - first <= longest(said.text)
+    assert all(last <= first for (_, last), (first, _) in pairwise(spans))
 
 
 def test_loud_is_what_stands_out_of_the_window() -> None:
