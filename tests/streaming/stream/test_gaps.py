@@ -1,0 +1,227 @@
+"""Gaps that a producer tells, over real sockets with the fake engine: what is behind them keeps its time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+
+from streaming.protocol import (
+    MAX_GAP_MS,
+    Ack,
+    AudioGap,
+    Close,
+    Envelope,
+    Error,
+    Gap,
+    Message,
+    SessionClosed,
+    SessionCreated,
+    SessionResumed,
+    SpeechStopped,
+    TranscriptDelta,
+    Word,
+    encode_client,
+)
+from streaming.stream.clock import MAX_SILENCE_MS
+from tests.streaming.stream.test_lifetime import GRACE, killable_server
+from tests.streaming.support import logged, receive, receive_until, running_server, s16, silence, utterances
+
+SPEECH = s16(utterances(1.5))
+HALF = len(SPEECH) // 4 * 2
+HOUR_MS = 3600 * 1000
+Sent = Sequence[bytes | Gap]
+
+
+async def send(connection: ClientConnection, items: Sent) -> None:
+    """Audio in frames of 100 ms, and gaps."""
+    for item in items:
+        if isinstance(item, Gap):
+            await connection.send(encode_client(item))
+        else:
+            for at in range(0, len(item), 3200):
+                await connection.send(item[at : at + 3200])
+
+
+async def streamed(items: Sent, query: str = "") -> list[Envelope]:
+    """What is said of a whole stream."""
+    async with running_server() as running, running.stream("a", query) as connection:
+        reading = asyncio.create_task(receive_until(connection, SessionClosed))
+        await send(connection, items)
+        await connection.send(encode_client(Close()))
+        return await reading
+
+
+def told(found: list[Envelope], *left_out: type[Message]) -> list[Message]:
+    """The logged messages behind `session.created`, but for some types."""
+    return [e.message for e in logged(found)[1:] if not isinstance(e.message, left_out)]
+
+
+def words(found: list[Envelope]) -> list[Word]:
+    """The committed words."""
+    return [word for e in found if isinstance(e.message, TranscriptDelta) for word in e.message.words]
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        (SPEECH, Gap(8000), SPEECH),
+        (SPEECH, Gap(3000), Gap(5000), SPEECH),
+        (Gap(8000), SPEECH),
+        (SPEECH, Gap(8000)),
+        (SPEECH[:HALF], Gap(2000), SPEECH[HALF:], Gap(700), SPEECH),
+        (SPEECH[:HALF], Gap(300), SPEECH[HALF:]),
+    ],
+    ids=["between", "in-pieces", "before", "behind", "in-speech", "short"],
+)
+async def test_a_gap_is_as_good_as_its_silence(items: Sent) -> None:
+    """The same words at the same times, wherever it lies; and it is logged if it lasts a second."""
+    as_silence = [s16(silence(i.duration_ms / 1000)) if isinstance(i, Gap) else i for i in items]
+    found, expected = await streamed(items), await streamed(as_silence)
+    assert told(found, AudioGap) == told(expected)
+    gaps = [m for m in told(found) if isinstance(m, AudioGap)]
+    lengths = [gap.end_ms - gap.start_ms for gap in gaps]
+    assert sum(lengths) == sum(i.duration_ms for i in items if isinstance(i, Gap) and i.duration_ms >= 1000)
+
+
+async def test_a_pause_of_the_sender_does_not_move_what_is_behind_it() -> None:
+    """Speech, eight seconds told, the same speech: the same words, later by its length and the gap's."""
+    first, *_ = found = words(await streamed((SPEECH, Gap(8000), SPEECH)))
+    before, behind = found[: len(found) // 2], found[len(found) // 2 :]
+    by_ms = len(SPEECH) // 32 + 8000
+    assert [(w.start_ms + by_ms, w.end_ms + by_ms) for w in before] == [
+        (w.start_ms, w.end_ms) for w in behind
+    ]
+    assert first.start_ms < 1000
+
+
+async def test_an_hour_costs_the_engine_ten_seconds() -> None:
+    """Speech has ended before it, words behind it are an hour later, and no word reaches over it."""
+    long, short = (await streamed((SPEECH, Gap(ms), SPEECH)) for ms in (HOUR_MS, MAX_SILENCE_MS))
+    by_ms = HOUR_MS - MAX_SILENCE_MS
+    edge_ms = len(SPEECH) // 32
+    assert len(told(long)) == len(told(short))
+    for ours, theirs in zip(words(long), words(short), strict=True):
+        moved_ms = by_ms if theirs.start_ms > edge_ms else 0
+        assert (ours.text, ours.start_ms, ours.end_ms) == (
+            theirs.text,
+            theirs.start_ms + moved_ms,
+            theirs.end_ms + moved_ms,
+        )
+    assert next(m for m in told(long) if isinstance(m, AudioGap)) == AudioGap(edge_ms, edge_ms + HOUR_MS)
+    assert next(m for m in told(long) if isinstance(m, SpeechStopped)).end_ms <= edge_ms
+    closed = told(long)[-1]
+    assert isinstance(closed, SessionClosed)
+    assert closed.duration_ms == 2 * edge_ms + HOUR_MS
+
+
+@pytest.mark.parametrize(
+    ("query", "rate", "n_bytes"), [("", 16_000, 2), ("rate=11025&format=mulaw", 11_025, 1)]
+)
+async def test_acknowledged_samples_count_gaps(query: str, rate: int, n_bytes: int) -> None:
+    """At the client's own rate, rounded down; the ack's time is the stream's."""
+    audio = bytes(rate * n_bytes)
+    found = await streamed((audio, Gap(HOUR_MS + 1), audio), query)
+    acks = [e.message for e in found if isinstance(e.message, Ack)]
+    n_samples = 2 * rate + (HOUR_MS + 1) * rate // 1000
+    assert (acks[-1].n_samples, acks[-1].end_ms) == (n_samples, n_samples * 1000 // rate)
+    closed = told(found)[-1]
+    assert isinstance(closed, SessionClosed)
+    assert closed.duration_ms == pytest.approx(2000 + HOUR_MS + 1, abs=2)
+
+
+@pytest.mark.parametrize("duration_ms", [0, -5, MAX_GAP_MS + 1, 1.5, "8000"])
+async def test_a_gap_that_cannot_be_is_refused(duration_ms: object) -> None:
+    """And changes nothing: the stream goes on without it."""
+    async with running_server() as running, running.stream("a") as connection:
+        await send(connection, [SPEECH])
+        await connection.send(f'{{"type": "gap", "duration_ms": {duration_ms!r}}}'.replace("'", '"'))
+        await send(connection, [SPEECH])
+        await connection.send(encode_client(Close()))
+        found = await receive_until(connection, SessionClosed)
+    errors = [e.message for e in found if isinstance(e.message, Error)]
+    assert [(error.code, error.fatal) for error in errors] == [("bad_message", False)]
+    closed = found[-1].message
+    assert isinstance(closed, SessionClosed)
+    assert closed.duration_ms == 2 * len(SPEECH) // 32
+
+
+class Producer:
+    """Sends items over as many connections as it takes, from the sample that the server names."""
+
+    def __init__(self, items: Sent) -> None:
+        self.items = items
+        self.found: list[Envelope] = []
+        self.token = ""
+        self.n_sent = 0  # samples, as the server counts them
+
+    @property
+    def after(self) -> int:
+        """The last logged message that came."""
+        return max((e.seq for e in logged(self.found)), default=0)
+
+    def left(self) -> list[bytes | Gap]:
+        """What the server does not have. It takes a gap whole."""
+        at, found = 0, list[bytes | Gap]()
+        for item in self.items:
+            n_samples = item.duration_ms * MS if isinstance(item, Gap) else len(item) // 2
+            if at + n_samples > self.n_sent:
+                assert isinstance(item, bytes) or at >= self.n_sent, "a part of a gap was taken"
+                found.append(item[2 * max(0, self.n_sent - at) :] if isinstance(item, bytes) else item)
+            at += n_samples
+        return found
+
+    async def hear_to_ack(self, connection: ClientConnection, n_samples: int) -> None:
+        """Messages up to the ack of so many samples."""
+        while True:
+            envelope = await receive(connection)
+            self.found.append(envelope)
+            if isinstance(envelope.message, Ack) and envelope.message.n_samples >= n_samples:
+                return
+
+
+MS = 16
+ITEMS: Sent = (SPEECH, Gap(HOUR_MS), SPEECH[:HALF], Gap(2000), SPEECH[HALF:], Gap(4000), Gap(9000), SPEECH)
+
+
+@pytest.mark.parametrize("death", ["connection", "server"])
+async def test_a_gap_is_not_doubled_by_a_resumption(death: str, tmp_path: Path) -> None:
+    """Lost behind every item in turn, a stream says what it would have said undisturbed."""
+    expected = await streamed(ITEMS)
+    producer = Producer(ITEMS)
+    async with killable_server(tmp_path, GRACE) as server:
+        for n_items in range(1, len(ITEMS) + 1):
+            resume = f"resume={producer.token}&after={producer.after}" if producer.token else ""
+            async with server.stream("a", resume) as connection:
+                first = await receive(connection)
+                if isinstance(first.message, SessionCreated):
+                    producer.token = first.message.resume_token or ""
+                    producer.found.append(first)
+                else:
+                    assert isinstance(first.message, SessionResumed)
+                    producer.n_sent = first.message.n_samples
+                due = sum(i.duration_ms * MS if isinstance(i, Gap) else len(i) // 2 for i in ITEMS[:n_items])
+                sent = producer.left()[:-1] if n_items < len(ITEMS) else producer.left()
+                sent = sent[: len(sent) - (len(ITEMS) - n_items - 1)] if n_items < len(ITEMS) else sent
+                await send(connection, sent)
+                await producer.hear_to_ack(connection, due)
+                if n_items == len(ITEMS):
+                    await connection.send(encode_client(Close()))
+                    producer.found += await receive_until(connection, SessionClosed)
+                elif death == "server":
+                    await server.kill()
+                else:
+                    connection.transport.abort()
+            if death == "server" and n_items < len(ITEMS):
+                await server.start()
+    seqs = [e.seq for e in logged(producer.found)]
+    assert all(a <= b for a, b in pairwise(seqs))
+    assert words(producer.found) == words(expected)
+    assert [m for m in told(producer.found) if isinstance(m, AudioGap)] == [
+        m for m in told(expected) if isinstance(m, AudioGap)
+    ]
+    assert told(producer.found)[-1] == told(expected)[-1]
