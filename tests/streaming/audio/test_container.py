@@ -14,7 +14,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.audio.container import MAX_WAITING_BYTES, ContainerDecoder, container_of
+from streaming.audio.container import MAX_WAITING_BYTES, ContainerDecoder, Hole, container_of
 from streaming.engine.contract import Pcm
 from streaming.errors import BadAudio
 from tests.streaming.support import TIMEOUT_S, utterances
@@ -62,6 +62,7 @@ async def decoded(pieces: Iterator[bytes]) -> Pcm:
     async def pull_all() -> list[Pcm]:
         found = []
         while (pcm := await decoder.pull()) is not None:
+            assert not isinstance(pcm, Hole)
             found.append(pcm)
         return found
 
@@ -105,6 +106,7 @@ async def test_audio_comes_out_while_it_is_sent(kind: str, behind_s: float) -> N
     async def pull_all() -> None:
         nonlocal n_samples
         while (pcm := await decoder.pull()) is not None:
+            assert not isinstance(pcm, Hole)
             n_samples += len(pcm)
 
     pulling = asyncio.create_task(pull_all())
@@ -137,6 +139,7 @@ async def test_bytes_wait_while_nobody_takes_the_audio() -> None:
             while not pushing.done():
                 pcm = await decoder.pull()
                 assert pcm is not None
+                assert not isinstance(pcm, Hole)
                 n_samples += len(pcm)
         assert n_samples > len(data) // 2 - 3 * MAX_WAITING_BYTES
     finally:
