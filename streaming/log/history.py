@@ -22,11 +22,12 @@ from streaming.errors import BadQuery
 from streaming.log.directory import Stream
 from streaming.log.log import Log
 from streaming.log.row import Row
-from streaming.log.store import Query, Store, StreamRow
+from streaming.log.store import Query, SessionRow, Store, StreamRow
 from streaming.log.subtitles import cues_of, subrip, webvtt
 from streaming.protocol import (
     HISTORY_PATH,
     MAX_SEQ,
+    MAX_SESSION_CHARS,
     MESSAGE_TYPES,
     STREAM_NAME,
     Message,
@@ -58,8 +59,24 @@ _TYPES = {
 }
 
 
+_SessionId = Annotated[str, Meta(min_length=1, max_length=MAX_SESSION_CHARS)]
+
+
 class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of pages that take no parameters."""
+
+
+class SessionQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which session of a stream is wanted."""
+
+    session: _SessionId | None = None  # None: the newest
+
+
+class SessionsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which sessions of a stream are listed: the newest ones."""
+
+    before: _SessionId | None = None  # of those that began before this one; None: of all
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
 
 
 class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,10 +85,11 @@ class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after: Annotated[int, Meta(ge=0, le=MAX_SEQ)] = 0
     types: tuple[str, ...] = ()
     limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
+    session: _SessionId | None = None  # None: all of them
 
 
 class UnknownStream(LookupError):
-    """The log keeps no stream of this name, or there is no such page of it."""
+    """The log keeps no stream of this name, no such session, or there is no such page of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +112,7 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was said in the newest session of a stream, or at its end."""
+    """What was said in a session of a stream, or at its end."""
 
     created: SessionCreated | None  # None: it left the log
     closed: SessionClosed | None
@@ -116,8 +134,8 @@ class History:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        # By id: session and `seq` that it was made at. Belongs to the log's reading thread.
-        self._live: OrderedDict[int, tuple[tuple[int, int], Document]] = OrderedDict()
+        # By stream and session: the `seq` that it was made at. Belongs to the log's reading thread.
+        self._live: OrderedDict[tuple[int, int], tuple[int, Document]] = OrderedDict()
 
     async def answer(self, path: str, query: str) -> Document:
         """What a path shows.
@@ -137,15 +155,43 @@ class History:
         page = path.removeprefix(f"{HISTORY_PATH}/{name}/")
         if page in _MESSAGES:
             return await self._messages(row, page, read(query, MessagesQuery, MAX_PARAMETERS))
-        read(query, NoQuery, MAX_PARAMETERS)
-        if page == "live.vtt":
-            return await self._log.reader.ask(partial(self._newest_captions, row=row))
+        if page == "sessions":
+            return await self._sessions(row, read(query, SessionsQuery, MAX_PARAMETERS))
         stem, _, ending = page.partition(".")
-        if stem == "transcript" and ending in _TYPES:
-            rows = await self._log.reader.of_session(row, _SPOKEN, MAX_SPOKEN)
-            return await self._log.reader.apart(lambda: _document(row, transcript_of(_read(rows)), ending))
-        pages = f"messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
-        raise UnknownStream(f"no such page; expected {pages}")
+        if page != "live.vtt" and (stem != "transcript" or ending not in _TYPES):
+            pages = f"sessions, messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
+            raise UnknownStream(f"no such page; expected {pages}")
+        wanted = read(query, SessionQuery, MAX_PARAMETERS).session or row.session_id
+        session = await self._session(row, wanted)
+        if page == "live.vtt":
+            return await self._log.reader.ask(partial(self._newest_captions, row=row, session=session))
+        rows = await self._log.reader.of_session(row, _SPOKEN, MAX_SPOKEN, session.number)
+        transcript = partial(_document, row, session, ending=ending)
+        return await self._log.reader.apart(lambda: transcript(transcript_of(_read(rows))))
+
+    async def _session(self, row: StreamRow, session_id: str) -> SessionRow:
+        """One session of a stream.
+
+        Raises:
+            UnknownStream: it is not kept.
+            LogError: the log cannot be read.
+        """
+        if session_id == row.session_id:  # which may not be on the disk yet
+            return _newest_session(row)
+        found = await self._log.reader.session(row.name, session_id)
+        if found is None:
+            raise UnknownStream(f"no session {session_id!r} of {row.name} is kept")
+        return found
+
+    async def _sessions(self, row: StreamRow, wanted: SessionsQuery) -> Document:
+        """The newest sessions of a stream, newest first."""
+        before = row.session + 1
+        if wanted.before is not None:
+            before = (await self._session(row, wanted.before)).number
+        found = await self._log.reader.ask(lambda store: store.sessions(row.id, before, wanted.limit))
+        sessions = [_session_summary(session) for session in found]
+        head = {"stream": row.name, "log": self._log.id, "n_sessions": row.session}
+        return _json(head | {"sessions": sessions})
 
     async def _streams(self) -> Document:
         """The newest streams, live ones first."""
@@ -158,20 +204,29 @@ class History:
         for name in wanted.types:
             if name not in MESSAGE_TYPES:
                 raise BadQuery(f"types: {name[:80]!r} is no message type")
-        query = Query(0, self._log.published, (row.id,), wanted.types, wanted.after)
+        after, upto = wanted.after, MAX_SEQ
+        if wanted.session is not None:
+            session = await self._session(row, wanted.session)
+            after = max(after, session.first_seq - 1)
+            upto = MAX_SEQ if session.number == row.session else session.last_seq
+        query = Query(0, self._log.published, (row.id,), wanted.types, after, upto)
         found = await self._log.reader.page(query, wanted.limit)
         # What is in the log is JSON already.
-        head = f'{{"stream": {json.dumps(row.name)}, "last_seq": {row.last_seq}, "{page}": ['
+        head = (
+            f'{{"stream": {json.dumps(row.name)}, "log": "{self._log.id}", "last_seq": {row.last_seq}, '
+            f'"{page}": ['
+        )
         body = b",\n".join(message.frame for message in found.rows)
         return Document(_TYPES["json"], head.encode() + body + b"]}\n")
 
-    def _newest_captions(self, store: Store, *, row: StreamRow) -> Document:
+    def _newest_captions(self, store: Store, *, row: StreamRow, session: SessionRow) -> Document:
         """The captions of the last minute: made once for each `seq`, however many players ask."""
-        key = row.session, store.last_seq(row.id)
-        made_at, document = self._live.pop(row.id, (None, None))
-        if document is None or made_at != key:
-            document = _captions(transcript_of(_newest(store, row)))
-        self._live[row.id] = key, document
+        key = row.id, session.number
+        last_seq = store.last_seq(row.id) if session.number == row.session else session.last_seq
+        made_at, document = self._live.pop(key, (None, None))
+        if document is None or made_at != last_seq:
+            document = _captions(transcript_of(_newest(store, *key)))
+        self._live[key] = last_seq, document
         if len(self._live) > MAX_LIVE:
             self._live.popitem(last=False)
         return document
@@ -216,12 +271,12 @@ def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
     return 0
 
 
-def _newest(store: Store, row: StreamRow) -> list[Message]:
-    """The last messages of a stream that hold all segments of its last minute whole."""
+def _newest(store: Store, stream: int, session: int) -> list[Message]:
+    """The last messages of a session that hold all segments of its last minute whole."""
     found: list[Message] = []
     before = MAX_SEQ + 1
     while len(found) < MAX_LIVE_ROWS and not _goes_back(found):
-        rows = store.of_session(row.id, row.session, _SPOKEN, LIVE_ROWS, before)
+        rows = store.of_session(stream, session, _SPOKEN, LIVE_ROWS, before)
         found = [*_read(rows), *found]
         if len(rows) < LIVE_ROWS:
             break
@@ -247,26 +302,29 @@ def _captions(transcript: Transcript) -> Document:
     return Document(_TYPES["vtt"], webvtt(cue for cue in cues if cue.end_ms > begin).encode())
 
 
-def _document(row: StreamRow, transcript: Transcript, ending: str) -> Document:
+def _document(row: StreamRow, session: SessionRow, transcript: Transcript, *, ending: str) -> Document:
     match ending:
         case "txt":
             text = "".join(f"{segment.text}\n" for segment in transcript.segments)
         case "json":
-            return _details(row, transcript)
+            return _details(row, session, transcript)
         case _:
             cues = cues_of(segment.words for segment in transcript.segments)
             text = webvtt(cues) if ending == "vtt" else subrip(cues)
     return Document(_TYPES[ending], text.encode())
 
 
-def _details(row: StreamRow, transcript: Transcript) -> Document:
+def _details(row: StreamRow, session: SessionRow, transcript: Transcript) -> Document:
     created, closed = transcript.created, transcript.closed
-    head = _summary(row) | {
-        "model": None if created is None else created.model,
-        "epoch_ms": None if created is None else created.epoch_ms,
-        "duration_ms": None if closed is None else closed.duration_ms,
-        "text": join_words(segment.text for segment in transcript.segments),
-    }
+    head = (
+        _summary(row)
+        | _session_summary(session)
+        | {
+            "model": None if created is None else created.model,
+            "duration_ms": None if closed is None else closed.duration_ms,
+            "text": join_words(segment.text for segment in transcript.segments),
+        }
+    )
     # In a loop of Python's: one call that encoded all of them would keep the other threads from running.
     segments = [msgspec.json.encode(segment) for segment in transcript.segments]
     body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]}\n"
@@ -285,7 +343,37 @@ def _summary(row: StreamRow) -> dict[str, Any]:
         "n_sessions": row.session,
         "opened_ms": row.opened_ms,
         "closed_ms": row.closed_ms,
+        "session": row.session_id,
+        "epoch_ms": row.epoch_ms,
     }
+
+
+def _session_summary(session: SessionRow) -> dict[str, Any]:
+    return {
+        "session": session.id,
+        "number": session.number,
+        "is_live": bool(session.is_live),
+        "epoch_ms": session.epoch_ms,
+        "opened_ms": session.opened_ms,
+        "closed_ms": session.closed_ms,
+        "reason": session.reason,
+        "first_seq": session.first_seq,
+        "last_seq": session.last_seq,
+    }
+
+
+def _newest_session(row: StreamRow) -> SessionRow:
+    return SessionRow(
+        row.session,
+        row.session_id,
+        row.opened_ms,
+        row.epoch_ms,
+        row.closed_ms,
+        row.closed_reason,
+        row.first_seq,
+        row.last_seq,
+        row.is_live,
+    )
 
 
 def _json(value: object) -> Document:
