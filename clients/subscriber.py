@@ -9,9 +9,11 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 
 from msgspec.structs import replace
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from clients.connection import Backoff, ConnectFailed, closed_because, open_connection, receive
@@ -55,7 +57,7 @@ async def subscribe(
     wait_s: float = 0.0,
     backoff: Backoff = EAGER,
     token: str | None = None,
-) -> AsyncIterator[Envelope]:
+) -> AsyncGenerator[Envelope, None]:
     """The messages of `stream` as they come, from one session to the next, without end.
 
     With a pattern, such as `room-*`: of every matching stream.
@@ -89,9 +91,10 @@ async def subscribe(
     subscription = _Subscription(server, request, position, on_subscribed, token)
     deadline = time.monotonic() + wait_s
     while True:
-        async for envelope in subscription.connection():
-            if not types or envelope.message.type in types:  # else it concerns the connection
-                yield envelope
+        async with aclosing(subscription.connection()) as messages:
+            async for envelope in messages:
+                if not types or envelope.message.type in types:  # else it concerns the connection
+                    yield envelope
         match subscription.end:
             case _End.OVER:
                 return
@@ -138,39 +141,54 @@ class _Subscription:
         self._on_subscribed = on_subscribed
         self._is_pattern = is_pattern(request.streams[0])
         self._is_known = False  # a server knew the stream once
+        self._is_subscribed = False  # on this connection
+        self._error: str | None = None  # that ends this connection
         self._token = token
 
-    async def connection(self) -> AsyncIterator[Envelope]:
+    async def connection(self) -> AsyncGenerator[Envelope, None]:
         """The new messages of one more connection; then `end` and `reason` say why there are no more."""
-        error: str | None = None
-        is_subscribed = False
+        self._error = None
+        self._is_subscribed = False
         request = replace(self._request, after=self._position.after, log=self._position.log)
         try:
             async with await open_connection(self._url, token=self._token) as connection:
                 await connection.send(encode_client(request))
-                while True:
-                    envelope = await receive(connection)
-                    self.n_failed = 0
-                    match envelope.message:
-                        case Subscribed() as confirmed:
-                            is_subscribed = True
-                            self._confirm(envelope, confirmed)
-                            continue
-                        case Error(code="unknown_stream") if self._is_known:
-                            continue  # another log, in which it has not begun yet: it is subscribed to
-                        case Error(code="unknown_stream", message=reason):
-                            is_for_good = self._request.session is not None
-                            self._ended(_End.REFUSED if is_for_good else _End.UNKNOWN, reason)
-                            return
-                        case Error(message=error, fatal=True):
-                            pass  # the close code that follows decides
-                    if self._is_new(envelope):
+                try:
+                    async for envelope in self._new(connection):
                         yield envelope
+                except (GeneratorExit, asyncio.CancelledError):
+                    connection.transport.abort()  # a goodbye would wait behind what is not read any more
+                    raise
         except ConnectFailed as exc:
             self._ended(_End.REFUSED if exc.is_lasting else _End.LOST, str(exc))
         except ConnectionClosed as exc:
-            self._is_known = self._is_known or is_subscribed
-            self._ended(_end_of(exc), error or closed_because(exc))
+            self._is_known = self._is_known or self._is_subscribed
+            self._ended(_end_of(exc), self._error or closed_because(exc))
+
+    async def _new(self, connection: ClientConnection) -> AsyncIterator[Envelope]:
+        """The new messages of a connection, until the server knows no such stream.
+
+        Raises:
+            ConnectionClosed: it is over.
+        """
+        while True:
+            envelope = await receive(connection)
+            self.n_failed = 0
+            match envelope.message:
+                case Subscribed() as confirmed:
+                    self._is_subscribed = True
+                    self._confirm(envelope, confirmed)
+                    continue
+                case Error(code="unknown_stream") if self._is_known:
+                    continue  # another log, in which it has not begun yet: it is subscribed to
+                case Error(code="unknown_stream", message=reason):
+                    is_for_good = self._request.session is not None
+                    self._ended(_End.REFUSED if is_for_good else _End.UNKNOWN, reason)
+                    return
+                case Error(message=reason, fatal=True):
+                    self._error = reason  # the close code that follows decides
+            if self._is_new(envelope):
+                yield envelope
 
     def _ended(self, end: _End, reason: str) -> None:
         self.end, self.reason = end, reason

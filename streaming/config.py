@@ -127,7 +127,7 @@ class VadConfig(_Section):
     start_ms: Annotated[int, Field(ge=30, le=2000)] = 120
     stop_ms: Annotated[int, Field(ge=120, le=5000)] = 800
     pad_ms: Annotated[int, Field(ge=0, le=1000)] = 300
-    min_level_dbfs: Annotated[float, Field(ge=-120, le=0)] = -55.0
+    min_level_dbfs: Annotated[float, Field(ge=-120, le=0)] = -75.0
 
 
 class ModelConfig(_Section):

@@ -137,9 +137,9 @@ class Metrics:
         """An engine died and another is started."""
         self._counters["engine_restarts"].inc()
 
-    def decoded(self, n_loops_cut: int, *, is_silence: bool) -> None:
+    def decoded(self, n_repetitions_cut: int, *, is_silence: bool) -> None:
         """The engine decoded a window: repetitions cut from it, and whether the model found no speech."""
-        self._counters["loops_cut"].inc(n_loops_cut)
+        self._counters["loops_cut"].inc(n_repetitions_cut)
         if is_silence:
             self._counters["silences_cut"].inc()
 

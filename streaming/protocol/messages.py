@@ -232,7 +232,7 @@ class Degraded(Tagged, frozen=True):
         str,
         Meta(
             description='"overload": decode points were skipped; "engine_restart", "server_restart": '
-            "a gap in time"
+            'a gap in time; "too_quiet": most of the speech is below what endpointing lets through'
         ),
     ]
     message: Annotated[str, Meta(description="the same for people to read")]

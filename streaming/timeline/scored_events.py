@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.config import EventsConfig
-from streaming.engine.contract import SOUND_FRAME
-from streaming.engine.messages import Events, Sound, Sounds
+from streaming.engine.contract import SOUND_FRAME, SoundEvents, SoundLabel, SoundScores
 from streaming.protocol import SAMPLE_RATE_HZ, EventEnded, EventStarted, Message, ms_of
 from streaming.timeline.named_events import NamedEvents
 
@@ -63,7 +62,7 @@ class EventTracker:
     def __init__(
         self,
         config: EventsConfig,
-        sounds: Sequence[Sound],
+        sounds: Sequence[SoundLabel],
         state: Mapping[str, Any] | None = None,
         prefix: str = "",
     ) -> None:
@@ -72,7 +71,7 @@ class EventTracker:
         Args:
             config: Thresholds in it override those of `sounds`.
             sounds: Columns of the scores that will be pushed; empty where the model names events.
-            state: What `state` of that tracker gave; sounds it knew and this one does not are dropped.
+            state: What `snapshot` of that tracker gave; sounds it knew and this one does not are dropped.
             prefix: Of the ids of events, so that no other stream has them; that of a `state` counts.
         """
         self._min_rows = max(1, -(-config.min_ms * SAMPLE_RATE_HZ // (1000 * SOUND_FRAME)))
@@ -88,21 +87,21 @@ class EventTracker:
         self._there = {columns[name]: item for name, item in before.sounds.items() if name in columns}
         self._named = NamedEvents(config.max_open, before.named)
 
-    def state(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """What the tracker remembers, as plain dicts, lists, numbers and texts."""
         there = {self._kinds[column].name: item for column, item in self._there.items()}
-        state = TrackerState(self.position, self._n_events, there, self._named.state(), self._prefix)
+        state = TrackerState(self.position, self._n_events, there, self._named.snapshot(), self._prefix)
         plain: dict[str, Any] = msgspec.to_builtins(state)
         return plain
 
-    def push(self, sounds: Sounds) -> list[Message]:
+    def push(self, sounds: SoundScores) -> list[Message]:
         """Take rows of scores; rows already seen are skipped.
 
         A gap before them (hearing began anew after a jump) ends what was there before it.
         """
         if not self._kinds:
             return []
-        rows = np.frombuffer(sounds.scores, np.uint8).reshape(-1, len(self._kinds))
+        rows = sounds.rows(len(self._kinds))
         n_seen = max(0, (self.position - sounds.start) // SOUND_FRAME)
         rows = rows[n_seen:]
         if not len(rows):
@@ -113,7 +112,7 @@ class EventTracker:
             messages += self._row(start + i * SOUND_FRAME, row)
         return messages
 
-    def named(self, events: Events) -> list[Message]:
+    def named(self, events: SoundEvents) -> list[Message]:
         """Take what a model named in its window, where it names events itself."""
         self.position = max(self.position, events.window_end)
         messages = self._named.push(events, self._n_events, self._prefix)
@@ -195,7 +194,9 @@ class EventTracker:
         return sum(item.id is not None for item in self._there.values())
 
 
-def _kind(sound: Sound, columns: Mapping[str, int], sounds: Sequence[Sound], config: EventsConfig) -> _Kind:
+def _kind(
+    sound: SoundLabel, columns: Mapping[str, int], sounds: Sequence[SoundLabel], config: EventsConfig
+) -> _Kind:
     threshold = config.thresholds.get(sound.name, sound.threshold)
     ancestors = []
     parent = sound.parent

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streaming.engine import messages
-from streaming.engine.contract import HeardWord
+from streaming.engine.contract import TimedWord
 from streaming.metrics import Metrics, Observed
 from streaming.protocol import Close, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
 from streaming.refusals import Refusal
@@ -18,7 +18,7 @@ from tests.streaming.server.admission_support import ask
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
 
 NOTHING = Observed(0, 0, 0, 0, False, 0, 0, ())
-RESULT = messages.Result(1, 10_240, "tick", (), 10_240, "en", 0.9, 0, 0.1)
+RESULT = messages.Result(1, 10_240, "tick", (), "en", 0.9, 0, 0.1)
 
 
 def values(text: str) -> Mapping[str, float]:
@@ -72,14 +72,14 @@ def test_a_step_that_takes_longer_than_a_tick_is_an_overrun() -> None:
 def test_loops_silences_and_skipped_points_are_counted() -> None:
     """A silence is a window that was decoded and in which nobody was heard."""
     metrics = Metrics()
-    heard = HeardWord("a", 0, 100, 1.0)
+    heard = TimedWord("a", 0, 100, 1.0)
     for result in (
-        replace_result(n_loops_cut=2),  # a silence too
+        replace_result(n_repetitions_cut=2),  # a silence too
         replace_result(words=(heard,)),
         replace_result(no_speech=0.1),
         replace_result(compute_s=0.0),  # nothing was decoded
     ):
-        metrics.decoded(result.n_loops_cut, is_silence=result.is_silence)
+        metrics.decoded(result.n_repetitions_cut, is_silence=result.is_silence)
     metrics.skipped(3)
     found = read(metrics)
     assert found["moss_live_loops_cut_total"] == 2
