@@ -58,27 +58,21 @@ async def subscribe(
     backoff: Backoff = EAGER,
     token: str | None = None,
 ) -> AsyncGenerator[Envelope, None]:
-    """The messages of `stream` as they come, from one session to the next, without end.
+    """The messages of `stream`, or of all that a pattern matches, from session to session, without end.
 
-    With a pattern, such as `room-*`: of every matching stream.
-
-    Opens a lost connection again and resumes after the last `seq`, so that no logged message is
-    missed or given twice; of another log, whose `seq` counts anew, it takes all. An interim in flight
-    may be missed: the next one replaces it.
+    Opens a lost connection again and resumes after the last `seq`: no logged message is missed or
+    given twice. Of another log, whose `seq` counts anew, it takes all. An interim may be missed.
 
     Args:
         server: Such as ws://127.0.0.1:8765.
         stream: Its name, or a pattern.
         types: Message types to give; none means all.
-        after: Give the logged messages after this first, as `Subscribe` says; None begins with the
-            next one.
+        after: Give the logged messages after this first, as `Subscribe` says; None: none.
         session: Give this session alone, and end with it.
         follow: False: end when everything was given and nothing that is subscribed to is live.
-        position: Begin there instead of at `after`. It is kept up to date: when a message is given, it
-            is the place behind it.
+        position: Begin there, not at `after`; kept up to date, before each message is given.
         on_subscribed: Called with what the server confirms, for each connection.
-        wait_s: How long to wait for a stream that the server does not know yet, seconds. One that it
-            knew before is waited for as long as it takes.
+        wait_s: How long to wait for a stream that the server never knew, seconds.
         backoff: The pace of further attempts.
         token: For a server that requires one.
 

@@ -245,7 +245,7 @@ def test_a_tracker_goes_on_from_that_of_a_model_that_names_events() -> None:
 
 
 def test_ids_of_events_are_of_one_session() -> None:
-    """They begin with the session's prefix, in either tracker and after a restart; an older state has none."""
+    """They begin with the session's prefix, also after a restart; an older state has none."""
     for sounds in (MUSIC, ()):
         events = EventTracker(CONFIG, sounds, prefix="s1-")
         for i, at in enumerate((4, 14)):
