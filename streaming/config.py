@@ -118,6 +118,7 @@ class IngestConfig(_Section):
     ring_s: Annotated[float, Field(ge=45, le=600)] = 90.0
     max_ahead_s: Annotated[float, Field(ge=3, le=60)] = 10.0
     ack_interval_s: Annotated[float, Field(gt=0, le=1)] = 0.5
+    spool_mib: Annotated[int, Field(ge=1, le=65_536)] = 128
 
 
 class VadConfig(_Section):

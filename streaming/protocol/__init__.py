@@ -79,6 +79,7 @@ from streaming.protocol.requests import (
     decode_client,
     encode_client,
 )
+from streaming.protocol.sounds import is_music, is_speech
 
 __all__ = [
     "AFTER_LIVE",
@@ -147,6 +148,8 @@ __all__ = [
     "encode",
     "encode_bytes",
     "encode_client",
+    "is_music",
     "is_pattern",
+    "is_speech",
     "ms_of",
 ]

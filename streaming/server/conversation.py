@@ -30,6 +30,7 @@ from streaming.log.row import Row, row_of
 from streaming.protocol import CloseCode, Envelope, Error, Message
 from streaming.server import ws
 from streaming.server.limits import ProducerLimits
+from streaming.server.spool import Inbox, Spool
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.lifetime import LiveStream, ResumableStream, Resumption
 from streaming.stream.registry import Streams
@@ -178,6 +179,8 @@ class Conversation:
         self._enveloped = envelope
         self._stopping = stopping
         self._sending = asyncio.Lock()  # what one message becomes is not cut in two
+        self._spool = Spool(limits.spool_folder, limits.spool_bytes)
+        self._inbox = Inbox(connection, self._spool)
         self._has_begun = asyncio.Event()  # the stream's first message was sent
         self._complaints = ws.Complaints(limits.server.max_bad_messages)
         self._pace = limits.new_pace(asyncio.get_running_loop().time())
@@ -214,7 +217,7 @@ class Conversation:
         now = asyncio.get_running_loop().time()
         read_at = now + self._pace.take(audio_s, now)
         yield
-        await aio.sleep_until(read_at)  # and the socket is not read meanwhile
+        await aio.sleep_until(read_at)  # and what comes meanwhile waits in the spool
 
     async def send(self, make: Callable[[], Iterable[Frame]]) -> None:
         """Send frames that are made when it is their turn; nothing goes before the first message.
@@ -263,6 +266,7 @@ class Conversation:
                 await self._live.wait_over()
             slot.detach(reader)
             self._dialect.stop()
+            self._spool.close()
 
     async def _send_all(self) -> None:
         async for row in self._reader:
@@ -279,6 +283,7 @@ class Conversation:
         name, is_resumable = self._live.name, self._is_resumable
         try:
             await aio.race(
+                self._inbox.fill(),
                 self._receive(),
                 self._dialect.work(self),
                 ws.failed(sender),
@@ -328,7 +333,7 @@ class Conversation:
         while (now := loop.time()) < idle_at:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(min(now + self.limits.ack_interval_s, idle_at)):
-                    return await self._connection.recv()
+                    return await self._inbox.get()
             await self._dialect.idle(self)
         raise IdleConnection(f"nothing came for {idle_timeout_s} s")
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from websockets.asyncio.server import ServerConnection
 
@@ -40,6 +41,7 @@ class ProducerSettings:
     ingest: IngestConfig
     vad: VadConfig
     model: ModelConfig
+    spool_folder: Path  # on the disk of the log
 
 
 class Producers:
@@ -111,7 +113,7 @@ class Producers:
             admitted = self._admit_resumed(connection, dialect, dialect.resumption)
         else:
             admitted = self._admit_new(connection, dialect, language)
-        # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
+        # A pong would wait behind the audio while the spool is full; `idle_timeout_s` finds the dead.
         connection.ping_timeout = None
         return admitted
 
@@ -218,4 +220,6 @@ class Producers:
             ready.languages,
             None if settings.model.language == "auto" else settings.model.language,
             ready.tasks,
+            settings.spool_folder,
+            settings.ingest.spool_mib * 1024 * 1024,
         )
