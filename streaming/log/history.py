@@ -96,9 +96,9 @@ class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TranscriptQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which session a transcript is of, and what it shows beside words."""
 
-    session: _SessionId | None = None  # None: the newest
     sounds: Literal["0", "1"] = "0"
     speakers: Literal["0", "1"] = "0"  # in cues; JSON always has them
+    session: _SessionId | None = None  # None: the newest
 
     @property
     def types(self) -> tuple[str, ...]:
