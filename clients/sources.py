@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from clients.extras import how_to_install
 from clients.tracks import (
     PROBE_RATE_HZ,
     PROBE_S,
@@ -345,7 +346,7 @@ def _sounddevice() -> Any:
     try:
         import sounddevice
     except ModuleNotFoundError as exc:
-        raise SourceError("no microphone: install sounddevice (pip install 'moss-live[clients]')") from exc
+        raise SourceError(f"no microphone: sounddevice is missing: {how_to_install('clients')}") from exc
     except OSError as exc:  # its binding looks for the library at import
         raise SourceError(
             "no microphone: PortAudio is missing (Debian: apt-get install libportaudio2); "
