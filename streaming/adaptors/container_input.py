@@ -34,7 +34,8 @@ class ContainerInput:
         while (piece := await self._container.pull()) is not None:
             if isinstance(piece, Hole):
                 async with self._talk.paced(min(piece.duration_ms, MAX_SILENCE_MS) / 1000):
-                    await self._session.gap(piece.duration_ms)
+                    await self._session.wait_for_room(self._session.clock.silence_of(piece.duration_ms))
+                    self._session.push_gap(piece.duration_ms)
             else:
                 async with self._talk.paced(len(piece) / SAMPLE_RATE_HZ):
                     await self._session.feed(piece)

@@ -101,15 +101,29 @@ class Unsaved:
 class _Timed:
     """What a session says, with the stream's times in place of the engine's."""
 
-    def __init__(self, outlets: Outlets, clock: StreamClock) -> None:
+    def __init__(self, outlets: Outlets, clock: StreamClock, n_samples: int) -> None:
         self._outlets = outlets
         self._clock = clock
+        # When the first sample came, or would have at the pace of speech.
+        self._began_at = asyncio.get_running_loop().time() - n_samples / SAMPLE_RATE_HZ
 
     def say(self, message: _M) -> _M:
         """Publish a message whose times are the engine's; gives it as it was published."""
         placed = self._clock.placed(message)
         self._outlets.publish(placed)
         return placed
+
+    def say_all(self, found: Sequence[Message], n_samples: int) -> None:
+        """Publish what was found when the stream had so many samples."""
+        for message in found:
+            self.say(message)
+            if isinstance(message, TranscriptDelta) and self._is_in_real_time(n_samples):
+                self._outlets.metrics.committed(message, ms_of(n_samples))
+
+    def _is_in_real_time(self, n_samples: int) -> bool:
+        """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
+        elapsed_s = asyncio.get_running_loop().time() - self._began_at
+        return n_samples <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
 
     def begin(self, duration_ms: int, *, is_first: bool) -> None:
         """So much audio came just now, or the time for which there is none."""
@@ -149,7 +163,7 @@ class Session:
         """
         self.name = name
         self.clock = clock
-        self._timed = _Timed(outlets, clock)
+        self._timed = _Timed(outlets, clock, feed.n_samples)
         self._number = number
         self._feed = feed
         self._vad = vad
@@ -160,8 +174,6 @@ class Session:
         self._inbox: deque[FromEngine] = deque()  # one result at most, and a progress per 0.5 s sent
         self._unsaved: deque[Pcm] = deque()  # audio that came since the last `take_unsaved`
         self._saved = feed.n_samples  # the log has the audio before it
-        # When the first sample came, or would have at the pace of speech.
-        self._began_at = asyncio.get_running_loop().time() - feed.n_samples / SAMPLE_RATE_HZ
 
     def open(self, epoch_ms: int) -> None:
         """Announce the stream and take its slot, at once or when the engine is back."""
@@ -252,14 +264,6 @@ class Session:
             self._timed.begin(ms_of(len(pcm)), is_first=not self._feed.n_samples)
             self._timed.end_gap()
         self._take_audio(pcm)
-
-    async def gap(self, duration_ms: int) -> None:
-        """Take a gap of the sender's: silence, as `StreamClock` says; waits while there is no room for it.
-
-        Cancelled while it waits, it has taken nothing.
-        """
-        await self.wait_for_room(self.clock.silence_of(duration_ms))
-        self.push_gap(duration_ms)
 
     def push_gap(self, duration_ms: int) -> None:
         """Take a gap for whose silence `wait_for_room` was called, without awaiting in between."""
@@ -421,15 +425,7 @@ class Session:
         self._timed.say(Degraded(code, text, ms_of(start), ms_of(end)))
 
     def _publish(self, found: Sequence[Message]) -> None:
-        for message in found:
-            self._timed.say(message)
-            if isinstance(message, TranscriptDelta) and self._is_in_real_time():
-                self._outlets.metrics.committed(message, ms_of(self._feed.n_samples))
-
-    def _is_in_real_time(self) -> bool:
-        """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
-        elapsed_s = asyncio.get_running_loop().time() - self._began_at
-        return self._feed.n_samples <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
+        self._timed.say_all(found, self._feed.n_samples)
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         """Wait for something that the engine's messages bring about, or for the stream's end or loss."""

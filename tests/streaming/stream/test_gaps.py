@@ -109,6 +109,24 @@ async def test_a_pause_of_the_sender_does_not_move_what_is_behind_it() -> None:
     assert first.start_ms < 1000
 
 
+async def test_the_wall_clock_is_that_of_the_first_sample_and_of_the_newest() -> None:
+    """Not of the opening; an `ack` says when its audio came."""
+    wait_s = 0.6
+    async with running_server() as running, running.stream("a") as connection:
+        created = (await receive(connection)).message
+        assert isinstance(created, SessionCreated)
+        await asyncio.sleep(wait_s)
+        await send(connection, [SPEECH])
+        await connection.send(encode_client(Close()))
+        found = await receive_until(connection, SessionClosed)
+    (epoch_ms,) = {e.epoch_ms for e in found}
+    assert epoch_ms is not None
+    first_piece_ms = 100
+    assert epoch_ms - created.epoch_ms >= wait_s * 1000 - first_piece_ms - 1
+    walls = [e.message.wall_ms for e in found if isinstance(e.message, Ack)]
+    assert all(wall_ms is not None and wall_ms >= epoch_ms for wall_ms in walls)
+
+
 async def test_an_hour_costs_the_engine_ten_seconds() -> None:
     """Speech has ended before it, words behind it are an hour later, and no word reaches over it."""
     long, short = [await streamed((SPEECH, Gap(ms), SPEECH)) for ms in (HOUR_MS, MAX_SILENCE_MS)]
