@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clients.extras import how_to_install
 from streaming.protocol import (
     AFTER_LIVE,
     DEFAULT_PORT,
@@ -64,7 +65,7 @@ def _load(entry: EntryPoint) -> click.Command:
     try:
         command = entry.load()
     except ModuleNotFoundError as exc:
-        return _unavailable(entry.name, f"needs {exc.name}: pip install 'moss-live[server]'")
+        return _unavailable(entry.name, f"needs {exc.name}: {how_to_install('server')}")
     if not isinstance(command, click.Command):
         raise click.ClickException(f"{entry.value} is no click command")
     return command
@@ -407,7 +408,7 @@ def _missing_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as exc:
-        raise click.ClickException(f"this needs {exc.name}: pip install 'moss-live[clients]'") from exc
+        raise click.ClickException(f"this needs {exc.name}: {how_to_install('clients')}") from exc
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -151,7 +151,7 @@ def test_a_command_whose_extra_is_missing_says_so(monkeypatch: pytest.MonkeyPatc
     assert "serve" in runner.invoke(commands.group, ["--help"]).output
     result = runner.invoke(commands.group, ["serve", "--port", "1"])
     assert result.exit_code == 1
-    assert result.output == "Error: serve needs no_such_package: pip install 'moss-live[server]'\n"
+    assert result.output.startswith("Error: serve needs no_such_package: pip install '.[server]'")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no audio at all"], ids=["missing", "empty", "text"])
