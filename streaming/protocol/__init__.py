@@ -6,6 +6,7 @@ Audio travels as binary frames; everything else is one JSON object per text fram
 """
 
 from streaming.protocol.codes import (
+    AFTER_LIVE,
     AFTER_PARAMETER,
     AUDIO_FORMATS,
     DEFAULT_PORT,
@@ -17,6 +18,7 @@ from streaming.protocol.codes import (
     MAX_QUESTION_CHARS,
     MAX_RATE_HZ,
     MAX_SEQ,
+    MAX_SESSION_CHARS,
     MAX_SUBSCRIBED_STREAMS,
     MAX_TEXT_CHARS,
     METRICS_PATH,
@@ -56,6 +58,7 @@ from streaming.protocol.messages import (
     SessionResumed,
     SpeechStarted,
     SpeechStopped,
+    Subscribed,
     TranscriptDelta,
     TranscriptFinal,
     TranscriptInterim,
@@ -79,6 +82,7 @@ from streaming.protocol.requests import (
 from streaming.protocol.sounds import is_music, is_speech
 
 __all__ = [
+    "AFTER_LIVE",
     "AFTER_PARAMETER",
     "AUDIO_FORMATS",
     "DEFAULT_PORT",
@@ -90,6 +94,7 @@ __all__ = [
     "MAX_QUESTION_CHARS",
     "MAX_RATE_HZ",
     "MAX_SEQ",
+    "MAX_SESSION_CHARS",
     "MAX_SUBSCRIBED_STREAMS",
     "MAX_TEXT_CHARS",
     "MESSAGE_TYPES",
@@ -133,6 +138,7 @@ __all__ = [
     "SpeechStarted",
     "SpeechStopped",
     "Subscribe",
+    "Subscribed",
     "TranscriptDelta",
     "TranscriptFinal",
     "TranscriptInterim",
