@@ -52,7 +52,7 @@ def test_every_metric_that_is_named_is_served(text: str) -> None:
 
 
 def test_every_query_is_whole() -> None:
-    """Brackets pair, functions are Prometheus', labels those that there are; `promtool` reads the rules alone."""
+    """Brackets pair, functions are Prometheus', labels those that there are."""
     queries = [*re.findall(r"^ +expr: (.+)$", RULES, re.MULTILINE), *expressions()]
     assert len(queries) > 30
     functions = {"rate", "increase", "histogram_quantile", "sum", "topk", "by"}
