@@ -20,7 +20,7 @@ from rapidfuzz.distance import Levenshtein
 from bench.manifest import Clip, join, load_manifest, read_audio
 from bench.measures import normal_words
 from streaming.config import Config, EmotionConfig, EngineConfig, EventsConfig, ModelConfig
-from streaming.engine.contract import Fork, HeardWord, Pcm, Runner, SlotStep, StepPlan
+from streaming.engine.contract import Fork, Pcm, Runner, SlotStep, StepPlan, TimedWord
 from streaming.engine.runners.loader import load_runner, warm_up
 from streaming.engine.runners.whisper import GUARD_POSITIONS
 from streaming.engine.scheduler import EXTRA_TOKENS
@@ -59,7 +59,7 @@ class Window:
     has_prefix: bool  # the first half of its words counts as committed, as it would be live
 
 
-class Ears:
+class Transcriber:
     """One encoder, asked as the engine asks it: the same forks, budgets and prompts."""
 
     def __init__(self, runner: Runner, config: Config) -> None:
@@ -67,20 +67,23 @@ class Ears:
         self.runner, self.config = runner, config
         self._longest_s = min(LONGEST_S, runner.capabilities.max_window_s)
 
-    def hear(self, pcm: Pcm, language: str | None, prefix: Sequence[HeardWord] = ()) -> tuple[HeardWord, ...]:
+    def transcribe(
+        self, pcm: Pcm, language: str | None, prefix: Sequence[TimedWord] = ()
+    ) -> tuple[TimedWord, ...]:
         """The words of one window after `prefix`, with their times in samples from its start."""
         budget = EXTRA_TOKENS + int(len(pcm) / SAMPLE_RATE_HZ * self.config.transcript.max_tokens_per_s)
         fork = Fork("transcript", 0, tuple(prefix), "", language, budget)
-        result = self.runner.step(StepPlan((SlotStep(0, 0, 0, pcm, (fork,)),)))
+        (result,) = self.runner.step(StepPlan((SlotStep(0, 0, 0, pcm, (fork,)),)))
         self.runner.reset([0])
-        return result.hypotheses[0].words
+        return result.words
 
-    def hear_all(self, pcm: Pcm, language: str | None) -> tuple[HeardWord, ...]:
+    def transcribe_all(self, pcm: Pcm, language: str | None) -> tuple[TimedWord, ...]:
         """The words of audio of any length, heard piece by piece."""
-        words: list[HeardWord] = []
+        words: list[TimedWord] = []
         for start, piece in pieces(pcm, self._longest_s):
             words += [
-                HeardWord(w.text, w.start + start, w.end + start, w.score) for w in self.hear(piece, language)
+                TimedWord(w.text, w.start + start, w.end + start, w.confidence)
+                for w in self.transcribe(piece, language)
             ]
         return tuple(words)
 
@@ -89,9 +92,9 @@ class Ears:
 class Encoders:
     """The same weights three times."""
 
-    short: Ears  # as the engine has it
-    tight: Ears  # with 0.2 s computed behind the audio, not a second
-    padded: Ears  # every window padded to 30 s: the reference
+    short: Transcriber  # as the engine has it
+    tight: Transcriber  # with 0.2 s computed behind the audio, not a second
+    padded: Transcriber  # every window padded to 30 s: the reference
 
 
 def load_encoders(threads: int, dtype: str) -> Encoders:
@@ -104,13 +107,13 @@ def load_encoders(threads: int, dtype: str) -> Encoders:
     events, emotion = EventsConfig(enabled=False), EmotionConfig(enabled=False)
     short = ModelConfig.model_validate({"dtype": dtype})
     padded = short.model_copy(update={"short_context": False})
-    ears = []
+    transcribers = []
     for model, guard in ((short, GUARD_POSITIONS), (short, TIGHT_POSITIONS), (padded, GUARD_POSITIONS)):
         config = Config(model=model, engine=engine, events=events, emotion=emotion)
         runner = load_runner(config, guard_positions=guard)
         warm_up(runner, 1)
-        ears.append(Ears(runner, config))
-    return Encoders(*ears)
+        transcribers.append(Transcriber(runner, config))
+    return Encoders(*transcribers)
 
 
 def load_lines(manifest: Path, root: Path, path_part: str) -> tuple[list[Line], list[Sound]]:
@@ -248,12 +251,12 @@ def sound_of(kind: SoundKind, sounds: Sequence[Sound], seconds: float, seed: int
     return np.concatenate([made, *parts])[: int(seconds * SAMPLE_RATE_HZ)]
 
 
-def n_words_in_windows(ears: Ears, pcm: Pcm) -> int:
+def n_words_in_windows(transcriber: Transcriber, pcm: Pcm) -> int:
     """Words heard in windows of 3, 6, 10 and 15 s in turn; where nobody speaks, all are invented."""
     lengths = [int(s * SAMPLE_RATE_HZ) for s in (3, 6, 10, 15)]
     n_words = at = turn = 0
     while at < len(pcm):
-        n_words += len(ears.hear(pcm[at : at + lengths[turn % 4]], None))
+        n_words += len(transcriber.transcribe(pcm[at : at + lengths[turn % 4]], None))
         at += lengths[turn % 4]
         turn += 1
     return n_words
@@ -274,7 +277,7 @@ def character_errors(pairs: Iterable[tuple[str, str]]) -> float:
     return errors / max(1, n_chars)
 
 
-def text_of(words: Iterable[HeardWord]) -> str:
+def text_of(words: Iterable[TimedWord]) -> str:
     """Words as running text."""
     return join_words(word.text for word in words)
 
@@ -289,7 +292,7 @@ class Agreement:
     shifts_s: tuple[float, ...]  # of the words both have: how far beginning and end lie apart, in turn
 
 
-def agreement(ref: Sequence[HeardWord], other: Sequence[HeardWord], end_s: float) -> Agreement:
+def agreement(ref: Sequence[TimedWord], other: Sequence[TimedWord], end_s: float) -> Agreement:
     """Align two hypotheses word by word and count up to second `end_s` of the reference."""
     ref_words = [(text, word) for word in ref for text in normal_words(word.text)]
     other_words = [(text, word) for word in other for text in normal_words(word.text)]

@@ -103,7 +103,7 @@ def offline_errors(ckpt: Checkpoint, case: Case) -> dict[str, float]:
 
 
 def known_peak(pcm: Tensor, n_mels: int) -> float:
-    """What an ear must be told of a clip before it hears it, log10 power.
+    """What a front end must know of a clip before its first frame, log10 power.
 
     Nothing, except where the clip's maximum sets the floor of a cell: the published code looks at
     the whole clip first, and no stream can.

@@ -50,7 +50,7 @@ from model.moss.parse import Span, parse_sentences
 from model.moss.window import RollingCache
 from scripts.demo import HOST, DemoError, running_server, tail
 from streaming.config import Config, parse_config
-from streaming.engine.contract import Runner, StepPlan, StepResult
+from streaming.engine.contract import Runner, SlotResult, StepPlan
 from streaming.engine.runners.loader import device_of, dtype_of, load_runner
 from streaming.protocol import SAMPLE_RATE_HZ, Envelope, TranscriptDelta, Word
 from training.nano_mixtures import Mixture, Sources, load_sources, mix
@@ -291,7 +291,7 @@ class Weighed:
         self._runner = runner
         self._bytes: list[int] = []
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """The runner's step."""
         result = self._runner.step(plan)
         self._bytes.append(psutil.Process().memory_info().rss)

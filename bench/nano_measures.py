@@ -1,6 +1,6 @@
-"""What moss-nano is measured by: digit errors, times of sentences and events, questions about time.
+"""Measures of moss-nano: digit errors, times of sentences and events, questions about time.
 
-Pure functions over what was in a mixture and what a model said of it.
+Pure functions of a mixture's labels and a model's answers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from model.moss.parse import Span as Window
 from training.nano_mixtures import Event, Mixture, Word
 from training.nano_text import Exchange, label_of, phrases
 
-SAME_TIME_S = 0.5  # within which the answer to "when" is right
+SAME_TIME_S = 0.5  # tolerance of an answer to "when"
 
 
 @dataclass
 class Tally:
-    """What is counted over mixtures."""
+    """Counts over mixtures."""
 
     n_words: int = 0
     n_errors: int = 0
@@ -38,7 +38,7 @@ class Tally:
     n_nothing: int = 0
 
     def transcript(self, mixture: Mixture, text: str) -> None:
-        """Count what was said of the words."""
+        """Count the errors of a transcript."""
         window = Window(0.0, len(mixture.audio) / 16_000)
         found = parse_sentences(text, window)
         reference = [word.text for word in mixture.words]
@@ -47,7 +47,7 @@ class Tally:
         self.sentence_errors_s += sentence_errors(mixture.words, found)
 
     def events(self, mixture: Mixture, text: str) -> None:
-        """Count what was said of the sounds."""
+        """Count the errors of a list of events."""
         found = parse_events(text, Window(0.0, len(mixture.audio) / 16_000))
         hits, onsets = event_hits(mixture.events, found)
         self.hits += hits
@@ -56,13 +56,13 @@ class Tally:
         self.onset_errors_s += onsets
 
     def said(self, exchange: Exchange, text: str) -> None:
-        """Count the answer to what was said between two times: right where every word is."""
+        """Count an answer about the words between two times: right if every word is."""
         self.n_said += 1
         self.n_nothing += exchange.answer == phrases()["said"]["nothing"]
         self.said_right += text.strip() == exchange.answer
 
     def when(self, exchange: Exchange, text: str) -> None:
-        """Count the answer to when a sound was heard."""
+        """Count an answer about the times of a sound."""
         self.n_when += 1
         self.n_nothing += exchange.answer == phrases()["heard"]["nothing"]
         self.when_right += is_same_time(exchange.answer, text)

@@ -110,9 +110,9 @@ def measure_offline(clips: Sequence[Clip], config: Config, seconds: float) -> fl
 def transcribe(runner: Runner, clip: Clip) -> str:
     """The text of one clip of at most 30 s, in one go."""
     fork = Fork("transcript", 0, (), "", None, OFFLINE_TOKENS)
-    result = runner.step(StepPlan((SlotStep(0, 0, 0, read_audio(clip.path), (fork,)),)))
+    (result,) = runner.step(StepPlan((SlotStep(0, 0, 0, read_audio(clip.path), (fork,)),)))
     runner.reset([0])
-    return " ".join(word.text for word in result.hypotheses[0].words)
+    return " ".join(word.text for word in result.words)
 
 
 def print_report(report: Report, offline_wer: float | None, live: VirtualRuns, audio_s: float) -> None:

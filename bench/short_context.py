@@ -56,7 +56,7 @@ from bench.measures import Run, measure, normal_text, pooled_wer, transcript
 from bench.virtual import run
 from clients.sources import SourceError
 from model.errors import CheckpointError
-from streaming.engine.contract import HeardWord, Pcm
+from streaming.engine.contract import Pcm, TimedWord
 from streaming.protocol import SAMPLE_RATE_HZ
 
 MAX_RATIO = 1.05  # of error rates, short to padded
@@ -161,7 +161,7 @@ def measure_wer(material: Material) -> Measures:
     shifts_s: list[float] = []
     for line in lines:
         pcm = read_audio(line.clip.path)
-        heard = {side: getattr(material.encoders, side).hear_all(pcm, None) for side in said}
+        heard = {side: getattr(material.encoders, side).transcribe_all(pcm, None) for side in said}
         for side, words in heard.items():
             said[side].append((line.clip.text, text_of(words)))
         shifts_s += agreement(heard["padded"], heard["short"], len(pcm) / SAMPLE_RATE_HZ).shifts_s
@@ -189,9 +189,12 @@ def measure_languages(material: Material) -> Measures:
         row: Measures = {"n_clips": len(lines)}
         for name, told in (("told", language), ("detected", None)):
             cer = {}
-            for side, ears in (("short", material.encoders.short), ("padded", material.encoders.padded)):
+            for side, transcriber in (
+                ("short", material.encoders.short),
+                ("padded", material.encoders.padded),
+            ):
                 said = [
-                    (line.clip.text, text_of(ears.hear_all(read_audio(line.clip.path), told)))
+                    (line.clip.text, text_of(transcriber.transcribe_all(read_audio(line.clip.path), told)))
                     for line in lines
                 ]
                 cer[side] = character_errors(said)
@@ -213,12 +216,14 @@ def measure_edges(material: Material) -> Measures:
     found: list[Agreement] = []
     for window in windows:
         end_s = len(window.pcm) / SAMPLE_RATE_HZ - LAST_S
-        padded = material.encoders.padded.hear(window.pcm, ENGLISH)
-        prefix: tuple[HeardWord, ...] = ()
+        padded = material.encoders.padded.transcribe(window.pcm, ENGLISH)
+        prefix: tuple[TimedWord, ...] = ()
         if window.has_prefix and len(padded) > 1:
             prefix = padded[: len(padded) // 2]
-            padded = material.encoders.padded.hear(window.pcm, ENGLISH, prefix)
-        found.append(agreement(padded, material.encoders.short.hear(window.pcm, ENGLISH, prefix), end_s))
+            padded = material.encoders.padded.transcribe(window.pcm, ENGLISH, prefix)
+        found.append(
+            agreement(padded, material.encoders.short.transcribe(window.pcm, ENGLISH, prefix), end_s)
+        )
     n_words, n_added = sum(a.n_words for a in found), sum(a.n_added for a in found)
     n_same = sum(a.n_same for a in found)
     same = n_same / max(1, n_words + n_added)
@@ -255,8 +260,8 @@ def measure_live(material: Material) -> Measures:
         return nothing("live", "no English clip with a text")
     recording = join([line.clip for line in lines])
     result: Measures = {"audio_s": recording.duration_s}
-    for side, ears in (("short", material.encoders.short), ("padded", material.encoders.padded)):
-        live = run([recording.audio], ears.runner, ears.config, speed=NO_TIME)
+    for side, transcriber in (("short", material.encoders.short), ("padded", material.encoders.padded)):
+        live = run([recording.audio], transcriber.runner, transcriber.config, speed=NO_TIME)
         report = measure([Run(recording.text, recording.words, live.runs[0].arrivals)])
         result[side] = {
             "core_s_per_audio_s": live.cpu_s / recording.duration_s,
@@ -282,8 +287,8 @@ def measure_idle(material: Material) -> Measures:
     result: Measures = {}
     for kind, pcm in sounds_of(material):
         row: Measures = {"audio_s": len(pcm) / SAMPLE_RATE_HZ}
-        for side, ears in (("short", material.encoders.short), ("padded", material.encoders.padded)):
-            live = run([pcm], ears.runner, ears.config, speed=NO_TIME)
+        for side, transcriber in (("short", material.encoders.short), ("padded", material.encoders.padded)):
+            live = run([pcm], transcriber.runner, transcriber.config, speed=NO_TIME)
             row[side] = len(transcript(live.runs[0].arrivals).split())
         result[kind] = row
         print(f"live {kind:9}{row['short']:4d} words committed   padded {row['padded']:4d}")

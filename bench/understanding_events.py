@@ -34,12 +34,13 @@ from streaming.config import Config
 from streaming.engine.contract import (
     SOUND_FRAME,
     Capabilities,
+    Findings,
     Hypothesis,
     Pcm,
     Runner,
+    SlotResult,
     SlotStep,
     StepPlan,
-    StepResult,
 )
 from streaming.engine.runners.loader import load_runner, warm_up
 from streaming.engine.runners.sounds import SoundScorer
@@ -98,16 +99,15 @@ class SoundsAlone:
 
     def __init__(self, scorer: SoundScorer) -> None:
         self._scorer = scorer
-        self.capabilities = Capabilities("sounds", ("transcript", "events"), (), 30.0, 0.08, scorer.labels)
+        self.capabilities = Capabilities("sounds", ("transcript", "events"), (), 30.0, scorer.labels)
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """Sounds, and no word for whatever is asked."""
-        silence = tuple(
-            Hypothesis(step.slot_idx, step.owner, (), fork.window_start, None, 0.0, 1.0, 0)
-            for step in plan.slots
-            for fork in step.forks
+        silence = Hypothesis((), None, 0.0, 1.0, 0)
+        return tuple(
+            SlotResult(silence if step.forks else None, Findings(scores))
+            for step, scores in zip(plan.slots, self._scorer.step(plan.slots), strict=True)
         )
-        return StepResult(silence, sounds=self._scorer.step(plan.slots))
 
     def reset(self, slots: Sequence[int]) -> None:
         """Forget."""

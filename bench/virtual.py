@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from streaming.audio.vad import Vad
 from streaming.config import Config
 from streaming.engine.contract import Capabilities, Runner
-from streaming.engine.messages import Audio, CloseStream, Commit, Open, Result, Sound
+from streaming.engine.messages import Audio, CloseStream, Commit, Open, Result
 from streaming.engine.scheduler import Scheduler
 from streaming.engine.task_schedule import TaskSchedule
 from streaming.protocol import SAMPLE_RATE_HZ, Message
@@ -60,10 +60,9 @@ class _Stream:
         self.audio = audio
         self._keep = keep
         self._vad = Vad(config.vad)
-        sounds = [Sound(label.name, label.parent, label.threshold) for label in capabilities.sounds]
         self._feed = Feed(
             number,
-            new_timeline(config, capabilities.tasks, sounds),
+            new_timeline(config, capabilities.tasks, capabilities.sounds),
             language=language,
             ring=len(audio),
             max_ahead=int(config.ingest.max_ahead_s * SAMPLE_RATE_HZ),

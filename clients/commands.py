@@ -16,19 +16,27 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from clients.extras import how_to_install
 from streaming.protocol import (
+    AFTER_LIVE,
     DEFAULT_PORT,
+    MAX_SEQ,
     MESSAGE_TYPES,
     STREAM_NAME,
     STREAM_PATTERN,
     Envelope,
+    Subscribed,
     TranscriptDelta,
     encode,
 )
+
+if TYPE_CHECKING:
+    from clients.cursor import CursorFile, Position
 
 COMMANDS = "moss_live.commands"
 DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"
@@ -57,7 +65,7 @@ def _load(entry: EntryPoint) -> click.Command:
     try:
         command = entry.load()
     except ModuleNotFoundError as exc:
-        return _unavailable(entry.name, f"needs {exc.name}: pip install 'moss-live[server]'")
+        return _unavailable(entry.name, f"needs {exc.name}: {how_to_install('server')}")
     if not isinstance(command, click.Command):
         raise click.ClickException(f"{entry.value} is no click command")
     return command
@@ -102,6 +110,17 @@ def _server_url(_ctx: click.Context, _param: click.Parameter, value: str) -> str
     return f"{_SCHEMES[scheme.lower()]}://{rest}"
 
 
+def _place(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | str | Path | None:
+    """A `seq`, the word `live`, or the path of a cursor file."""
+    if value is None or value == AFTER_LIVE:
+        return value
+    if not value.isdecimal():
+        return Path(value)
+    if int(value) > MAX_SEQ:
+        raise click.BadParameter(f"{value} is no seq: expected at most {MAX_SEQ}")
+    return int(value)
+
+
 server_option = click.option(
     "--server", default=DEFAULT_SERVER, envvar="MOSS_LIVE_SERVER", show_default=True, callback=_server_url,
     help="Where it listens: host:port, or a URL.",
@@ -114,7 +133,9 @@ name_option = click.option("--name", callback=_stream_name, help="The stream's n
 name_argument = click.argument("name", callback=_stream_name)
 language_option = click.option("--language", help="Such as en; by default the server's setting.")
 captions_option = click.option("--captions", "with_captions", is_flag=True, help="Show the captions here.")
-after_option = click.option("--after", type=click.IntRange(min=0), help="Begin after this seq of the log.")
+session_option = click.option(
+    "--session", metavar="ID", help="One session alone, whole unless --after says otherwise; then end."
+)
 wait_option = click.option(
     "--wait", "wait_s", type=click.FloatRange(min=0), default=DEFAULT_WAIT_S, show_default=True,
     help="Seconds to wait for a stream that is not there yet.",
@@ -170,10 +191,22 @@ def mic(
 @server_option
 @token_option
 @click.option("--types", help="Only these message types, by commas, such as transcript.final.")
-@after_option
+@click.option("--after", callback=_place, metavar="SEQ|live|FILE",
+              help="Begin after this seq of the log; 0 is all that is kept; live: with the session that is "
+              "live. Or a cursor file, which keeps the place for the next run.")  # fmt: skip
+@session_option
+@click.option("--follow/--no-follow", default=True, show_default=True,
+              help="Wait for the next session, or end when nothing is live.")  # fmt: skip
 @wait_option
 def subscribe(
-    name: str, server: str, token: str | None, types: str | None, after: int | None, wait_s: float
+    name: str,
+    server: str,
+    token: str | None,
+    types: str | None,
+    after: int | str | Path | None,
+    session: str | None,
+    follow: bool,
+    wait_s: float,
 ) -> None:
     """Print a stream's messages, one line of JSON each; with a * in the name those of many streams."""
     wanted = tuple(part.strip() for part in types.split(",") if part.strip()) if types else ()
@@ -183,13 +216,27 @@ def subscribe(
                 f"{part!r}: expected some of {', '.join(MESSAGE_TYPES)}", param_hint="--types"
             )
     with _missing_extra():
+        from clients.cursor import CursorFile
         from clients.subscriber import subscribe as messages
 
         async def run() -> None:
-            async for envelope in messages(
-                server, name, types=wanted, after=after, wait_s=wait_s, token=token
-            ):
-                click.echo(encode(envelope))
+            cursor = CursorFile(after, name) if isinstance(after, Path) else None
+            position = _position(cursor, after, session)
+            with _first_signal(signal.SIGTERM):
+                async for envelope in messages(
+                    server,
+                    name,
+                    types=wanted,
+                    session=session,
+                    follow=follow,
+                    position=position,
+                    wait_s=wait_s,
+                    token=token,
+                ):
+                    # Nothing is awaited in between: a signal finds both done or neither.
+                    click.echo(encode(envelope))
+                    if cursor is not None:
+                        cursor.save(position)
 
         _run(run())
 
@@ -198,22 +245,40 @@ def subscribe(
 @name_argument
 @server_option
 @token_option
-@click.option("--after", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Begin after this seq of the log; 0 shows what is kept of the past too.")  # fmt: skip
+@click.option("--after", type=click.IntRange(min=0),
+              help="Begin after this seq of the log; 0 shows all that is kept. By default with the session "
+              "that is live.")  # fmt: skip
+@session_option
 @wait_option
-def captions(name: str, server: str, token: str | None, after: int, wait_s: float) -> None:
-    """Show a stream's captions: firm when committed, grey while they may change."""
+def captions(
+    name: str, server: str, token: str | None, after: int | None, session: str | None, wait_s: float
+) -> None:
+    """Show a stream's captions, session after session: firm when committed, grey while they may change."""
     with _missing_extra():
         from rich.console import Console
 
         from clients.captions import WallPosition, captions_for
         from clients.subscriber import subscribe as messages
 
+        def say_what_is_live(confirmed: Subscribed) -> None:
+            if after is None and session is None and not confirmed.live:
+                text = f"no session of {name} is live: waiting for the next; --after 0 shows what is kept"
+                click.echo(text, err=True)
+
         async def run() -> None:
-            position = WallPosition()
-            with captions_for(Console(), position) as shown:
-                async for envelope in messages(server, name, after=after, wait_s=wait_s, token=token):
-                    position.see(envelope.message)
+            heard = WallPosition()
+            position = _position(None, "live" if after is None and session is None else after, session)
+            with captions_for(Console(), heard) as shown:
+                async for envelope in messages(
+                    server,
+                    name,
+                    session=session,
+                    position=position,
+                    on_subscribed=say_what_is_live,
+                    wait_s=wait_s,
+                    token=token,
+                ):
+                    heard.see(envelope)
                     shown.show(envelope)
 
         _run(run())
@@ -297,13 +362,53 @@ def _first_interrupt() -> Iterator[asyncio.Event]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
+def _position(cursor: CursorFile | None, after: int | str | Path | None, session: str | None) -> Position:
+    """Where a reader begins: where the cursor file says, else as asked; a session from its beginning.
+
+    Raises:
+        CursorError: the file cannot be used.
+    """
+    from clients.cursor import Position
+
+    if cursor is not None:
+        return cursor.load()
+    assert not isinstance(after, Path), after
+    if after == AFTER_LIVE:
+        return Position("live")
+    assert not isinstance(after, str), after
+    return Position(0 if after is None and session is not None else after)
+
+
+@contextlib.contextmanager
+def _first_signal(number: signal.Signals) -> Iterator[None]:
+    """End the body as an interrupt does, where it awaits something, when a signal comes."""
+    task = asyncio.current_task()
+    assert task is not None
+    is_asked = False
+
+    def on_signal() -> None:
+        nonlocal is_asked
+        is_asked = True
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(NotImplementedError):  # Windows: it ends at once
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not is_asked:
+            raise
+        raise SystemExit(128 + number) from None
+
+
 @contextlib.contextmanager
 def _missing_extra() -> Iterator[None]:
     """Say what to install where a package that only some commands need is missing."""
     try:
         yield
     except ModuleNotFoundError as exc:
-        raise click.ClickException(f"this needs {exc.name}: pip install 'moss-live[clients]'") from exc
+        raise click.ClickException(f"this needs {exc.name}: {how_to_install('clients')}") from exc
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -313,6 +418,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         click.ClickException: with the text of the server, the network or the source.
     """
     from clients.connection import ConnectFailed
+    from clients.cursor import CursorError
     from clients.producer import StreamFailed
     from clients.sources import SourceError
     from clients.subscriber import SubscriptionFailed
@@ -321,7 +427,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         asyncio.run(work)
-    except (ConnectFailed, StreamFailed, SourceError, SubscriptionFailed) as exc:
+    except (ConnectFailed, CursorError, StreamFailed, SourceError, SubscriptionFailed) as exc:
         raise click.ClickException(str(exc)) from exc
     except KeyboardInterrupt:
         raise SystemExit(130) from None

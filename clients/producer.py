@@ -307,6 +307,10 @@ class _Talk:
                     self._progress.flushed_at = time.perf_counter()
                 case SessionClosed(reason="closed") as closed:
                     return closed
+                case SessionClosed(reason="disconnected", duration_ms=0) if not self._backlog.start:
+                    # Its connection was lost before any audio came: another stream takes its place.
+                    self._resume_token = None
+                    raise _ConnectionLost("the stream ended before it had audio")
                 case SessionClosed(reason=reason):
                     raise StreamFailed(fatal.message if fatal else f"the server ended the stream: {reason}")
 

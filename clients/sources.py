@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from clients.extras import how_to_install
 from streaming.protocol import SAMPLE_RATE_HZ
 
 STANDARD_INPUT = "-"
@@ -154,7 +155,7 @@ def _sounddevice() -> Any:
     try:
         import sounddevice
     except ModuleNotFoundError as exc:
-        raise SourceError("no microphone: install sounddevice (pip install 'moss-live[clients]')") from exc
+        raise SourceError(f"no microphone: sounddevice is missing: {how_to_install('clients')}") from exc
     except OSError as exc:  # its binding looks for the library at import
         raise SourceError(
             "no microphone: PortAudio is missing (Debian: apt-get install libportaudio2); "

@@ -1,1 +1,1 @@
-"""Tensors: mel, encoders, decoders and their weights. No socket, no thread, nothing of ours imported."""
+"""Tensors: mel, encoders, decoders and their weights. No socket, no thread, no import of other packages."""

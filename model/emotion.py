@@ -1,7 +1,7 @@
 """Emotion of a voice from the hidden states of Whisper's encoder: pooled layers, one linear map.
 
-No sound is looked at here and nothing is encoded: the states are those of the pass that the words
-use. A head belongs to the encoder it was trained on.
+Knows no audio and encodes nothing: the states are those of the encoder pass that the words use. A head
+fits only the encoder it was trained on.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class EmotionHead:
     """The weights, float32."""
 
     labels: tuple[str, ...]
-    taps: tuple[int, ...]  # which of the encoder's taps are pooled, in the order of the features
-    mean: Tensor  # [F], of the features it was trained on
+    taps: tuple[int, ...]  # indices of the encoder's taps that are pooled, in the order of the features
+    mean: Tensor  # [F], of the training features
     scale: Tensor  # [F], one over their deviation
-    weight: Tensor  # [C, F], the temperature already in it
+    weight: Tensor  # [C, F], divided by the temperature
     bias: Tensor  # [C], likewise
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -60,11 +60,11 @@ def pool(taps: Sequence[Tensor], first: Tensor, last: Tensor) -> Tensor:
 
     Args:
         taps: [B, T, D] each.
-        first: [B] int64, the first position of each row that counts.
-        last: [B] int64, the position after the last that counts, greater than `first`.
+        first: [B] int64, the first position of each row to pool.
+        last: [B] int64, the position after the last one to pool, greater than `first`.
 
     Returns:
-        [B, 2 D per tap] float32: mean, then deviation, tap by tap. Other positions have no part.
+        [B, 2 D per tap] float32: mean, then deviation, tap by tap. Other positions have no influence.
     """
     positions = torch.arange(taps[0].shape[1], device=taps[0].device)
     inside = ((positions >= first[:, None]) & (positions < last[:, None]))[:, :, None]  # [B, T, 1]
@@ -79,7 +79,7 @@ def pool(taps: Sequence[Tensor], first: Tensor, last: Tensor) -> Tensor:
 
 
 def affect(labels: Sequence[str], probabilities: Sequence[float]) -> tuple[float, float]:
-    """Valence and arousal, -1 to 1: the labels' places in the circumplex, weighted."""
+    """Valence and arousal, -1 to 1: the labels' positions in the circumplex, weighted by probability."""
     places = [CIRCUMPLEX[label] for label in labels]
     valence = sum(p * place[0] for p, place in zip(probabilities, places, strict=True))
     arousal = sum(p * place[1] for p, place in zip(probabilities, places, strict=True))
@@ -87,7 +87,7 @@ def affect(labels: Sequence[str], probabilities: Sequence[float]) -> tuple[float
 
 
 def save_head(head: EmotionHead, path: Path, encoder_sha256: str) -> None:
-    """Write a head as safetensors, with what it is for in the metadata."""
+    """Write a head as safetensors; labels, taps, encoder and licence go into the metadata."""
     from safetensors.torch import save_file
 
     metadata = {
@@ -106,7 +106,7 @@ def load_head(path: Path, encoder_sha256: str, n_taps: int, width: int) -> Emoti
     Args:
         path: A file of `save_head`.
         encoder_sha256: Of the checkpoint it must have been trained on.
-        n_taps: How many taps the encoder gives.
+        n_taps: Number of taps of the encoder.
         width: Of each tap.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is wrong with weights, of whichever model."""
+"""The error of every model's weights."""
 
 from __future__ import annotations
 

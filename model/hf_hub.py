@@ -1,8 +1,8 @@
-"""Where a checkpoint's files are: here, a folder as it is named, or what the hub has under an id.
+"""Finds a checkpoint's files: one that ships, a local folder, or a Hugging Face id.
 
-The only module of `model` that may use the network, by way of huggingface_hub: with progress, going
-on where a broken download stopped, and from the cache alone where HF_HUB_OFFLINE is set or the hub
-cannot be reached.
+The only module of `model` that may use the network, through huggingface_hub: with progress, resuming
+broken downloads, and from the cache alone where HF_HUB_OFFLINE is set or the hub cannot be reached.
+Knows no format of any file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find(name: str, *, with_weights: bool = True) -> Path:
-    """The folder of a checkpoint: one that ships, `name` itself, or what the hub has under that id.
+    """The folder of a checkpoint: one that ships, `name` itself, or the download of that id.
 
     Args:
         name: A name in `SHIPPED`, a folder, or OWNER/NAME.
-        with_weights: False fetches what describes the checkpoint alone; weights that are cached
-            already lie in the same folder.
+        with_weights: False fetches everything but weights; weights cached earlier are in the same
+            folder.
 
     Raises:
         CheckpointError: no such folder and no such id, or the hub cannot be reached and the files

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_QUERIES = 4  # up to here two plain products beat the fused CPU kernel (0.4 ms to 0.9 ms at 1500 keys)
-CHUNK_QUERIES = 64  # of `_attend_in_chunks`: their scores stay in the processor's cache
+CHUNK_QUERIES = 64  # of `_attend_in_chunks`: their scores fit in the processor's cache
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
     """`host` on `device`, without waiting for the copy.
 
-    To a GPU it goes by way of pinned memory: from pageable memory the copy would wait. Torch keeps
-    the pinned piece until the copy is done, and has it ready for the next of its size.
+    To a GPU it goes through pinned memory: a copy from pageable memory would block. Torch keeps the
+    pinned buffer until the copy is done, and reuses it for the next of its size.
     """
     if device.type == "cuda" and host.device.type == "cpu":
         return host.pin_memory().to(device, non_blocking=True)
@@ -92,8 +92,8 @@ class Attention(nn.Module):
             q: Queries, [B, H, T, D / H].
             k: Keys, [B, H, S, D / H].
             v: Values, as `k`.
-            mask: Broadcastable to [B, H, T, S]. Bool: True where a query may look; else what is added
-                to the scores.
+            mask: Broadcastable to [B, H, T, S]. Bool: True where a query attends; else a bias that is
+                added to the scores.
         """
         if q.shape[2] <= FEW_QUERIES and not q.is_cuda:
             out = _attend_few(q, k, v, mask)
@@ -121,10 +121,10 @@ class EncoderLayer(nn.Module):
 
         Args:
             x: [B, T, D].
-            key_mask: [B, T] bool, True where a position holds something; None: everywhere.
+            key_mask: [B, T] bool, False for padding; None: no padding.
 
         Returns:
-            [B, T, D]. Rows of masked positions are not to be read.
+            [B, T, D]. Masked positions are undefined.
         """
         h = self.self_attn_layer_norm(x)
         k, v = self.self_attn.keys_values(h)
@@ -132,7 +132,7 @@ class EncoderLayer(nn.Module):
         x = x + self.self_attn.attend(self.self_attn.queries(h), k, v, mask)
         h = F.gelu(self.fc1(self.final_layer_norm(x)))
         x = x + self.fc2(h)
-        if x.dtype == torch.float16:  # the published code does this against overflow, in float16 only
+        if x.dtype == torch.float16:  # as the published code does, in float16 only, against overflow
             limit = torch.finfo(x.dtype).max - 1000
             x = x.clamp(-limit, limit)
         return x

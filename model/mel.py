@@ -4,8 +4,8 @@ A mel frame t is centred at sample 160 t and needs samples [160 t - 200, 160 t +
 samples has N // 160 frames; at both ends the samples outside are the clip mirrored.
 
 The clip's maximum enters only through the floor (80 dB below it). So the frames are kept as plain
-log10 power, and `normalise` applies floor and scale: with the maximum so far, of a window, or of
-the clip, as the caller needs.
+log10 power, and `normalise` applies floor and scale, with whatever maximum the caller chooses: so far,
+of a window, or of the clip. Knows no model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HOP = 160  # samples, 10 ms: 100 mel frames a second
 HALF = N_FFT // 2
 MAX_HZ = 8_000.0
 DYNAMIC_RANGE = 8.0  # decades of power below the maximum
-SILENCE = -10.0  # log10 of the least power told apart from none
+SILENCE = -10.0  # log10 of the least power; lower ones are raised to it
 
 
 def _hz_to_mel(hz: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _log_power(samples: Tensor, n_mels: int) -> Tensor:
 
 
 def normalise(log_power: Tensor, peak: Tensor | float) -> Tensor:
-    """What the encoder takes: floored 80 dB below `peak` and scaled. Shape is kept."""
+    """The encoder's input: log10 power floored 80 dB below `peak` and scaled. Same shape."""
     floor = torch.as_tensor(peak, dtype=log_power.dtype, device=log_power.device) - DYNAMIC_RANGE
     return (torch.maximum(log_power, floor) + 4.0) / 4.0
 
@@ -94,21 +94,21 @@ def log_mel(pcm: Tensor, n_mels: int) -> Tensor:
 class StreamingMel:
     """The log-mel of one stream, fed in pieces of any length.
 
-    All frames given by `push` and the last `finish` together are those of the whole clip.
+    The frames of all `push` calls and of `finish` together are those of the whole clip.
     Keeps at most one window of samples.
     """
 
     def __init__(self, n_mels: int) -> None:
         self.n_mels = n_mels
         self.peak = SILENCE  # the largest log power so far
-        self.n_frames = 0  # frames given so far
+        self.n_frames = 0  # frames returned so far
         self._n_samples = 0
-        # The samples the next frame begins with. Until the stream's first 201 samples are there to
-        # be mirrored, all of them.
+        # Samples from the next frame's first one on; all samples until there are the 201 that are
+        # mirrored at the start.
         self._tail = torch.empty(0, dtype=torch.float64)
 
     def push(self, pcm: Tensor) -> Tensor:
-        """Take samples [n], n >= 0, and give the frames they complete, [k, M] log10 power."""
+        """Take samples [n], n >= 0; returns the frames they complete, [k, M] log10 power."""
         self._tail = torch.cat([self._tail, pcm.to(torch.float64)])
         was_started = self._n_samples > HALF
         self._n_samples += pcm.shape[0]
@@ -121,7 +121,7 @@ class StreamingMel:
         return self._given(frames)
 
     def finish(self) -> Tensor:
-        """The frames that touch the mirrored end, [k, M]. The stream takes nothing after this.
+        """The frames that touch the mirrored end, [k, M]. No `push` may follow.
 
         Raises:
             ValueError: fewer than 201 samples were pushed: too few to mirror.
@@ -129,7 +129,7 @@ class StreamingMel:
         return self._given(self.mirrored())
 
     def mirrored(self) -> Tensor:
-        """The frames `finish` would give if the clip ended here, [k, M]. State is not changed.
+        """The frames `finish` would return if the clip ended here, [k, M]. State is not changed.
 
         k is 1 where the samples so far end within 40 samples of a whole frame, else 0.
 
@@ -143,7 +143,7 @@ class StreamingMel:
         return _log_power(torch.cat([self._tail, mirrored]), self.n_mels)[:n_missing]
 
     def tail(self) -> Tensor:
-        """The frames not complete yet, as they are if nothing but zeros follows, [k, M].
+        """The incomplete frames, as they are if only zeros follow, [k, M].
 
         State is not changed. k is such that the last sample is inside the last frame.
         """

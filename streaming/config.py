@@ -118,6 +118,7 @@ class IngestConfig(_Section):
     ring_s: Annotated[float, Field(ge=45, le=600)] = 90.0
     max_ahead_s: Annotated[float, Field(ge=3, le=60)] = 10.0
     ack_interval_s: Annotated[float, Field(gt=0, le=1)] = 0.5
+    spool_mib: Annotated[int, Field(ge=1, le=65_536)] = 128
 
 
 class VadConfig(_Section):
@@ -127,7 +128,7 @@ class VadConfig(_Section):
     start_ms: Annotated[int, Field(ge=30, le=2000)] = 120
     stop_ms: Annotated[int, Field(ge=120, le=5000)] = 800
     pad_ms: Annotated[int, Field(ge=0, le=1000)] = 300
-    min_level_dbfs: Annotated[float, Field(ge=-120, le=0)] = -55.0
+    min_level_dbfs: Annotated[float, Field(ge=-120, le=0)] = -75.0
 
 
 class ModelConfig(_Section):

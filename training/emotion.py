@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Train the emotion head, measure it on actors it has not heard, write weights and card.
+"""Train the emotion head, measure it on unseen actors, write weights and card.
 
     training/emotion.py --data /path/to/data --cache ~/.cache/moss-live/emotion
 
-Makes the features that the cache lacks, resumed where it was stopped: ten minutes of one core for the
-first presentation, two for each other (`--part 0/2` and `--part 1/2` in two processes share that work
-and train nothing). Then cross-validates over actors, writes a head per fold to the cache for
+Makes the features that are missing in the cache, and resumes where it was stopped: ten minutes of one
+core for the first presentation, two for each other (`--part 0/2` and `--part 1/2` in two processes share
+that work and train nothing). Then cross-validates over actors, writes a head per fold to the cache for
 `bench/understanding.py --fold-weights`, fits on all actors, and writes model/weights/emotion.safetensors
 and docs/emotion.md. With the same cache the same weights come out. Ends with one line of JSON.
 """
@@ -40,12 +40,12 @@ WIDTH = 512  # of a tap
 DEFAULT_TAPS = (1, 2, 3, 4, 5)
 L2 = 0.1  # on the weights of standardised features, scaled to their number
 N_BASIS = 1500  # rows that span the space the weights lie in
-READ_SHARE = 0.1  # of the loss, read speech
+READ_SHARE = 0.1  # share of read speech in the loss
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Features ready to be fitted, with the same numbers at each index."""
+    """Training examples; the same index is the same example in all fields."""
 
     x: Tensor  # [N, F] float32
     y: Tensor  # [N] int64, index in LABELS
@@ -110,7 +110,7 @@ def prepare(features: Features, taps: tuple[int, ...]) -> Rows:
     for corpus in np.unique(features.corpus):
         inside = features.corpus == corpus
         counts = np.bincount(y[inside], minlength=len(LABELS))
-        # Every label of a corpus counts alike: so many of its rows, so little each of them.
+        # Every label of a corpus has the same total weight.
         weight[inside] = 1.0 / counts[y[inside]]
         share = READ_SHARE if corpus == "read" else inside.sum()
         weight[inside] *= share / weight[inside].sum()
@@ -126,21 +126,21 @@ def prepare(features: Features, taps: tuple[int, ...]) -> Rows:
 
 
 def fold_of(speaker: str) -> int:
-    """The fold that a speaker is held out in: by number, so that a fold has men and women of each corpus."""
+    """The fold that holds a speaker out: by number, so that each fold has men and women of each corpus."""
     return FOLDS_OF_EMODB.get(speaker, int("".join(filter(str.isdigit, speaker)) or "0") % N_FOLDS)
 
 
-# Its eight numbers are not spread evenly over six folds by themselves.
+# Its eight speaker numbers do not spread evenly over six folds by themselves.
 FOLDS_OF_EMODB = {f"emodb{number:02d}": i % N_FOLDS for i, number in enumerate((3, 8, 9, 10, 11, 12, 13, 14))}
 
 
 def is_emotional(features: Features) -> Tensor:
-    """[N] bool: acted, where speech had stopped: what a calibration is held against."""
+    """[N] bool: windows of acted speech at a stop, which calibration is measured on."""
     return torch.from_numpy((features.corpus != "read") & features.is_stop)
 
 
 def cross_validate(rows: Rows, taps: tuple[int, ...], l2: float, folder: Path) -> Tensor:
-    """Probabilities of every row by a head that has not heard its speaker, [N, C]; heads to `folder`."""
+    """Probabilities of every row by a head not trained on its speaker, [N, C]; heads go to `folder`."""
     probabilities = torch.zeros(len(rows.y), len(LABELS))
     heads = []
     for fold in range(N_FOLDS):
@@ -153,7 +153,7 @@ def cross_validate(rows: Rows, taps: tuple[int, ...], l2: float, folder: Path) -
     calibrated = probabilities.clone()
     emotional = is_emotional(rows.about)
     for fold, head in enumerate(heads):
-        # Each fold's temperature from the other folds: its actors have no part in it.
+        # Each fold's temperature comes from the other folds, without its own actors.
         unseen = torch.from_numpy(rows.fold == fold)
         temperature = fit_temperature(probabilities, rows.y, rows.about.corpus, emotional & ~unseen)
         calibrated[unseen] = torch.softmax(probabilities[unseen].log() / temperature, dim=1)
@@ -168,8 +168,8 @@ def fit(
 ) -> EmotionHead:
     """Multinomial logistic regression on standardised features, [C, F] weights, L2.
 
-    The weights are sought in the space spanned by `N_BASIS` rows: there, no more than that many
-    dimensions matter, and the solution is the same but for what no row of them shows.
+    The weights are optimised in the space spanned by `N_BASIS` rows, which loses only directions in
+    which none of those rows varies.
     """
     mask = torch.from_numpy(chosen)
     x, y, weight = rows.x[mask], rows.y[mask], rows.weight[mask]
@@ -196,7 +196,7 @@ def fit(
 
 
 def _basis(x: Tensor) -> Tensor:
-    """An orthonormal basis [F, K] of what some rows of `x` [n, F] span."""
+    """An orthonormal basis [F, K] of the span of `N_BASIS` rows of `x` [n, F]."""
     step = max(1, x.shape[0] // N_BASIS)
     some = x[::step][:N_BASIS]
     values, vectors = torch.linalg.eigh((some @ some.T).double())
@@ -206,12 +206,12 @@ def _basis(x: Tensor) -> Tensor:
 
 
 def _cooled(head: EmotionHead, temperature: float) -> EmotionHead:
-    """The head with its logits divided."""
+    """The head with its logits divided by a temperature."""
     return dataclasses.replace(head, weight=head.weight / temperature, bias=head.bias / temperature)
 
 
 def fit_temperature(probabilities: Tensor, y: Tensor, corpus: NDArray[np.str_], chosen: Tensor) -> float:
-    """What logits of unheard speakers must be divided by to be as likely as can be, each corpus alike."""
+    """The temperature with the least cross-entropy on unseen speakers, each corpus weighted alike."""
     candidates = torch.linspace(0.5, 2.5, 81)
     losses = torch.zeros(len(candidates))
     for name in np.unique(corpus[chosen.numpy()]):

@@ -1,4 +1,4 @@
-"""The card of the emotion head: what it is, what it was trained on, how well it does on unheard actors."""
+"""The card of the emotion head: architecture, training data, and figures on unseen actors."""
 
 from __future__ import annotations
 

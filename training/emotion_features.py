@@ -1,11 +1,10 @@
-"""Features of emotional and of plain speech, taken through the real runner, and kept in a cache.
+"""Features of emotional and of plain speech, computed by the real runner and kept in a cache.
 
-A clip is not shown whole. It is put into a stream: in the first presentation between silences, in the
+A clip is not encoded alone. It is put into a stream: in the first presentation between silences, in the
 others after other speech of the same or another speaker, in noise, at another level, in a room. The
-endpointing and the windows are those of the server, and the runner is asked as
-the scheduler asks it: at a tick in mid-word, and where speech has stopped. So what is kept is what
-the head will see. One file of the cache per `SHARD` clips and presentation; those that are there are
-not made again.
+endpointing and the windows are those of the server, and the runner is called as the scheduler calls it:
+at a tick in mid-word, and where speech has stopped. So the features are those the head will see. One
+cache file per `SHARD` clips and presentation; existing files are reused.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SHARD = 100  # clips a file
 MAX_CLIP = 8 * SAMPLE_RATE_HZ  # of a clip, from its beginning
 MAX_CONTEXT = 5 * SAMPLE_RATE_HZ  # of other speech before a clip
 CORPORA = ("ravdess", "emodb", "read")
-# Read speech that counts as neutral: other people than those it is measured with.
+# Read speech that counts as neutral, by other speakers than those of the measurement.
 READ_PARTS = ("speech_en/librispeech_tc100/", "speech_train/speechocean762/")
 N_READ = 250  # clips of each of them
 TICK = 10_240  # samples, the default of [engine] tick_ms
@@ -54,23 +53,23 @@ class Clip:
 
 @dataclass(frozen=True)
 class Recorder(EmotionHead):
-    """A head that answers nothing and keeps what it is asked about."""
+    """A head that records its input features and gives no information."""
 
     features: list[NDArray[np.float16]] = field(default_factory=list)  # [B, F] each
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Every label alike; the features are kept."""
+        """Equal probabilities; the features are recorded."""
         self.features.append(features.numpy().astype(np.float16))
         return torch.full((features.shape[0], len(self.labels)), 1.0 / len(self.labels))
 
     def to(self, device: torch.device) -> EmotionHead:
-        """Itself: the features are read here."""
+        """Itself: features are recorded on the host."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the runner pooled, with what is known of each row."""
+    """The features the runner pooled, with the facts about each row."""
 
     values: NDArray[np.float16]  # [N, F]
     label: NDArray[np.str_]  # [N]
@@ -100,7 +99,7 @@ def load_clips(data: Path) -> list[Clip]:
 
 
 def make_cache(data: Path, cache: Path, n_presentations: int, part: int = 0, n_parts: int = 1) -> None:
-    """Make what is missing of the cache; `part` of `n_parts` processes that do it together."""
+    """Make the missing files of the cache; `part` of `n_parts` processes that share the work."""
     clips = load_clips(data)
     cache.mkdir(parents=True, exist_ok=True)
     maker: _Maker | None = None
@@ -110,7 +109,7 @@ def make_cache(data: Path, cache: Path, n_presentations: int, part: int = 0, n_p
         if path.exists():
             continue
         maker = maker or _Maker(clips)
-        # Of the altered presentations every shard is spread over all speakers: part of them is of use too.
+        # In altered presentations each shard covers all speakers, so that a part of the shards is useful too.
         chosen = clips[first // SHARD :: -(-len(clips) // SHARD)] if k else clips[first : first + SHARD]
         features = maker.shard(chosen, k)
         unfinished = path.with_suffix(".tmp.npz")
@@ -120,10 +119,10 @@ def make_cache(data: Path, cache: Path, n_presentations: int, part: int = 0, n_p
 
 
 def read_cache(cache: Path) -> Features:
-    """All that is in the cache.
+    """All features of the cache.
 
     Raises:
-        ValueError: nothing is.
+        ValueError: the cache is empty.
     """
     parts = []
     for path in sorted(cache.glob("features-*-?????.npz")):
@@ -135,7 +134,7 @@ def read_cache(cache: Path) -> Features:
 
 
 class _Maker:
-    """Shows clips to a runner."""
+    """Runs clips through a runner."""
 
     def __init__(self, clips: Sequence[Clip]) -> None:
         self._config = Config()
@@ -157,11 +156,11 @@ class _Maker:
         self._recorder.features.clear()
         about: list[tuple[Clip, bool, int]] = []
         for clip in clips:
-            # Its own generator: what a clip becomes does not depend on how shards are cut.
+            # Its own generator: a clip's stream does not depend on how shards are cut.
             rng = np.random.default_rng([presentation, *clip.path.name.encode()])
             stream, clip_start = self._present(clip, presentation, rng)
             asked = list(points(stream, clip_start, self._config, rng))
-            if presentation and asked:  # one point each: another clip tells more than the same one again
+            if presentation and asked:  # one point each: another clip adds more than the same one again
                 asked = [asked[rng.integers(len(asked))]]
             for is_stop, at, window_start, start in asked:
                 self._ask(stream, at, window_start, start)
@@ -178,7 +177,7 @@ class _Maker:
         )
 
     def _ask(self, stream: Pcm, at: int, window_start: int, start: int) -> None:
-        """One step as the scheduler would plan it, without words."""
+        """One step as the scheduler plans it, without words."""
         first = max(0, window_start - MARGIN)
         transcript = Fork("transcript", window_start, (), "", "en", 1)
         emotion = Fork("emotion", start, (), "", None, 1)
@@ -186,7 +185,7 @@ class _Maker:
         self._runner.step(StepPlan((SlotStep(0, 0, first, stream[first:at], (transcript, emotion)),)))
 
     def _present(self, clip: Clip, presentation: int, rng: np.random.Generator) -> tuple[Pcm, int]:
-        """A stream with the clip in it, and where the clip begins."""
+        """A stream with the clip in it, and the sample at which the clip begins."""
         speech = read_audio(clip.path)[:MAX_CLIP]
         before = [np.zeros(rng.integers(SAMPLE_RATE_HZ // 2, 2 * SAMPLE_RATE_HZ), np.float32)]
         if presentation and rng.random() < 0.5:
@@ -207,34 +206,34 @@ class _Maker:
 def points(
     stream: Pcm, clip_start: int, config: Config, rng: np.random.Generator
 ) -> Iterator[tuple[bool, int, int, int]]:
-    """Where the server would ask about the clip: at one tick, and at each stop.
+    """The decode points of the clip in the server: one tick, and each stop.
 
-    Gives whether it is a stop, the point, where the transcript's window begins, and the emotion's.
+    Yields whether it is a stop, the point, and the starts of the transcript's and the emotion's window.
     """
     marks = Vad(config.vad).push(stream)
-    edge = window_start = last_stop = 0
+    speech_start = window_start = last_stop = 0
     join_gap = int(config.transcript.join_gap_s * SAMPLE_RATE_HZ)
     for mark in marks:
-        if mark.kind == "started":
-            if mark.edge - last_stop > join_gap or not last_stop:
-                window_start = mark.edge // GRID * GRID
-            edge = mark.edge
+        if mark.kind == "speech_start":
+            if mark.boundary - last_stop > join_gap or not last_stop:
+                window_start = mark.boundary // GRID * GRID
+            speech_start = mark.boundary
             continue
-        last_stop = mark.edge
-        if mark.edge < clip_start + SAMPLE_RATE_HZ // 4:  # other speech
+        last_stop = mark.boundary
+        if mark.boundary < clip_start + SAMPLE_RATE_HZ // 4:  # other speech
             continue
-        least = max(edge, clip_start) + MIN_EMOTION
+        least = max(speech_start, clip_start) + MIN_EMOTION
         ticks = [tick for tick in range(-(-least // TICK) * TICK, mark.at, TICK)]
         points = [(False, int(rng.choice(ticks)))] if ticks else []
-        if mark.edge - edge >= MIN_EMOTION:
+        if mark.boundary - speech_start >= MIN_EMOTION:
             points.append((True, mark.at))
         for is_stop, at in points:
-            heard_to = mark.edge if is_stop else at
-            yield is_stop, at, window_start, max(window_start, edge, heard_to - EMOTION_WINDOW)
+            heard_to = mark.boundary if is_stop else at
+            yield is_stop, at, window_start, max(window_start, speech_start, heard_to - EMOTION_WINDOW)
 
 
 def _in_a_room(audio: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.floating]:
-    """Noise that dies away serves as a room: 0.15 to 0.6 s to -60 dB, the direct sound before it."""
+    """Convolved with decaying noise behind the direct sound: a room with an RT60 of 0.15 to 0.6 s."""
     t = np.arange(int(0.4 * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     response = rng.standard_normal(len(t)) * 10 ** (-3 * t / rng.uniform(0.15, 0.6))
     response *= 10 ** (rng.uniform(-12, 0) / 20) / np.sqrt(np.sum(response**2))

@@ -1,4 +1,4 @@
-"""How well emotions are told: recall per class, confusion, calibration, and false alarms on read speech."""
+"""Measures of emotion recognition: recall per class, confusion, calibration, false alarms on read speech."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streaming.timeline.emotion import SHARE_POWER, UNSURE
 from training.emotion_features import Features
 
 N_BINS = 10  # of the calibration error
-NEGATIVE = ("angry", "fearful", "disgust")  # what plain reading must not be called
+NEGATIVE = ("angry", "fearful", "disgust")  # labels that are false alarms on read speech
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Probabilities of every row by a head that has not heard its speaker."""
+    """Probabilities of every row by a head not trained on its speaker."""
 
     labels: tuple[str, ...]
     probabilities: NDArray[np.float32]  # [N, C]
@@ -34,14 +34,14 @@ class Recalls:
     n_speakers: int
     uar: float  # unweighted average recall
     accuracy: float
-    calibration_error: float  # expected, ten bins of the said label's score
+    calibration_error: float  # expected, ten bins of the chosen label's score
     recall: dict[str, float]
-    confusion: dict[str, dict[str, int]]  # true label to said label to clips
+    confusion: dict[str, dict[str, int]]  # true label to chosen label to clips
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the floors are held against."""
+    """The figures that the floors apply to."""
 
     ravdess_uar: float
     ravdess_calibration_error: float
@@ -66,9 +66,9 @@ class Report:
 
 
 def measure(scored: Scored) -> Report:
-    """Clips as the server would name them at their end: all windows of the clean presentation.
+    """Measure clips as the server labels them at their end: all windows of the clean presentation.
 
-    Averaged as `EmotionTracker.final` does, by `SHARE_POWER` of how much of the clip they show.
+    Averaged as in `EmotionTracker.final`, weighted by window length to the power `SHARE_POWER`.
     """
     about, labels = scored.about, scored.labels
     clean = about.presentation == about.presentation.min()
@@ -87,7 +87,7 @@ def measure(scored: Scored) -> Report:
     tick_uar = recalls(about.label[ticks], scored.probabilities[ticks], labels, 0).uar
     altered = ~clean & (about.corpus == "ravdess")
     altered_uar = recalls(about.label[altered], scored.probabilities[altered], labels, 0).uar
-    read = said(scored.probabilities[about.corpus == "read"], labels)
+    read = chosen_labels(scored.probabilities[about.corpus == "read"], labels)
     both = recalls(
         np.concatenate([truth for truth, _ in scores.values()]),
         np.concatenate([averaged for _, averaged in scores.values()]),
@@ -113,8 +113,8 @@ def measure(scored: Scored) -> Report:
     )
 
 
-def said(probabilities: NDArray[np.float32], labels: Sequence[str]) -> NDArray[np.str_]:
-    """The labels that are said: the likeliest, or neutral where that is too unlikely."""
+def chosen_labels(probabilities: NDArray[np.float32], labels: Sequence[str]) -> NDArray[np.str_]:
+    """The likeliest label of each row, or neutral where it is too unlikely."""
     best = np.asarray(labels)[probabilities.argmax(axis=1)]
     return np.where(probabilities.max(axis=1) >= UNSURE, best, "neutral")
 
@@ -123,7 +123,7 @@ def recalls(
     truth: NDArray[np.str_], probabilities: NDArray[np.float32], labels: Sequence[str], n_speakers: int
 ) -> Recalls:
     """The measures of some clips, [n] labels and [n, C] probabilities."""
-    named = said(probabilities, labels)
+    named = chosen_labels(probabilities, labels)
     names = [label for label in labels if label in truth]
     recall = {label: float((named[truth == label] == label).mean()) for label in names}
     confusion = {
@@ -142,7 +142,7 @@ def recalls(
 
 
 def calibration_error(score: NDArray[np.float32], is_right: NDArray[np.bool_]) -> float:
-    """Expected calibration error: how far scores lie from how often they are right, ten equal bins."""
+    """Expected calibration error: mean gap between score and accuracy, ten equal bins."""
     bins = np.minimum((score * N_BINS).astype(int), N_BINS - 1)
     gaps = [
         (bins == b).mean() * abs(score[bins == b].mean() - is_right[bins == b].mean())

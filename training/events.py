@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Train the sound head: `training/events.py --data DATA --work FOLDER`.
 
-Mixes scenes of free clips (`training/mixtures.py`), lets YAMNet hear them once, trains the head and
+Mixes scenes of free clips (`training/mixtures.py`), embeds them with YAMNet once, trains the head and
 writes `model/weights/sounds.safetensors`. With `--folds N` it also trains N heads, each without any
 scene that holds a clip of the test scenes i = K mod N of `events/scenes_train`, for
-`bench/understanding.py --fold-weights`. Whatever is in FOLDER is not made again; delete it to begin
-anew. The card beside the weights says what they were made of.
+`bench/understanding.py --fold-weights`. Files in FOLDER are reused; delete it to start anew. The card
+beside the weights lists the training data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from streaming.protocol import SAMPLE_RATE_HZ
 from training.mixtures import SCENE_S, Audio, Occurrence, Sources, load_sources, make_scene, stem
 from training.sound_head import Examples, finish, save, train
 
-# The trained sounds: what the clips call them, and AudioSet.
+# The trained sounds: the clips' label, and AudioSet's.
 LABELS = {
     "dog_bark": "Bark",
     "rooster": "Crowing, cock-a-doodle-doo",
@@ -46,7 +46,7 @@ LABELS = {
     "speech": "Speech",
     "music": "Music",
 }
-# Sounds near them, whose scores the first features begin with too.
+# Related sounds, whose classifier rows initialise features too.
 NEAR = (
     "Dog", "Chicken, rooster", "Cluck", "Clock", "Tick", "Crackle", "Baby laughter", "Crying, sobbing",
     "Engine", "Aircraft", "Water", "Ocean", "Rain on surface", "Silence", "Animal", "Power tool", "Wind",
@@ -59,15 +59,15 @@ N_EPOCHS = 10
 SEED = 20261125
 
 THRESHOLD = 0.5
-THRESHOLDS = {"Speech": 0.6, "Chainsaw": 0.6}  # as many found, and fewer told in music
-GUARD_BELOW_BEST = 1.0  # logits a guard may lie below the threshold that serves YAMNet alone best
-GUARD_QUANTILE = 0.9999  # of the rows of speech, and of music, without the sound: a guard lies above them
-BASE_OFFSET = 0.0  # logit from which a sound that is not trained is there, at least
-MARGIN = 1.0  # logits above what YAMNet says of recordings without the sound
+THRESHOLDS = {"Speech": 0.6, "Chainsaw": 0.6}  # same recall, fewer false alarms in music
+GUARD_BELOW_BEST = 1.0  # logits of a guard below YAMNet's own best threshold
+GUARD_QUANTILE = 0.9999  # of rows of speech, and of music, without the sound: a guard lies above it
+BASE_OFFSET = 0.0  # lowest logit at which a sound that is not trained counts as present
+MARGIN = 1.0  # logits above YAMNet's highest on recordings without the sound
 
 
 def main() -> int:
-    """Make what is missing."""
+    """Make the files that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of recordings")
     parser.add_argument("--work", type=Path, required=True, help="where scenes and folds are kept; 400 MB")
@@ -77,7 +77,7 @@ def main() -> int:
     yamnet = yamnet_module.load()
     arguments.work.mkdir(parents=True, exist_ok=True)
     examples, used = make_examples(arguments.data, arguments.work, arguments.scenes, yamnet)
-    quiet = hear_quiet(arguments.data, arguments.work, yamnet)
+    quiet = embed_quiet(arguments.data, arguments.work, yamnet)
     make_head(examples, quiet, yamnet, arguments.work / "full.safetensors")
     WEIGHTS.write_bytes((arguments.work / "full.safetensors").read_bytes())
     for fold in range(arguments.folds):
@@ -109,15 +109,15 @@ def make_examples(
     return Examples(embeddings, np.concatenate([part.targets for part in parts])), used
 
 
-def hear(audio: Audio, yamnet: Yamnet) -> NDArray[np.uint8]:
-    """The embeddings of all rows of a recording and of their past, [n_rows + CONTEXT - 1, 1024]."""
+def embed(audio: Audio, yamnet: Yamnet) -> NDArray[np.uint8]:
+    """Embeddings of all rows of a recording and of their context, [n_rows + CONTEXT - 1, 1024]."""
     stream = SoundStream()
     padded = np.concatenate([audio, np.zeros(LOOK_AHEAD, np.float32)])
     return stream.take(yamnet.embed(stream.push(padded, yamnet))).embeddings
 
 
 def targets(occurrences: Sequence[Occurrence], n_rows: int) -> NDArray[np.float16]:
-    """How much of each row each trained sound fills, [n_rows, N]."""
+    """The share of each row that each trained sound fills, [n_rows, N]."""
     frame_s = SOUND_FRAME / SAMPLE_RATE_HZ
     starts = np.arange(n_rows) * frame_s
     out = np.zeros((n_rows, len(LABELS)), np.float16)
@@ -134,7 +134,7 @@ def _make_chunk(sources: Sources, chunk: int, path: Path, yamnet: Yamnet) -> Non
     temporary = path.with_suffix(".tmp.npz")  # an interrupted run leaves no half file
     np.savez(
         temporary,
-        embeddings=np.stack([hear(scene.audio, yamnet) for scene in scenes]),
+        embeddings=np.stack([embed(scene.audio, yamnet) for scene in scenes]),
         targets=np.stack([targets(scene.occurrences, N_ROWS) for scene in scenes]),
         sources=np.array(json.dumps([scene.sources for scene in scenes])),
     )
@@ -148,26 +148,26 @@ def clips_of_fold(data: Path, fold: int, n_folds: int) -> set[str]:
     return {stem(event["src"]) for scene in scenes for event in scene["events"]}
 
 
-def hear_quiet(data: Path, work: Path, yamnet: Yamnet) -> dict[str, NDArray[np.uint8]]:
-    """Embeddings of free recordings in which nothing but speech, music or noise is to be heard."""
+def embed_quiet(data: Path, work: Path, yamnet: Yamnet) -> dict[str, NDArray[np.uint8]]:
+    """Embeddings of free recordings of speech, music or noise alone."""
     path = work / "quiet.npz"
     if not path.exists():
         sources = load_sources(data, SPEECH)
         silence = np.zeros(5 * SAMPLE_RATE_HZ, np.float32)
         kinds = {"speech": sources.speech, "music": sources.music, "noise": sources.noise}
-        heard = {
-            kind: np.concatenate([hear(clip.audio, yamnet) for clip in clips])
+        embedded = {
+            kind: np.concatenate([embed(clip.audio, yamnet) for clip in clips])
             for kind, clips in kinds.items()
         }
         temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, **heard, silence=hear(silence, yamnet))  # type: ignore[arg-type]
+        np.savez(temporary, **embedded, silence=embed(silence, yamnet))  # type: ignore[arg-type]
         temporary.rename(path)
     with np.load(path) as file:
         return {kind: file[kind] for kind in file.files}
 
 
 def make_head(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet, path: Path) -> None:
-    """Train a head, where that was not done before, and set its guards and offsets; `path` is the result."""
+    """Train a head, unless it is there already, and write it with guards and offsets to `path`."""
     trained = path.with_suffix(".trained")
     if not trained.exists():
         started = time.perf_counter()
@@ -189,7 +189,7 @@ def make_head(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Y
 
 
 def _guards(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet) -> torch.Tensor:
-    """Per trained sound YAMNet's logit that it must have: near its best threshold, above other recordings."""
+    """The guard of each trained sound: near YAMNet's best threshold, above its logits elsewhere."""
     guards = []
     for column, name in enumerate(LABELS.values()):
         index = yamnet.names.index(name)
@@ -205,7 +205,7 @@ def _guards(examples: Examples, quiet: dict[str, NDArray[np.uint8]], yamnet: Yam
 
 
 def _best_threshold(logits: NDArray[np.float64], is_there: NDArray[np.bool_]) -> float:
-    """The logit above which most rows hold the sound, and most rows with it lie, by F1."""
+    """The threshold on logits with the best F1."""
     candidates = np.arange(-15.0, 5.0, 0.5)
     f1 = [
         2 * np.sum(is_there & (logits > candidate)) / (np.sum(is_there) + np.sum(logits > candidate))
@@ -224,7 +224,7 @@ def _logits(embeddings: NDArray[np.uint8], yamnet: Yamnet, column: int) -> NDArr
 
 
 def _offsets(quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet) -> torch.Tensor:
-    """Per sound the logit from which it is there: above all that is said of recordings without it."""
+    """The offset of each sound: above all its logits on recordings without it."""
     catalogue = load_catalogue(yamnet.names)
     last = yamnet.classifier
     highest = {}
@@ -240,7 +240,7 @@ def _offsets(quiet: dict[str, NDArray[np.uint8]], yamnet: Yamnet) -> torch.Tenso
 
 
 def _holds(kind: str, name: str, catalogue: Catalogue) -> bool:
-    """Whether a sound may well be in the recordings of a kind, so that they say nothing against it."""
+    """Whether recordings of a kind may well hold a sound, so that they are no evidence against it."""
     above = {"speech": "Speech", "music": "Music", "noise": "Noise"}.get(kind)
     if kind == "noise" and name in ("Speech", "Dishes, pots, and pans", "Cutlery, silverware", "Typing"):
         return True

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Train moss-nano: `training/nano.py --data DATA --work FOLDER`.
 
-First the encoder alone learns to tell digits and sounds apart, then all of it learns to answer.
-Every step's mixtures follow from its number, and the state is saved every few minutes: run the same
-command again and it goes on. With another `--steps` the learning rate follows the new end. Losses
-are written to FOLDER/losses.jsonl; `--without` trains a variant.
-The card beside the weights says what they were made of.
+First the encoder alone learns to recognise digits and sounds, then the whole model learns to answer.
+The mixtures of a step depend on its number alone, and the state is saved every few minutes: the same
+command resumes. With another `--steps` the learning rate follows the new end. Losses are written to
+FOLDER/losses.jsonl; `--without` trains a variant. The card beside the weights lists the training data.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-# Torch's threads spin while they wait, on the core that the mixtures are made on.
+# Torch's idle threads spin, on the core that makes the mixtures.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -42,37 +41,37 @@ from training.nano_text import BLOCK_S, exchanges, save_tokenizer
 WEIGHTS = Path(model_package.__file__).parent / "weights" / "moss-nano"
 SEED = 20261125
 STEPS = 16_800
-ENCODER_STEPS = 5000  # of them, in which nothing is asked
-AUDIO_S = 62.0  # of mixtures in a step
-LONG = 0.4  # of the steps that ask, whose mixtures are as long as a window
+ENCODER_STEPS = 5000  # of them, without answers
+AUDIO_S = 62.0  # of all mixtures in a step
+LONG = 0.4  # share of the steps with answers whose mixtures are as long as a window
 LEARNING_RATE = 1e-3
-HARD_FROM = 2000  # steps, over which mixtures get as hard as they come
-WARM_UP = 150  # steps, again where questions begin
-DECAY = 0.15  # of all steps, at the end
+HARD_FROM = 2000  # steps over which augmentation rises to its full strength
+WARM_UP = 150  # steps, again where answers begin
+DECAY = 0.15  # share of all steps, at the end
 EMA = 0.998
-ALIGN_AT = 2500  # steps, after which the encoder says where the digits of a string are
-PARTS: tuple[Part, ...] = ("heard", "unheard")  # that are looked at meanwhile
+ALIGN_AT = 2500  # steps after which the encoder aligns the digits of a string
+PARTS: tuple[Part, ...] = ("heard", "unheard")  # that are measured during training
 SAVE_EVERY = 250
 CHECK_EVERY = 500
-MAX_OFFSET_S = 40_000  # what the beginning of a mixture may be called
+MAX_OFFSET_S = 40_000  # latest stream time at which a mixture begins
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is trained."""
+    """The schedule of a training."""
 
     steps: int
     encoder_steps: int
 
     def rate(self, step: int) -> float:
-        """The learning rate, as a part of the highest."""
+        """The learning rate, as a share of the highest."""
         since = step if step < self.encoder_steps else step - self.encoder_steps
         left = (self.steps - step) / max(1.0, DECAY * self.steps)
         return min(1.0, (since + 1) / WARM_UP, left)
 
 
 class Mixtures(IterableDataset[Batch]):
-    """The batches of steps from `first` on; each follows from its number."""
+    """The batches of steps from `first` on; each depends on its number alone."""
 
     def __init__(
         self, data: Path, strings: Path, folder: Path, config: EncoderConfig, first: int, plan: Plan
@@ -99,15 +98,15 @@ def train_batch(
     *,
     asks: bool,
 ) -> Batch:
-    """Mixtures of one length, about `AUDIO_S` in all, each with what is asked of it.
+    """Mixtures of one length, about `AUDIO_S` in all, each with its exchanges.
 
     Args:
-        sources: What they are made of.
+        sources: The clips.
         layout: Tokens around and inside the audio.
         config: The encoder they are for.
-        rng: Where their randomness comes from.
-        hard: From 0, clips as they were recorded, well above all noise, to 1.
-        asks: Whether anything is asked.
+        rng: Source of randomness.
+        hard: Strength of augmentation and noise, from 0 (clips as recorded, well above all noise) to 1.
+        asks: Whether the mixtures have exchanges.
     """
     is_long = asks and rng.random() < LONG
     length_s = float(rng.uniform(14.0, 36.0) if is_long else rng.uniform(3.0, 14.0))
@@ -122,12 +121,12 @@ def train_batch(
 
 
 def _offset(rng: np.random.Generator) -> int:
-    """Where in a stream a window may begin, seconds, on the grid of blocks."""
+    """A random stream time at which a window begins, seconds, on the grid of blocks."""
     return round(float(np.exp(rng.uniform(np.log(BLOCK_S), np.log(MAX_OFFSET_S)))) / BLOCK_S) * BLOCK_S
 
 
 def main() -> int:
-    """Train, or go on."""
+    """Train, or resume."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of recordings")
     parser.add_argument("--work", type=Path, required=True, help="where the state is kept; 360 MB")
@@ -177,7 +176,7 @@ class Run:
         self._step = self._warm_from = 0
 
     def resume(self, other: Path | None) -> None:
-        """Go on from this run's state, or take over another's weights and step, or begin."""
+        """Load this run's state, or another's weights and step, or start anew."""
         if (path := self.folder / "state.pt").exists():
             state = torch.load(path, weights_only=True)
             self.learner.load_state_dict(state["learner"])
@@ -193,7 +192,7 @@ class Run:
             self._step = self._warm_from = state["step"]
 
     def train(self, data: Path, until: int) -> None:
-        """Take steps up to `until`; once digits can be told apart, find them in the strings."""
+        """Take steps up to `until`; once the encoder recognises digits, align the strings."""
         if self._step < min(ALIGN_AT, until):
             self._train(data, min(ALIGN_AT, until))
         strings = self.folder / "strings.json"
@@ -233,7 +232,7 @@ class Run:
     def take(self, batch: Batch) -> dict[str, float]:
         """One step; its losses."""
         for group in self._optimizer.param_groups:
-            warm = (self._step - self._warm_from + 1) / WARM_UP  # a new optimizer knows nothing
+            warm = (self._step - self._warm_from + 1) / WARM_UP  # a new optimizer has no statistics
             group["lr"] = LEARNING_RATE * min(warm, self._plan.rate(self._step))
         with torch.autocast("cpu", torch.bfloat16):
             losses = self.learner.losses(batch, with_answers=self._step >= self._plan.encoder_steps)
@@ -246,7 +245,7 @@ class Run:
         return {name: loss.item() for name, loss in losses.items()}
 
     def _tests(self, data: Path, part: Part) -> list[Batch]:
-        """A few mixtures that are never learned from."""
+        """A few mixtures that are never trained on."""
         sources, layout = load_sources(data, part), layout_of(self._out)
         config = self.learner.model.config.encoder
         rng = np.random.default_rng([SEED, 1])
@@ -273,7 +272,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def save(self) -> None:
-        """Keep the state, and that of the encoder before anything is asked."""
+        """Save the state, and a copy of it at the end of the encoder's steps."""
         state = {
             "step": self._step,
             "learner": self.learner.state_dict(),

@@ -1,7 +1,7 @@
-"""Where in a recording of several digits each of them is: told by the encoder that learns from them.
+"""Forced alignment of recordings of several digits, by the encoder that is being trained on them.
 
-The strings of `speech_train` have texts without times. Once the encoder tells digits apart, the
-likeliest way through its scores says when each is spoken.
+The strings of `speech_train` have texts without times. Once the encoder recognises digits, the likeliest
+path through its scores gives the time of each. Knows no mixture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAD_S = 0.24  # of silence around a recording
 
 @torch.no_grad()
 def spans_of(learner: Learner, spoken: Spoken) -> list[tuple[float, float]]:
-    """Where each word of a recording is, in parts of its length."""
+    """Start and end of each word of a recording, as shares of its length."""
     pad = np.zeros(round(PAD_S * SAMPLE_RATE_HZ), np.float32)
     padded = torch.from_numpy(np.concatenate([pad, spoken.audio, pad]))
     blocks = blocks_of([padded], learner.model.config.encoder)
@@ -56,7 +56,7 @@ def likeliest(scores: Tensor, digits: Sequence[int]) -> list[tuple[int, int]]:
     for t in range(1, len(emitted)):
         options = np.stack([best, np.roll(best, 1), np.roll(best, 2)])
         options[1, 0] = options[2, :2] = -np.inf
-        options[2, ::2] = -np.inf  # only a pause can be left out
+        options[2, ::2] = -np.inf  # only a pause can be skipped
         came_from[t] = options.argmax(axis=0)
         best = options.max(axis=0) + emitted[t]
     state = len(states) - 1 if best[-1] >= best[-2] else len(states) - 2
@@ -70,7 +70,7 @@ def likeliest(scores: Tensor, digits: Sequence[int]) -> list[tuple[int, int]]:
     ]
     for idx in range(1, len(digits)):
         if digits[idx] == digits[idx - 1] and found[idx][0] == found[idx - 1][1] + 1:
-            # Nothing parts a digit from itself: the scores do not say where, so it is in the middle.
+            # Between equal digits without a pause the scores give no boundary: it is put in the middle.
             first, last = found[idx - 1][0], found[idx][1]
             middle = (first + last) // 2
             found[idx - 1 : idx + 1] = [(first, middle), (min(middle + 1, last), last)]

@@ -1,8 +1,8 @@
-"""Mixtures that moss-nano learns from and is measured on: spoken digits over sounds and noise.
+"""Mixtures for training and measuring moss-nano: spoken digits over sounds and noise.
 
-Real clips, put together at random times and levels: one or two sounds at once, speech over them.
-A mixture is a piece cut out of something longer, so it begins and ends in mid-word as live audio
-does. What a generator's seed gives is always the same.
+Real clips at random times and levels: one or two sounds at once, speech over them. A mixture is an
+excerpt of something longer, so it begins and ends in mid-word as live audio does. The same seed gives
+the same mixture. Knows no model and no question.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from training.nano_voices import coloured, coloured_noise, in_room, level, resam
 
 Part = Literal["train", "heard", "unheard"]
 
-# The two who are never learned from, one of each kind: an American and a German.
+# Two speakers that are never trained on: an American and a German.
 UNHEARD_SPEAKERS = ("fsdd_theo", "fsdd_lucas")
 UNHEARD_FOLD = 4
-N_TEST_TAKES = 5  # takes 0 to 4 of every digit and speaker are for testing, as FSDD itself has it
+N_TEST_TAKES = 5  # takes 0 to 4 of every digit and speaker are for testing, as FSDD defines it
 
 SENTENCE_GAP_S = 0.5  # a longer pause ends a sentence
-MIN_HEARD = 0.6  # of a word's length that must lie inside for it to be said
-STRINGS = 0.35  # of the sentences learned from are recordings of several digits
-MIN_SOUND_S = 0.3  # of a sound
+MIN_INSIDE = 0.6  # share of a word's length that must lie inside for it to count
+STRINGS = 0.35  # share of the training sentences that are recordings of several digits
+MIN_SOUND_S = 0.3  # length of a sound inside the mixture
 MAX_AT_ONCE = 2  # sounds
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -48,7 +48,7 @@ class Spoken:
     words: tuple[str, ...]
     speaker: str
     audio: Audio  # from its first sound to its last
-    spans: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # of each word, in parts of its length
+    spans: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # of each word, as shares of the length
     name: str = ""
 
 
@@ -58,15 +58,15 @@ class Sound:
 
     kind: str
     audio: Audio
-    spans: tuple[tuple[float, float], ...]  # seconds; where it can be heard
+    spans: tuple[tuple[float, float], ...]  # seconds; where the sound is audible
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What mixtures are made of."""
+    """The clips that mixtures are made of."""
 
     digits: Mapping[str, Mapping[str, tuple[Spoken, ...]]]  # by speaker, by word
-    strings: tuple[Spoken, ...]  # said in one go
+    strings: tuple[Spoken, ...]  # several digits in one recording
     sounds: Mapping[str, tuple[Sound, ...]]  # by kind
     beds: tuple[Audio, ...]  # noise and music
 
@@ -92,7 +92,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Audio, and what can be heard in it."""
+    """Audio with its words and events."""
 
     audio: Audio
     words: tuple[Word, ...]
@@ -100,14 +100,14 @@ class Mixture:
 
 
 def load_sources(data: Path, part: Part, strings: Path | None = None) -> Sources:
-    """Read the clips of one part: what is learned from, or what is not; about 150 MB.
+    """Read the clips of one part, for training or for a test; about 150 MB.
 
     Args:
         data: The folder of recordings.
-        part: `heard`: other takes of the speakers that are learned from. Both tests have the sounds
-            of the fold that is not.
-        strings: Where the words of recordings of several digits are (`nano_align`); without it they
-            are taken to be spoken evenly.
+        part: `heard`: other takes of the training speakers; `unheard`: other speakers. Both tests
+            use the sounds of the fold that is not trained on.
+        strings: File with the word times of recordings of several digits (`nano_align`); without it
+            the words are spread evenly.
     """
     digits: dict[str, dict[str, list[Spoken]]] = {}
     for row in rows(data / "speech_en/manifest.jsonl"):
@@ -146,12 +146,12 @@ def mix(
     """One mixture.
 
     Args:
-        sources: What it is made of.
+        sources: The clips.
         length_s: Its length.
-        rng: Where its randomness comes from.
-        change: How much clips are changed to sound like others, 0 to 1; for learning.
-        under_db: How much quieter than usual everything but speech is.
-        clean: No sounds, and a noise one hardly hears.
+        rng: Source of randomness.
+        change: Strength of augmentation of the clips, 0 to 1; for training.
+        under_db: Attenuation of everything but speech, dB.
+        clean: No sounds, and hardly audible noise.
     """
     n = round(length_s * SAMPLE_RATE_HZ)
     loud = 10.0 ** (rng.uniform(-34.0, -14.0) / 20.0)  # of speech
@@ -189,7 +189,7 @@ def _speech(
             length_s = len(spoken.audio) / SAMPLE_RATE_HZ
             for text, (first_part, last_part) in zip(spoken.words, spoken.spans, strict=True):
                 a, b = at_s + first_part * length_s, at_s + last_part * length_s
-                if min(b, end_s) - max(a, 0.0) >= MIN_HEARD * (b - a):
+                if min(b, end_s) - max(a, 0.0) >= MIN_INSIDE * (b - a):
                     words.append(Word(text, max(a, 0.0), min(b, end_s), sentence))
             at_s += length_s + gap_s
         sentence += 1
@@ -198,7 +198,7 @@ def _speech(
 
 
 def _sentence(sources: Sources, rng: np.random.Generator, change: float) -> list[tuple[Spoken, float]]:
-    """What one speaker says, each with the pause behind it, seconds."""
+    """The recordings of one sentence, each with the pause behind it, seconds."""
     speed, throat = 1.0, 1.0
     gains_db = np.zeros(2)
     if change:
@@ -250,7 +250,7 @@ def _sounds(
 
 
 def _occurrence(clips: tuple[Sound, ...], rng: np.random.Generator, change: float) -> Audio:
-    """One sound from its beginning to its end, with soft edges."""
+    """One occurrence of a sound, faded in and out."""
     clip = clips[int(rng.integers(len(clips)))]
     if clip.kind in SHORT:
         a, b = clip.spans[rng.integers(len(clip.spans))]
@@ -268,7 +268,7 @@ def _occurrence(clips: tuple[Sound, ...], rng: np.random.Generator, change: floa
 
 
 def _bed(sources: Sources, n: int, loud: float, rng: np.random.Generator, *, clean: bool) -> Audio:
-    """What lies under everything."""
+    """The background noise or music, [n]."""
     hiss = coloured_noise(n, rng)
     if clean:
         return hiss * np.float32(loud * 1e-2)
@@ -281,7 +281,7 @@ def _bed(sources: Sources, n: int, loud: float, rng: np.random.Generator, *, cle
 
 
 def _add(track: Audio, audio: Audio, first: int) -> None:
-    """Add what of `audio` lies inside, from sample `first` on, which may be negative."""
+    """Add `audio` at sample `first`, which may be negative, in place; what lies outside is cut."""
     a, b = max(first, 0), min(first + len(audio), len(track))
     if a < b:
         track[a:b] += audio[a - first : b - first]
@@ -294,7 +294,7 @@ def _part_of(speaker: str, take: int) -> Part:
 
 
 def load_strings(data: Path, strings: Path | None) -> list[Spoken]:
-    """Recordings of several digits said in one go, by other speakers."""
+    """Recordings of several digits, by other speakers."""
     known = json.loads(strings.read_text(encoding="utf-8")) if strings and strings.exists() else {}
     found = []
     for name in ("speech_train", "speech_en"):
@@ -317,7 +317,7 @@ def _beds(data: Path) -> list[Audio]:
 
 
 def _trimmed(audio: Audio) -> Audio:
-    """From where a recording is first within 32 dB of its loudest 10 ms to where it last is."""
+    """The recording from the first to the last 10 ms within 32 dB of its loudest."""
     n = 160
     power = np.square(np.pad(audio, (0, -len(audio) % n)).reshape(-1, n), dtype=np.float64).mean(axis=1)
     loud = np.flatnonzero(power > power.max() * 10.0**-3.2)
@@ -325,7 +325,7 @@ def _trimmed(audio: Audio) -> Audio:
 
 
 def _spans(segments: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
-    """Segments with less than 0.6 s between them are one."""
+    """Segments with gaps below 0.6 s merged."""
     spans: list[tuple[float, float]] = []
     for a, b in segments:
         if spans and a - spans[-1][1] < 0.6:

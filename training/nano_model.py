@@ -1,4 +1,7 @@
-"""The shapes of moss-nano, its losses, and the checkpoint in the official layout."""
+"""The shapes of moss-nano, its losses, and its checkpoint in the official layout.
+
+Knows batches, no recordings and no optimiser.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,15 @@ CTC_WEIGHT = 0.3
 POINTING_WEIGHT = 1.0
 POINTING = ("pointing", "when", "since", "limits")
 WITHIN_WEIGHT = 0.3
-# What tokens are asked for in the language model: those of audio, and those of answers about a sound.
+# Losses on states inside the language model: of audio tokens, and of answers about a sound.
 WITHIN = ("times", "heard", "edges", "kinds")
-# Language layers whose first head is taught to look at what the next token is about; the others of all but
-# the last of them at all of the sound that is asked for, and at where a question says that its answer begins
-# and ends. Left to itself a model of this size finds out late where it is in the audio
+# Language layers whose first head is trained to attend to what the next token is about. In all but the last
+# of them the other heads attend to the whole sound a question is about, and to where its answer begins and
+# ends. Left to itself a model of this size finds out late where it is in the audio
 # (docs/measurements.md, section 13).
 POINTING_LAYERS = (2, 3, 4)
 ABOUT_HEAD, SOUND_HEAD, SINCE_HEAD, LIMIT_HEAD = range(4)  # two and two share their keys
-SOUND_WEIGHT = 3.0  # its loss is a tenth of the others
+SOUND_WEIGHT = 3.0  # its loss is a tenth of the others'
 
 
 def config_json(*, has_deepstack: bool = True) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def processor_json(*, has_markers: bool = True) -> dict[str, Any]:
 
 
 def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -> None:
-    """Everything of a checkpoint but its vocabulary and weights."""
+    """Write a checkpoint's JSON files: everything but vocabulary and weights."""
     files = {
         "config.json": config_json(has_deepstack=has_deepstack),
         "processor_config.json": processor_json(has_markers=has_markers),
@@ -116,11 +119,11 @@ def write_description(folder: Path, *, has_deepstack: bool, has_markers: bool) -
 
 
 class Learner(nn.Module):
-    """The model, with heads that are thrown away after training, on its encoder and behind it.
+    """The model with auxiliary heads for training, on its encoder and inside its language model.
 
-    Those behind it read what audio tokens are in the language model: which digit, behind which others,
-    at which time, and at which edge of a sound; and of which sound an answer is. A language model of
-    this size is long in finding out that it needs to know any.
+    Those inside read the audio tokens' states: the digit, the digits before it, the time, and the edges of
+    sounds; and the kind of sound of an answer. Without them a language model of this size takes long to
+    represent any of these.
     """
 
     def __init__(self, config: MossConfig) -> None:
@@ -141,7 +144,7 @@ class Learner(nn.Module):
         )
         self.kind_head = nn.Linear(config.language.hidden_size, len(SOUNDS))
         self.apply(_initialise)
-        # What a residual path adds begins small, the more so the more of them there are.
+        # Residual branches start small, by the number of them.
         for module in self.modules():
             if isinstance(module, EncoderLayer):
                 for linear in (module.self_attn.out_proj, module.fc2):
@@ -156,7 +159,7 @@ class Learner(nn.Module):
         return Learner(read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
 
     def losses(self, batch: Batch, *, with_answers: bool) -> dict[str, Tensor]:
-        """By name: of the encoder; with answers of their tokens, of attention, of what tokens know."""
+        """Losses by name: of the encoder; with answers also of their tokens, attention and inner states."""
         encoded = self.model.audio_encoder.forward(batch.blocks)
         n_rows = batch.ids.shape[0]
         n_blocks = len(batch.blocks) // n_rows
@@ -221,7 +224,7 @@ class Learner(nn.Module):
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
-        """What comes to the first layer that learns to point; queries and keys of each, not yet turned."""
+        """Input of the first layer with trained attention, then queries and keys of each, before rotation."""
         seen: list[Tensor] = []
         layers = cast("Sequence[DecoderLayer]", self.model.language_model.layers)
         hooks = [
@@ -244,7 +247,7 @@ class Learner(nn.Module):
                 hook.remove()
 
     def _pointing(self, batch: Batch, pointers: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """How little of a head's attention lies where it is meant to; queries and keys are [B, T, D]."""
+        """Negative log of the attention on the target tokens, mean; queries and keys are [B, T, D]."""
         if not len(pointers):
             return q.new_zeros(())
         row, token, first, last = pointers.unbind(1)
@@ -259,7 +262,7 @@ class Learner(nn.Module):
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
-    """What is made smaller."""
+    """The weighted sum that is minimised."""
     aside = CTC_WEIGHT * losses["ctc"] + losses["digit_at"] + SOUND_WEIGHT * losses["sounds"]
     if "answers" not in losses:
         return aside
@@ -279,13 +282,13 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def _head(head: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries of one head [B, T, D] out of [B, H, T, D], and the keys it looks at; groups share theirs."""
+    """Queries of one head [B, T, D] out of [B, H, T, D], and its group's keys."""
     n_shared = q.shape[1] // k.shape[1]
     return q[:, head], k[:, head // n_shared]
 
 
 def _read(heads: nn.ModuleList, states: Tensor, targets: Tensor) -> Tensor:
-    """The losses of heads that read states [B * N, D], one target [B, N] each, together."""
+    """Summed losses of heads on states [B * N, D], one target [B, N] each."""
     losses = [
         F.cross_entropy(head(states).float(), target.flatten(), ignore_index=IGNORED)
         for head, target in zip(heads, targets, strict=True)
@@ -295,7 +298,7 @@ def _read(heads: nn.ModuleList, states: Tensor, targets: Tensor) -> Tensor:
 
 
 def _digit_errors(scores: Tensor, batch: Batch) -> Tensor:
-    """Errors per digit said of the likeliest path of CTC."""
+    """Errors per spoken digit of the greedy CTC path."""
     n_errors = 0
     for row, said in zip(scores.argmax(-1), batch.digits.split(batch.n_digits.tolist()), strict=True):
         path = [digit for digit in row.unique_consecutive().tolist() if digit]

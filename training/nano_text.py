@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from model.moss.checkpoint import byte_level
 from model.moss.prompt import prompt, prompt_names, system_message
-from training.nano_mixtures import MIN_HEARD, MIN_SOUND_S, SOUNDS, WORDS, Event, Mixture, Word
+from training.nano_mixtures import MIN_INSIDE, MIN_SOUND_S, SOUNDS, WORDS, Event, Mixture, Word
 
 N_PRESENT, N_ABSENT = 2, 1  # sounds asked for that are in the mixture, and that are not
 UNKNOWN_SHARE = 0.04  # of the mixtures, which are asked something the model is not taught
@@ -216,7 +216,7 @@ def visible_words(mixture: Mixture, first_block: int) -> list[Word]:
     return [
         Word(word.text, max(word.start_s, start_s), word.end_s, word.sentence)
         for word in mixture.words
-        if word.end_s - max(word.start_s, start_s) >= MIN_HEARD * (word.end_s - word.start_s)
+        if word.end_s - max(word.start_s, start_s) >= MIN_INSIDE * (word.end_s - word.start_s)
     ]
 
 

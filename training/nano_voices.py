@@ -1,7 +1,7 @@
-"""Clips made to sound like other clips: other throats, rooms and microphones.
+"""Augmentation of clips: other vocal tracts, rooms and microphones.
 
-Six speakers and a few hundred sounds are little to learn from; these changes are what stands between
-learning digits and learning six people. All of them keep the times they are given true.
+Six speakers and a few hundred sounds are little training data; without augmentation a model learns the
+six speakers instead of the digits. All functions keep the times of words and sounds. Knows no label.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ N_FFT = 512  # samples, 32 ms
 HOP = 128
 DB = float(np.log(10.0) / 20.0)  # of an amplitude, in natural logarithms
 N_CEPSTRUM = 28  # quefrencies of the envelope: below the shortest pitch period, 1.75 ms
-MAX_GAIN_DB = 20.0  # of a moved envelope: what is not in a recording is not made up from its noise
+MAX_GAIN_DB = 20.0  # limit of a moved envelope: more would amplify the recording's noise
 
 
 def resampled(audio: Audio, factor: float) -> Audio:
@@ -27,12 +27,12 @@ def resampled(audio: Audio, factor: float) -> Audio:
 
 
 def coloured(audio: Audio, formants: float, gains_db: NDArray[np.float64]) -> Audio:
-    """The formants moved by a factor, the pitch kept, and the spectrum bent; the length is kept.
+    """Formants moved by a factor and the spectrum shaped; pitch and length are kept.
 
     Args:
         audio: The clip.
-        formants: Above 1 for a shorter throat.
-        gains_db: Of evenly spaced frequencies from 0 to 8 kHz; between them it is straight.
+        formants: Factor on the formants; above 1 for a shorter vocal tract.
+        gains_db: Gains at evenly spaced frequencies from 0 to 8 kHz, interpolated linearly.
     """
     n = len(audio)
     padded = np.pad(audio, (N_FFT, N_FFT + HOP))
@@ -60,7 +60,7 @@ def coloured(audio: Audio, formants: float, gains_db: NDArray[np.float64]) -> Au
 
 
 def coloured_noise(n: int, rng: np.random.Generator) -> Audio:
-    """Noise whose power falls with the frequency, more or less, at a level of 1."""
+    """Noise between white and brown, `n` samples at an RMS of 1."""
     spectrum = np.fft.rfft(rng.standard_normal(_fast_length(n), np.float32))
     slope = np.float32(rng.uniform(0.0, 1.0))
     spectrum *= np.maximum(np.arange(len(spectrum), dtype=np.float32), 20.0) ** -slope
@@ -69,10 +69,10 @@ def coloured_noise(n: int, rng: np.random.Generator) -> Audio:
 
 
 def in_room(audio: Audio, response: Audio) -> Audio:
-    """`audio` heard in a room, as long as before."""
+    """`audio` convolved with an impulse response, cut to its own length."""
     n = _fast_length(len(audio) + len(response))
-    heard = np.fft.irfft(np.fft.rfft(audio, n) * np.fft.rfft(response, n), n)
-    return heard[: len(audio)].astype(np.float32)
+    wet = np.fft.irfft(np.fft.rfft(audio, n) * np.fft.rfft(response, n), n)
+    return wet[: len(audio)].astype(np.float32)
 
 
 def level(audio: NDArray[np.floating]) -> float:

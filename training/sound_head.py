@@ -1,6 +1,6 @@
-"""The sound head as it is trained, and how it becomes the file that `model/sounds/head.py` reads.
+"""The SED head with gradients, and its conversion to the file that `model/sounds/head.py` reads.
 
-Only here does anything have a gradient; the architecture is that of `model/sounds/head.py`.
+The architecture is that of `model/sounds/head.py`. Knows no audio: examples come as embeddings.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Examples:
     """Scenes as the head sees them."""
 
     embeddings: NDArray[np.uint8]  # [S, T + CONTEXT - 1, 1024]
-    targets: NDArray[np.float16]  # [S, T, N], how much of the row the sound fills
+    targets: NDArray[np.float16]  # [S, T, N], the share of the row that the sound fills
 
 
 class TrainedHead(nn.Module):
     """From embeddings in units of the network to logits of the trained sounds."""
 
     def __init__(self, n_sounds: int, unit: float, start: Tensor) -> None:
-        """Random weights, save the first features.
+        """Random weights, except the first features.
 
         Args:
             n_sounds: N.
-            unit: What a step of an embedding is worth.
-            start: [n, 1024] rows of YAMNet's classifier that the first features begin with.
+            unit: Scale of a quantised embedding.
+            start: [n, 1024] rows of YAMNet's classifier that initialise the first features.
         """
         super().__init__()
         self.unit = unit
@@ -66,7 +66,7 @@ class TrainedHead(nn.Module):
 
 
 def train(examples: Examples, yamnet: Yamnet, like: Sequence[str], n_epochs: int, seed: int) -> TrainedHead:
-    """Train on scenes; `like` names sounds of YAMNet that the first features begin with."""
+    """Train on scenes; `like` names the sounds of YAMNet that initialise the first features."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     classifier = yamnet.classifier
@@ -92,7 +92,7 @@ def train(examples: Examples, yamnet: Yamnet, like: Sequence[str], n_epochs: int
 
 
 def save(head: TrainedHead, path: Path) -> None:
-    """Write what was trained: the projection in whole numbers, all else in float32."""
+    """Write the trained weights: the projection in whole numbers, everything else in float32."""
     weight = head.project.weight.detach().double()
     scale = weight.abs().amax(dim=1) / 127
     tensors = {
@@ -109,7 +109,7 @@ def save(head: TrainedHead, path: Path) -> None:
 
 
 def finish(trained: Path, path: Path, labels: Sequence[str], calibration: Mapping[str, Tensor]) -> None:
-    """Write the file that ships: what was trained, with guards, offsets and thresholds."""
+    """Write the file that ships: the trained weights with guards, offsets and thresholds."""
     tensors = load_file(trained) | {name: tensor.float() for name, tensor in calibration.items()}
     save_file(tensors, path, metadata={"labels": json.dumps(list(labels)), "taps": json.dumps(TAPS)})
     path.chmod(0o644)

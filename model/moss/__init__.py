@@ -1,1 +1,1 @@
-"""MOSS-Audio: encoder, language model, rolling cache, forks. Pure tensors; only `checkpoint` reads files."""
+"""MOSS-Audio: encoder, language model, rolling KV cache, generation. Only `checkpoint` reads files."""

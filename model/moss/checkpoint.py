@@ -36,7 +36,7 @@ _QWEN_SPLIT = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model with what is needed to talk to it."""
+    """A model with its tokenizer and special tokens."""
 
     model: MossAudio
     layout: Layout
@@ -44,9 +44,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What lies in the weight files of a checkpoint, without reading the weights."""
+    """The content of a checkpoint's weight files, without reading the weights."""
 
-    n_tensors: int  # that the model takes
+    n_tensors: int  # that the model uses
     n_bytes: int  # of those
     dtypes: tuple[str, ...]  # as the files name them
     n_files: int
@@ -55,7 +55,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """What a model takes in memory."""
+    """Memory of a model."""
 
     n_parameters: int
     weight_bytes: int
@@ -125,7 +125,7 @@ def layout_of(folder: Path) -> Layout:
 
 
 def byte_level(bpe: Any) -> Any:
-    """A tokenizers.Tokenizer that treats text as Qwen's does, around a tokenizers.models.BPE."""
+    """A tokenizers.Tokenizer that splits text as Qwen's does, around a tokenizers.models.BPE."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     fast = Tokenizer(bpe)
@@ -236,13 +236,13 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Any, Path]]:
 
 
 def empty_model(config: MossConfig) -> MossAudio:
-    """The model without memory behind its parameters."""
+    """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return MossAudio(config)
 
 
 def memory_need(config: MossConfig, dtype: torch.dtype = torch.bfloat16) -> MemoryNeed:
-    """What a model of these shapes takes, counted on the meta device."""
+    """Memory of a model of these shapes, counted on the meta device."""
     parameters = list(empty_model(config).parameters())
     n_parameters = sum(parameter.numel() for parameter in parameters)
     language = config.language
@@ -263,8 +263,8 @@ def load_weights(
     Args:
         folder: Where the checkpoint is.
         config: Its shapes.
-        dtype: What to compute in; None: as stored.
-        device: Where to put it.
+        dtype: Of the weights; None: as stored.
+        device: Of the weights.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, stored twice, or of another shape; all are named.
@@ -289,7 +289,7 @@ def load_weights(
 
 
 def survey(folder: Path, config: MossConfig) -> Stored:
-    """What the weight files hold, against the shapes of `config`; reads headers alone.
+    """The content of the weight files, checked against the shapes of `config`; reads headers alone.
 
     Raises:
         CheckpointError: a weight file is missing or broken.

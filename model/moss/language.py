@@ -1,8 +1,8 @@
 """Qwen3, as far as MOSS-Audio uses it. Parameter names are the checkpoint's.
 
-Positions, masks and where keys are written are given from outside, so one `forward` serves a whole
-clip, a block appended to a cache, and many answers decoded side by side. Knows nothing of audio but
-that some rows get something added after the first layers.
+Positions, masks and cache entries are arguments, so one `forward` serves a whole clip, a block appended
+to a cache, and many answers decoded side by side. Knows no audio: DeepStack comes as tensors to add
+after the first layers.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class KvBuffers:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Where the rows of one call write and what they may read, B rows of T tokens."""
+    """Cache entries that the rows of one call write and read, B rows of T tokens."""
 
     buffers: KvBuffers
     slots: Sequence[int]  # the slot of each row, rising
     slot_index: Tensor  # [B, 1], the same on the device
     entries: Tensor  # [B, T], where each token's key and value go
-    mask: Tensor  # [B, T, R] bool over the first R entries; True where a token may look
+    mask: Tensor  # [B, T, R] bool over the first R entries; True where a token attends
 
     def bias(self, n_groups: int) -> Tensor:
-        """What is added to attention scores: 0 or -inf, [B, 1, n_groups * T, R], made once per call."""
+        """The mask as a bias on attention scores: 0 or -inf, [B, 1, n_groups * T, R], made once per call."""
         batch, n_steps, n_read = self.mask.shape
         bias = self.mask.new_zeros(self.mask.shape, dtype=self.buffers.k.dtype)
         bias.masked_fill_(~self.mask, -torch.inf)
@@ -60,7 +60,7 @@ class Access:
         return grouped.reshape(batch, 1, n_groups * n_steps, n_read)
 
     def runs(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and slots that lie side by side: read as views, without copying."""
+        """Runs of rows whose slots are consecutive: read as views, without copying."""
         start = 0
         for row in range(1, len(self.slots) + 1):
             if row == len(self.slots) or self.slots[row] != self.slots[row - 1] + 1:
@@ -70,12 +70,12 @@ class Access:
 
 
 def visible_mask(starts: Tensor, stops: Tensor, n_entries: int) -> Tensor:
-    """Which entries lie in any of some disjoint ranges.
+    """Entries that lie in any of some disjoint ranges.
 
     Args:
-        starts: [..., N]; a range that is none begins where it stops.
+        starts: [..., N]; an empty range starts where it stops.
         stops: [..., N].
-        n_entries: Entries there are.
+        n_entries: Number of entries.
 
     Returns:
         [..., n_entries] bool.
@@ -89,7 +89,7 @@ def visible_mask(starts: Tensor, stops: Tensor, n_entries: int) -> Tensor:
 def rotary_angles(position: Tensor, config: LanguageConfig) -> Tensor:
     """Angles of positions, [...] integers to [..., D / 2] float32.
 
-    Made anew at each use, for the reason given at `encoder.positions`.
+    Computed at each use, for the reason given at `encoder.positions`.
 
     Source: transformers 4.57.1, modeling_qwen3.py, Qwen3RotaryEmbedding: float32 throughout, cast to
     the dtype of the keys after sine and cosine.
@@ -100,7 +100,7 @@ def rotary_angles(position: Tensor, config: LanguageConfig) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn `x` [..., D] by `angles` [..., D / 2]; the halves of D belong together."""
+    """Rotate `x` [..., D] by `angles` [..., D / 2]; the first half of D pairs with the second."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -180,13 +180,13 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_idx: int, access: Access, bias: Tensor) -> Tensor:
-    """Write keys and values [B, K, T, D], then attend over the slots' entries: [B, H, T, D]."""
+    """Write keys and values [B, K, T, D] in place, then attend over the slots' entries: [B, H, T, D]."""
     keys, values = access.buffers.k[layer_idx], access.buffers.v[layer_idx]  # [S, K, C, D]
     keys[access.slot_index, :, access.entries] = k.transpose(1, 2)  # [B, T, K, D]
     values[access.slot_index, :, access.entries] = v.transpose(1, 2)
     n_read = bias.shape[-1]
-    # Query heads that share a key head become more queries of it. The kernels that take a mask want
-    # as many heads of one kind as of the other, and would repeat the keys for it.
+    # Query heads that share a key head become further queries of it: kernels that take a mask need as
+    # many query heads as key heads, and would copy the keys otherwise.
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, H / K * T, D]
     outs = [
         F.scaled_dot_product_attention(
@@ -240,11 +240,11 @@ class LanguageModel(nn.Module):
 
         Args:
             x: Embeddings, [B, T, H].
-            position: [B, T], where the rotary embedding places each token.
-            added: DeepStack; the k-th, [B, T, H], is added to the output of layer k. Zero where
-                a token is not audio.
+            position: [B, T], of each token, for the rotary embedding.
+            added: DeepStack; the k-th, [B, T, H], is added to the output of layer k. Zero for tokens
+                that are not audio.
             access: The cache to write and read; None: the rows are whole sequences.
-            mask: Without a cache, which tokens see which: [B, 1, T, T] bool; None: the earlier ones.
+            mask: Without a cache, which tokens attend to which: [B, 1, T, T] bool; None: causal.
         """
         angles = rotary_angles(position, self.config)[:, None]  # [B, 1, T, D / 2]
         bias = mask

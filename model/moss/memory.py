@@ -1,9 +1,10 @@
-"""What a MOSS-Audio model needs in memory to serve so many streams, before any of it is taken.
+"""Memory that a MOSS-Audio model needs for a number of streams, computed before anything is allocated.
 
-Weights and slots are exact: they are counted from shapes, and tests hold them to what is allocated.
-The workspace is what the largest call has in temporary tensors at one time, from the limits of one
-call; tests run those calls without memory behind the tensors and count. What the libraries take for
-themselves is an allowance, not a measurement.
+Weights and slots are exact: they are counted from shapes, and tests compare them with what is allocated.
+The workspace is the peak of temporary tensors in the largest call; tests run those calls on the meta
+device and count. What the libraries use themselves is an allowance, not a measurement.
+
+Knows no device: how much memory there is comes from outside.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from model.moss.network import MAX_BLOCKS
 from model.moss.step_graph import LANES, decode_step_bytes
 from model.moss.window import slot_bytes
 
-N_PREFIX = 32  # tokens of the prompt before the audio, where no tokenizer is at hand to count them
+N_PREFIX = 32  # tokens of the prompt before the audio, where there is no tokenizer to count them
 CUDA_ALLOWANCE = 1 << 30  # bytes: kernels, cuBLAS and cuDNN workspaces, fragmentation; not measured
 CPU_ALLOWANCE = 1 << 28  # bytes: torch itself and its threads
 
 
 class DoesNotFit(CheckpointError):
-    """A model with its slots that is larger than the memory there is; says by how much, and what to lower."""
+    """A model with its slots exceeds the available memory; the text says by how much, and what to lower."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of what is needed."""
+    """One part of the memory."""
 
     name: str
     n_bytes: int
@@ -42,21 +43,21 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a model with its slots takes."""
+    """Memory of a model with its slots."""
 
     parts: tuple[Part, ...]
     n_slots: int
     n_blocks: int  # of the window
-    bytes_per_slot: int  # of one more stream, its share of the workspace left out
+    bytes_per_slot: int  # of one more stream, without its share of the workspace
     bytes_per_block: int  # of one more block of the window, in all slots
 
     @property
     def n_bytes(self) -> int:
-        """All of it."""
+        """The sum of the parts."""
         return sum(part.n_bytes for part in self.parts)
 
     def check(self, available: int, where: str) -> None:
-        """Refuse what does not fit.
+        """Raise if the plan does not fit.
 
         Args:
             available: Bytes that can be allocated.
@@ -80,7 +81,7 @@ class MemoryPlan:
 
 
 def gb(n_bytes: int) -> str:
-    """Bytes for people: decimal gigabytes, megabytes below one."""
+    """Bytes as text: decimal gigabytes, megabytes below one."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
@@ -88,7 +89,7 @@ def encode_bytes(config: MossConfig, dtype: torch.dtype) -> int:
     """Workspace of one encoder call of the most blocks it takes, and the adapters after it."""
     encoder = config.encoder
     # After the first convolution: 64 mel bins and 200 frames per channel, before and after the
-    # activation, cut to its length, and once more for what the kernel takes for itself.
+    # activation, masked to its length, and once more for the kernel's own workspace.
     stem = 4 * encoder.downsample_hidden_size * (encoder.num_mel_bins // 2) * (encoder.block_frames // 2)
     width = max(2 * encoder.encoder_ffn_dim, 6 * encoder.d_model, 3 * config.adapter_hidden_size)
     kept = (1 + len(encoder.tap_layers)) * encoder.d_model
@@ -105,7 +106,7 @@ def _token_bytes(config: MossConfig, n_read: int, dtype: torch.dtype) -> int:
     width = max(3 * language.intermediate_size, 3 * heads) + 3 * language.hidden_size
     added = 2 * config.n_deepstack * language.hidden_size
     n_groups = language.num_attention_heads // language.num_key_value_heads
-    # The mask: while it is put together, then as numbers, once and for each query head of a group.
+    # The mask: while it is assembled, then as numbers, once and for each query head of a group.
     mask = n_read * (6 + (1 + n_groups) * dtype.itemsize)
     return (width + added) * dtype.itemsize + 8 * language.hidden_size + mask
 
@@ -119,7 +120,7 @@ def plan_memory(
     n_prefix: int = N_PREFIX,
     is_cuda: bool = False,
 ) -> MemoryPlan:
-    """What `n_slots` streams need with this window.
+    """Memory for `n_slots` streams with this window.
 
     Args:
         config: Shapes of the model.
@@ -127,7 +128,7 @@ def plan_memory(
         n_slots: Live streams at once.
         dtype: Of weights and cache.
         n_prefix: Tokens of the prompt before the audio.
-        is_cuda: Whether it is for a GPU; decides the allowance alone.
+        is_cuda: Whether it is for a GPU; changes the allowance alone.
     """
     need = memory_need(config, dtype)
     n_read = n_entries(config.encoder.block_tokens, settings, n_prefix)

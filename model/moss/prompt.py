@@ -2,8 +2,8 @@
 
 system and user header, audio start | audio tokens with markers | audio end, question, answer header
 
-Everything before the second bar can only grow at its end, so all questions share it. Knows the
-tokens, not the tensors.
+Everything before the second bar only grows at its end, so all requests share it as their prefix. Knows
+tokens, no tensor and no cache.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def prompt(name: str) -> Prompt:
 
 
 def prompt_names() -> tuple[str, ...]:
-    """All that can be asked."""
+    """The names `prompt` takes."""
     return tuple(name for name in _prompt_file() if name != "template")
 
 
 def system_message() -> str:
-    """What the chat template begins with."""
+    """The system message of the chat template."""
     return _prompt_file()["template"]["system"]
 
 
@@ -100,21 +100,21 @@ class Layout:
         self.prefix = (*tokenizer.encode(text), special.audio_start)
 
     def question(self, text: str, answer: str = "", max_tokens: int | None = None) -> tuple[int, ...]:
-        """What follows the audio: its end, the question, and the beginning of the answer.
+        """What follows the audio: its end, the question, and a forced prefix of the answer.
 
-        Question and answer may come from outside: no special token is made of what they spell.
+        Question and answer may be text of a client: special tokens in it are encoded as plain text.
 
         Args:
             text: The question.
-            answer: What the model's answer goes on from.
-            max_tokens: Where the whole is longer, the end of `text` is left out, and only that.
+            answer: A forced prefix of the answer.
+            max_tokens: Where the whole is longer, the end of `text` is cut, and nothing else.
         """
         asked = self.tokenizer.encode_plain(f"\n{text}")
         header = self.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
-        said = self.tokenizer.encode_plain(answer)
+        prefix = self.tokenizer.encode_plain(answer)
         if max_tokens is not None:
-            asked = asked[: max(0, max_tokens - 1 - len(header) - len(said))]
-        return (self.special.audio_end, *asked, *header, *said)
+            asked = asked[: max(0, max_tokens - 1 - len(header) - len(prefix))]
+        return (self.special.audio_end, *asked, *header, *prefix)
 
     def audio(self, n_tokens: int, first_marker_s: int = SECONDS_PER_MARKER) -> tuple[int, ...]:
         """`n_tokens` audio ids with the markers between and behind them.
@@ -122,8 +122,8 @@ class Layout:
         A marker stands behind every 25th audio token, also where the audio ends there.
 
         Args:
-            n_tokens: Audio tokens, counted from a place where the time is even: a block's start.
-            first_marker_s: What the first marker says.
+            n_tokens: Audio tokens, counted from the start of a block.
+            first_marker_s: Seconds in the first marker.
         """
         ids: list[int] = []
         for start in range(0, n_tokens, TOKENS_PER_MARKER):

@@ -1,1 +1,1 @@
-"""What is heard besides words: YAMNet, and a small head on what it says over time."""
+"""Sound event detection (SED): YAMNet, and a small head over its embeddings in time."""

@@ -1,13 +1,13 @@
-"""The head: from embeddings over two and a half seconds to how sure each sound is.
+"""The SED head: from YAMNet embeddings of 2.5 seconds to a confidence per sound.
 
-Some sounds are trained (`training/events.py`): every patch's embedding is projected to a few
-features, and a row looks at those of some patches of its context. Such a sound may be sure only where
-YAMNet's own score is above a guard, and goes on while that is not far below. The other sounds of the
-521 have YAMNet's own score, the mean logit of the patches around the row, moved by what YAMNet says
-of it over speech, music and noise.
+Some sounds are trained (`training/events.py`): every patch's embedding is projected to a few features,
+and a row combines those of some patches of its context. The logit of such a sound is capped in
+proportion to how far YAMNet's own logit lies above a guard, so that it is high only where YAMNet agrees.
+The other sounds of the 521 use YAMNet's own logit, the mean of the patches around the row, less an offset
+measured on speech, music and noise.
 
-What is multiplied with embeddings are whole numbers, so that the sums are exact in float64: a row
-does not depend on how many rows are computed with it.
+Embeddings are multiplied with whole numbers, so that the sums are exact in float64: a row does not
+depend on how many rows are computed with it. Knows no stream and no threshold in time.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from model.sounds.stream import CONTEXT
 from model.sounds.yamnet import N_CLASSES, WIDTH, Yamnet
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "sounds.safetensors"
-GUARD_SLOPE = 0.25  # logits that a trained sound may have per logit of YAMNet's above its guard
-AROUND = 3  # the last patches of the context, whose mean logit is the score of a sound that is not trained
+GUARD_SLOPE = 0.25  # cap of a trained sound's logit, per logit of YAMNet's above its guard
+AROUND = 3  # last patches of the context, whose mean logit scores a sound that is not trained
 
 
 @dataclass(frozen=True, slots=True)
 class HeadWeights:
-    """What `training/events.py` writes. H features a patch, K taps, D hidden units, N trained sounds."""
+    """The file of `training/events.py`. H features a patch, K taps, D hidden units, N trained sounds."""
 
     labels: tuple[str, ...]  # the trained sounds, N of YAMNet's names
-    taps: tuple[int, ...]  # which patches a row looks at, counted back from the last one, K
+    taps: tuple[int, ...]  # patches a row combines, counted back from the last one, K
     project: Tensor  # [H, 1024] whole numbers, float64
     project_scale: Tensor  # [H] of a weight times an embedding's unit
     project_bias: Tensor  # [H]
@@ -45,9 +45,9 @@ class HeadWeights:
     hidden_bias: Tensor  # [D]
     out: Tensor  # [N, D]
     out_bias: Tensor  # [N]
-    guards: Tensor  # [N] YAMNet's own logit below which a trained sound is not believed
-    offsets: Tensor  # [521] logits taken from YAMNet's, where a sound is not trained
-    thresholds: Tensor  # [521] scores from which a sound is there
+    guards: Tensor  # [N] YAMNet's own logit at which the cap of a trained sound is 0
+    offsets: Tensor  # [521] subtracted from YAMNet's logits, where a sound is not trained
+    thresholds: Tensor  # [521] scores from which a sound counts as present
 
 
 def load_weights(path: Path = WEIGHTS) -> HeadWeights:
@@ -93,12 +93,12 @@ class SoundHead:
 
         Args:
             weights: As trained.
-            yamnet: Whose embeddings will come.
-            names: Which of its sounds are scored, and in which order.
+            yamnet: The network whose embeddings are scored.
+            names: The sounds to score, in this order.
         """
         columns = torch.tensor([yamnet.names.index(name) for name in names], dtype=torch.long)
         self._weights = weights
-        # Where the trained sounds stand among the trained, and among the chosen.
+        # Indices of the chosen trained sounds among the trained ones, and among the chosen ones.
         chosen = [name for name in names if name in weights.labels]
         self._from = [weights.labels.index(name) for name in chosen]
         self._to = [names.index(name) for name in chosen]
@@ -114,7 +114,7 @@ class SoundHead:
         self.thresholds = weights.thresholds[columns].tolist()
 
     def scores(self, embeddings: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """How sure each chosen sound is, 0 to 1.
+        """Confidence of each chosen sound, 0 to 1.
 
         Args:
             embeddings: [n + CONTEXT - 1, 1024] of consecutive patches.

@@ -2,7 +2,7 @@
 
 Frame f is the window of samples [160 f, 160 f + 400); cell c holds the eight frames from 8 c on and
 needs the samples up to 1280 c + 1520. A patch is twelve cells. Cells are computed one at a time, so
-that the arithmetic of a cell is the same however the audio was cut.
+that the arithmetic of a cell is the same however the audio was cut. Knows no stream.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LOG_OFFSET = 0.001
 
 CELL_FRAMES = 8
 CELL = CELL_FRAMES * HOP  # samples, 80 ms
-CELL_AUDIO = (CELL_FRAMES - 1) * HOP + WINDOW  # samples a cell looks at, 95 ms
+CELL_AUDIO = (CELL_FRAMES - 1) * HOP + WINDOW  # samples a cell is computed from, 95 ms
 PATCH_CELLS = 12
 PATCH_FRAMES = PATCH_CELLS * CELL_FRAMES  # 96
-PATCH_AUDIO = (PATCH_CELLS - 1) * CELL + CELL_AUDIO  # samples a patch looks at, 0.975 s
+PATCH_AUDIO = (PATCH_CELLS - 1) * CELL + CELL_AUDIO  # samples a patch is computed from, 0.975 s
 
 
 def _mel_of(hz: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def mel_filters() -> Tensor:
     rising = (bins[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[None, 2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
     filters = torch.minimum(rising, falling).clamp(min=0.0)
-    filters[0] = 0.0  # a constant offset is no sound
+    filters[0] = 0.0  # a constant offset carries no sound
     return filters
 
 
@@ -55,7 +55,7 @@ def _window() -> Tensor:
 
 
 def cell(samples: Tensor) -> Tensor:
-    """One cell's frames, [8, 64] float64, of its `CELL_AUDIO` samples in float64."""
+    """One cell's frames, [8, 64] float64, of its `CELL_AUDIO` samples [n] float64."""
     assert samples.shape == (CELL_AUDIO,), samples.shape
     frames = samples.unfold(0, WINDOW, HOP) * _window()  # [8, 400]
     magnitude = torch.fft.rfft(frames, N_FFT).abs()  # [8, 257]

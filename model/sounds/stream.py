@@ -1,8 +1,8 @@
-"""How one stream's audio becomes YAMNet's patches and embeddings on the 12.5 Hz grid.
+"""One stream's audio as YAMNet's patches and embeddings on the 12.5 Hz grid.
 
 Patch p begins at sample 1280 p, an absolute position, so that the same audio gives the same patches
-however it was cut and wherever hearing began. The scores of a row (the 80 ms from sample 1280 i on)
-rest on the `CONTEXT` patches of which the last is patch i - `BACK`.
+however it was cut and from wherever the stream was resumed. The scores of a row (the 80 ms from sample
+1280 i on) depend on the `CONTEXT` patches up to patch i - `BACK`. Knows no sound and no score.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from model.sounds.mel import (
 from model.sounds.yamnet import WIDTH, Yamnet
 
 BACK = 5  # the last patch of row i begins five rows before it: a look-ahead of 0.495 s behind the row's end
-CONTEXT = 27  # patches a row rests on: the first begins 2.48 s before the row
-LOOK_AHEAD = PATCH_AUDIO - (BACK + 1) * CELL  # samples behind a row's end that it needs
+CONTEXT = 27  # patches a row depends on: the first begins 2.48 s before the row
+LOOK_AHEAD = PATCH_AUDIO - (BACK + 1) * CELL  # samples after a row's end that it needs
 PAST = (CONTEXT - 1 + BACK) * CELL  # samples before a row's start that it needs
 
 
@@ -47,18 +47,18 @@ class SoundStream:
         self.start_at(0)
 
     def start_at(self, position: int) -> None:
-        """Forget everything and go on from a sample; before the stream's first one there was silence."""
+        """Forget everything and continue at a sample; before the stream's first one is silence."""
         self.position = position  # the next sample to come
         first = -PAST if position == 0 else -(-position // CELL) * CELL
         self._cell_start = first  # where the next cell begins
         self._audio = torch.zeros(max(position - first, 0), dtype=torch.float64)  # from there on
-        self._skip = max(first - position, 0)  # samples before the first cell, not needed
-        self._frames = np.empty((0, CELL_FRAMES, N_MELS), np.uint8)  # cells not in a whole patch yet
+        self._skip = max(first - position, 0)  # samples to skip before the first cell
+        self._frames = np.empty((0, CELL_FRAMES, N_MELS), np.uint8)  # cells of incomplete patches
         self._embeddings = np.empty((0, WIDTH), np.uint8)  # of the patches from `_patch` on
         self._patch = first // CELL
 
     def push(self, pcm: NDArray[np.float32], yamnet: Yamnet) -> NDArray[np.uint8]:
-        """Append audio; the patches that became complete, [n, 96, 64]. `take` wants their embeddings."""
+        """Append audio [n], 16 kHz. Gives the patches that it completes, [k, 96, 64]."""
         self.position += len(pcm)
         n_skipped = min(self._skip, len(pcm))
         self._skip -= n_skipped
@@ -75,7 +75,7 @@ class SoundStream:
         return np.stack(patches) if patches else np.empty((0, PATCH_FRAMES, N_MELS), np.uint8)
 
     def take(self, embeddings: NDArray[np.uint8]) -> SoundRows:
-        """Append the new patches' embeddings; the rows that became final."""
+        """Append the embeddings [k, 1024] of the patches of `push`; returns the rows they complete."""
         known = np.concatenate([self._embeddings, embeddings])
         n_rows = max(0, len(known) - CONTEXT + 1)
         row = self._patch + CONTEXT - 1 + BACK

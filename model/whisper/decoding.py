@@ -1,7 +1,8 @@
-"""Greedy decoding of many windows in one loop, with drafts, a loop guard and word times.
+"""Greedy decoding of many windows in one loop, with drafts, a repetition guard and token times.
 
-A draft is what the same stream said a moment ago. It is checked in one pass instead of a pass per
-token, and kept as far as it is what greedy decoding says anyway: it saves time and changes nothing.
+A draft is the stream's own previous hypothesis, used as in speculative decoding: one pass verifies all
+of it, and it is kept as far as greedy decoding chooses the same tokens. It saves time and does not
+change the result. Knows no stream: which windows are decoded, and with which draft, comes from outside.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from model.whisper.alignment import token_starts
 from model.whisper.modeling import DecoderCache, Whisper
 from model.whisper.tokens import EAST_ASIAN_LANGUAGES, Vocabulary
 
-MAX_LOOP_TOKENS = 16  # longest phrase the loop guard looks for
+MAX_LOOP_TOKENS = 16  # longest phrase the repetition guard looks for
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """What to decode over one window."""
+    """A prompt for one window."""
 
     language: str | None  # None: detect
     context: tuple[int, ...]  # tokens of text before the window; the prompt's "previous text"
-    prefix: tuple[int, ...]  # tokens already agreed on inside the window
-    draft: tuple[int, ...]  # a guess at what follows the prefix
+    prefix: tuple[int, ...]  # tokens already committed inside the window
+    draft: tuple[int, ...]  # speculative tokens behind the prefix
     n_positions: int  # encoder positions that hold audio
-    max_tokens: int  # budget for what follows the prefix
+    max_tokens: int  # budget behind the prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What follows the prefix of one window."""
+    """The tokens behind the prefix of one window."""
 
     tokens: tuple[int, ...]
-    scores: tuple[float, ...]  # log-probability of each
+    log_probabilities: tuple[float, ...]  # of each token
     starts: tuple[int, ...]  # encoder position where each begins, and where the last one ends
     language: str
     language_score: float
     no_speech: float  # probability at the start token
-    n_loops_cut: int
+    n_repetitions_cut: int
 
 
 @dataclass(slots=True)
@@ -54,13 +55,13 @@ class _Row:
     language_id: int
     language_score: float
     prompt: list[int]
-    start_idx: int  # where the start token lies in the prompt
+    start_idx: int  # index of the start token in the prompt
     no_speech: float = 0.0
     tokens: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)  # [A, t, S] each, one row per predicted token
     is_done: bool = False
-    n_loops_cut: int = 0
+    n_repetitions_cut: int = 0
 
 
 class Decoder:
@@ -77,14 +78,14 @@ class Decoder:
         allowed[vocabulary.end + 1 :] = -math.inf  # no special token but the end, no timestamps
         first = torch.zeros_like(allowed)
         first[list(config.suppressed_first_ids)] = -math.inf
-        # Unsure of an accent, the model now and then writes what it heard in Chinese.
+        # With an unfamiliar accent the model now and then transcribes in Chinese script.
         other_script = torch.zeros_like(allowed)
         other_script[vocabulary.east_asian_ids()] = -math.inf
-        # Added to a row's logits: minus infinity where a token is never said.
+        # Added to a row's logits: minus infinity for tokens that are never generated.
         self._east_asian_bias, self._bias, self._first = allowed, allowed + other_script, first
 
     def n_tokens(self, requests: Sequence[DecodeRequest]) -> int:
-        """Room the longest request needs in a cache: special tokens, prompt, draft, budget."""
+        """Tokens a cache must hold for the longest request: special tokens, prompt, draft, budget."""
         longest = max(len(r.context) + len(r.prefix) + 5 + max(r.max_tokens, len(r.draft)) for r in requests)
         return min(self._max_tokens, longest) + 1
 
@@ -93,7 +94,8 @@ class Decoder:
         """Decode every window greedily.
 
         Args:
-            cache: Empty, over the audio of each request, with room for `n_tokens(requests)`. Used up.
+            cache: Empty, over the audio of each request, with room for `n_tokens(requests)`.
+                Not usable afterwards.
             requests: One for each row of the cache.
 
         Returns:
@@ -104,7 +106,7 @@ class Decoder:
             for request, language in zip(requests, self._languages(requests, cache), strict=True)
         ]
         self._prefill(rows, cache)
-        live = list(range(len(rows)))  # which row each row of the cache is
+        live = list(range(len(rows)))  # the row of `rows` in each row of the cache
         while True:
             keep = [i for i, idx in enumerate(live) if not rows[idx].is_done]
             if not keep:
@@ -116,7 +118,7 @@ class Decoder:
         return [self._result(row) for row in rows]
 
     def _languages(self, requests: Sequence[DecodeRequest], cache: DecoderCache) -> list[tuple[int, float]]:
-        """Token and probability of each row's language; one step for all rows if any asks."""
+        """Token and probability of each row's language; one step for all rows if any is to be detected."""
         known = [None if r.language is None else self._vocabulary.language_id(r.language) for r in requests]
         if None not in known:
             return [(language_id, 1.0) for language_id in known if language_id is not None]
@@ -140,7 +142,7 @@ class Decoder:
         return _Row(request, *language, prompt=[*context, *start, *request.prefix], start_idx=len(context))
 
     def _fitting(self, request: DecodeRequest) -> DecodeRequest:
-        """The request, of whose context and prefix the newest tokens that leave room for an answer."""
+        """The request, its context and prefix cut to the newest tokens that leave room for an answer."""
         n_answer = min(request.max_tokens, self._max_tokens // 4)
         room = self._max_tokens - n_answer - 5  # special tokens of a prompt
         if len(request.context) + len(request.prefix) <= room:
@@ -150,7 +152,7 @@ class Decoder:
         return dataclasses.replace(request, context=context, prefix=prefix)
 
     def _prefill(self, rows: Sequence[_Row], cache: DecoderCache) -> None:
-        """Read every prompt and its draft in one pass; keep of the draft what holds."""
+        """Run every prompt with its draft in one pass; keep the draft as far as it is verified."""
         sequences = [row.prompt + list(row.request.draft[: self._n_free(row)]) for row in rows]
         tokens = torch.full((len(rows), max(map(len, sequences))), self._vocabulary.end)
         for row_idx, sequence in enumerate(sequences):
@@ -160,11 +162,11 @@ class Decoder:
         )
         for row_idx, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             first = len(row.prompt) - 1  # the position that predicts the first new token
-            # One pass over the vocabulary's weights for the start token and all that follows the prompt.
+            # One product with the vocabulary for the start token and everything behind the prompt.
             positions = [row.start_idx, *range(first, len(sequence))]
             logits = self._model.decoder.logits(hidden[row_idx, positions])  # [1 + 1 + draft, V]
             row.no_speech = float(logits[0].softmax(dim=-1)[self._vocabulary.no_speech])
-            # The prefix's own rows, so that alignment knows where the agreed words lie.
+            # The prefix's own rows, so that alignment knows where the committed words lie.
             begin = first - len(row.request.prefix)
             row.attention.append(attention[row_idx, :, begin:first])
             logits = logits[1:]
@@ -176,7 +178,7 @@ class Decoder:
             draft = sequence[len(row.prompt) :]
             n_kept = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
             for i in range(n_kept + 1):
-                self._say(
+                self._append(
                     row,
                     best[i],
                     float(log_probabilities[i, best[i]]),
@@ -196,32 +198,31 @@ class Decoder:
         best = (logits + torch.stack([self._allowed_for(row) for row in rows])).argmax(dim=-1)
         scores = log_probabilities.gather(1, best[:, None])[:, 0]
         for row_idx, (row, token, score) in enumerate(zip(rows, best.tolist(), scores.tolist(), strict=True)):
-            self._say(row, token, score, attention[row_idx])
+            self._append(row, token, score, attention[row_idx])
 
     def _allowed_for(self, row: _Row) -> Tensor:
-        """What is added to the logits of a row, [V]."""
+        """Bias on the logits of a row, [V]."""
         language = self._vocabulary.language_of(row.language_id)
         return self._east_asian_bias if language in EAST_ASIAN_LANGUAGES else self._bias
 
-    def _say(self, row: _Row, token: int, score: float, attention: Tensor) -> None:
-        """Take a predicted token, or end the row."""
+    def _append(self, row: _Row, token: int, score: float, attention: Tensor) -> None:
+        """Append a predicted token, or end the row."""
         row.attention.append(attention)
         if token == self._vocabulary.end:
             row.is_done = True
             return
         row.tokens.append(token)
-        row.scores.append(score)
-        # With the agreed words: a loop that is committed piece by piece is one all the same.
+        row.log_probabilities.append(score)
+        # With the committed words: a loop may have been committed piece by piece.
         n_cut = min(len(row.tokens), loop_length([*row.request.prefix, *row.tokens]))
         if n_cut:
-            del row.tokens[-n_cut:], row.scores[-n_cut:], row.attention[-n_cut:]
-            row.n_loops_cut += 1
+            del row.tokens[-n_cut:], row.log_probabilities[-n_cut:], row.attention[-n_cut:]
+            row.n_repetitions_cut += 1
         row.is_done = bool(n_cut) or self._n_free(row) <= 0
 
     def _n_free(self, row: _Row) -> int:
-        """Tokens the row may still say."""
-        n_said = len(row.tokens)
-        return min(row.request.max_tokens, self._max_tokens - len(row.prompt)) - n_said
+        """Tokens left in the row's budget."""
+        return min(row.request.max_tokens, self._max_tokens - len(row.prompt)) - len(row.tokens)
 
     def _result(self, row: _Row) -> Decoded:
         attention = torch.cat(row.attention, dim=1)  # [A, prefix + tokens (+ end), S]
@@ -230,25 +231,25 @@ class Decoder:
             aligned = token_starts(attention.cpu(), row.request.n_positions).tolist()
             n_prefix, n_tokens = len(row.request.prefix), len(row.tokens)
             starts = aligned[n_prefix : n_prefix + n_tokens + 1]
-            if len(starts) == n_tokens:  # cut off before the end was said
+            if len(starts) == n_tokens:  # cut off before the end token
                 starts.append(row.request.n_positions)
         language = self._vocabulary.language_of(row.language_id)
         return Decoded(
             tuple(row.tokens),
-            tuple(row.scores),
+            tuple(row.log_probabilities),
             tuple(starts),
             language,
             row.language_score,
             row.no_speech,
-            row.n_loops_cut,
+            row.n_repetitions_cut,
         )
 
 
 def loop_length(tokens: Sequence[int]) -> int:
-    """How many tokens to cut from the end so that a phrase said over and over is said once; 0: no loop.
+    """How many tokens to cut from the end so that a repeated phrase remains once; 0: no loop.
 
-    A loop is a phrase of n tokens said three times in a row, five times where n is 1 or 2: people do
-    say "no, no, no".
+    A loop is a phrase of n tokens three times in a row, five times where n is 1 or 2: people do say
+    "no, no, no".
     """
     for n in range(1, MAX_LOOP_TOKENS + 1):
         n_times = 5 if n <= 2 else 3

@@ -1,7 +1,7 @@
 """Whisper's encoder and decoder, batched, with an explicit cache.
 
-Parameter names are those of the Hugging Face checkpoints, so loading needs no table.
-Nothing is remembered on a module: the cache is an argument.
+Parameter names are those of the Hugging Face checkpoints, so loading needs no table. Modules keep no
+state: the cache is an argument. Knows no text and no stream.
 
 Source: openai/whisper, whisper/model.py; transformers, models/whisper/modeling_whisper.py.
 """
@@ -37,8 +37,8 @@ class WhisperConfig:
     n_audio_positions: int  # encoder positions of a full window; 1500 = 30 s
     n_text_positions: int  # longest token sequence, prompt included
     alignment_heads: tuple[tuple[int, int], ...]  # (decoder layer, head), their attention follows time
-    suppressed_ids: tuple[int, ...]  # never said
-    suppressed_first_ids: tuple[int, ...]  # not said as the first thing
+    suppressed_ids: tuple[int, ...]  # never generated
+    suppressed_first_ids: tuple[int, ...]  # not generated as the first token
 
     @property
     def n_frames(self) -> int:
@@ -67,12 +67,12 @@ class AudioEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, mel: Tensor, taps: list[Tensor] | None = None) -> Tensor:
-        """Encode full windows, padding and all, as Whisper was trained.
+        """Encode full windows with their padding, as Whisper was trained.
 
         Args:
             mel: [B, M, 2 S], S positions of a full window.
-            taps: Where given, what the first layer takes and what each layer gives is appended,
-                [B, S, D] each. The output is the same to the bit.
+            taps: Where given, the input of the first layer and the output of each layer are appended,
+                [B, S, D] each. They do not change the output.
 
         Returns:
             [B, S, D].
@@ -84,31 +84,31 @@ class AudioEncoder(nn.Module):
             _tap(taps, x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
-    def forward_heard(
-        self, mel: Tensor, n_heard: Tensor, padding: Padding, taps: list[Tensor] | None = None
+    def forward_unpadded(
+        self, mel: Tensor, n_audio: Tensor, padding: Padding, taps: list[Tensor] | None = None
     ) -> Tensor:
-        """Encode what was heard; what lies behind it is remembered padding, not computed.
+        """Encode the audio alone; the padding behind it comes from `padding` and is not computed.
 
         Args:
-            mel: [B, M, 2 T], T positions, at least each row's.
-            n_heard: [B] int64, positions of each row that count.
+            mel: [B, M, 2 T], T positions, no fewer than any row has.
+            n_audio: [B] int64, positions of each row that hold audio.
             padding: Of a full window, put behind each row's own positions.
             taps: As in `forward`, [B, T, D] each.
 
         Returns:
-            [B, T, D]. Positions of a row after its own last are not to be read, nor those of taps.
+            [B, T, D]. Positions of a row after its own last are undefined, also in taps.
         """
         x = self._embed(mel)
         _tap(taps, x)
         for layer, silence in zip(self._layers, padding.encoder, strict=True):
             h = layer.self_attn_layer_norm(x)
-            k, v, bias = silence.behind(*layer.self_attn.keys_values(h), n_heard)
+            k, v, bias = silence.behind(*layer.self_attn.keys_values(h), n_audio)
             x = x + layer.self_attn.attend_biased(layer.self_attn.queries(h), k, v, bias)
             x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
             _tap(taps, x)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
-    def remember_padding(self, mel: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    def encode_padding(self, mel: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Keys and values of every layer, [1, H, S, D / H] each, and the output, for `mel` [1, M, 2 S]."""
         x = self._embed(mel)
         keys, values = [], []
@@ -146,27 +146,27 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class DecoderCache:
-    """What the decoder remembers of a batch of token sequences and of their audio.
+    """The decoder's KV cache for a batch of token sequences and their audio.
 
     Tensors are written in place, never rebound. Entries at and after a row's length are garbage:
-    shortening a length forgets what lies behind it, and that is all a roll-back is.
+    a roll-back only shortens a length.
     """
 
     keys: Tensor  # [L, B, H, T_max, D / H], self-attention
     values: Tensor  # as `keys`
-    # Per layer [B, H, S, D / H], once per encode. Behind the audio lies padding, or groups of it.
+    # Per layer [B, H, S, D / H], once per encode. Padding, or groups of it, follows the audio.
     audio_keys: tuple[Tensor, ...]
     audio_values: tuple[Tensor, ...]  # as `audio_keys`
-    audio_bias: tuple[Tensor, ...] | None  # per layer [B, H, 1, S], added to the scores; None: nothing is
+    audio_bias: tuple[Tensor, ...] | None  # per layer [B, H, 1, S], added to the scores; None: no bias
     lengths: list[int]  # [B], tokens in the cache
 
     def rollback(self, row: int, length: int) -> None:
-        """Forget what row `row` has after its first `length` tokens."""
+        """Drop the tokens of row `row` after its first `length`."""
         assert 0 <= length <= self.lengths[row], (length, self.lengths[row])
         self.lengths[row] = length
 
     def select(self, rows: Sequence[int]) -> DecoderCache:
-        """A smaller cache of some rows, a copy: rows that have finished cost nothing more."""
+        """A copy with some rows alone, so that finished rows cost nothing more."""
         idx = torch.tensor(rows, device=self.keys.device)
         return DecoderCache(
             self.keys.index_select(1, idx),
@@ -199,13 +199,13 @@ class TextDecoder(nn.Module):
         """A cache for sequences of at most `n_tokens` tokens over `encoded` audio [B, S, D]."""
         return self._cache([layer.encoder_attn.keys_values(encoded) for layer in self._layers], n_tokens)
 
-    def new_cache_heard(
-        self, encoded: Tensor, n_heard: Tensor, padding: Padding, n_tokens: int
+    def new_cache_unpadded(
+        self, encoded: Tensor, n_audio: Tensor, padding: Padding, n_tokens: int
     ) -> DecoderCache:
-        """As `new_cache`, for the output of `forward_heard` [B, T, D]: padding lies behind it."""
+        """As `new_cache`, for the output of `forward_unpadded` [B, T, D]: padding follows the audio."""
         audio, biases = [], []
         for layer, silence in zip(self._layers, padding.decoder, strict=True):
-            k, v, bias = silence.behind(*layer.encoder_attn.keys_values(encoded), n_heard)
+            k, v, bias = silence.behind(*layer.encoder_attn.keys_values(encoded), n_audio)
             audio.append((k, v))
             biases.append(bias)
         return self._cache(audio, n_tokens, tuple(biases))
@@ -214,7 +214,7 @@ class TextDecoder(nn.Module):
         self, audio: Sequence[tuple[Tensor, Tensor]], n_tokens: int, bias: tuple[Tensor, ...] | None = None
     ) -> DecoderCache:
         """An empty cache over keys and values of the audio, each [B, H, S, D / H]."""
-        # Read once a token: laid out head by head, a step costs half.
+        # Contiguous per head: a step, which reads all of it, takes half the time.
         audio = [(k.contiguous(), v.contiguous()) for k, v in audio]
         batch, n_heads, _, head_width = audio[0][0].shape
         keys = audio[0][0].new_zeros(len(audio), batch, n_heads, n_tokens, head_width)
@@ -231,13 +231,13 @@ class TextDecoder(nn.Module):
         """Append tokens to every row.
 
         Args:
-            tokens: [B, T] int64, each row padded on the right with anything.
-            n_valid: [B], how many tokens of each row are meant; the cache grows by as many.
+            tokens: [B, T] int64, each row padded on the right with any ids.
+            n_valid: [B], tokens of each row that are not padding; the cache grows by as many.
             cache: Updated in place.
 
         Returns:
             Hidden states after the last norm, [B, T, D], and the attention of the alignment heads
-            to the audio, [B, A, T, S] float32. Padded positions are not to be read.
+            to the audio, [B, A, T, S] float32. Padded positions are undefined.
         """
         batch, n_new = tokens.shape
         starts = torch.tensor(cache.lengths, device=tokens.device)
@@ -292,12 +292,12 @@ class Whisper(nn.Module):
         self.decoder = TextDecoder(config)
 
     @torch.inference_mode()
-    def remember_padding(self, level: float) -> Padding:
+    def padding_of(self, level: float) -> Padding:
         """The padding of a window whose silence has the normalised log-mel value `level`."""
         config = self.config
         weight = self.encoder.conv1.weight
         mel = torch.full((1, config.n_mels, config.n_frames), level, dtype=weight.dtype, device=weight.device)
-        keys, values, encoded = self.encoder.remember_padding(mel)
+        keys, values, encoded = self.encoder.encode_padding(mel)
         cache = self.decoder.new_cache(encoded, n_tokens=1)
         return Padding(
             tuple(map(summarise, keys, values)),

@@ -126,9 +126,9 @@ class Engine:
         if not schedule.plan.slots:
             return bool(schedule.results)
         started = time.perf_counter()
-        result = self._runner.step(schedule.plan)
+        found = self._runner.step(schedule.plan)
         wall_s = time.perf_counter() - started
-        for answer in self._scheduler.apply(schedule, result, wall_s):
+        for answer in self._scheduler.apply(schedule, found, wall_s):
             self._pipe.send(answer)
         self._pipe.send(messages.Tick(wall_s, len(schedule.plan.slots)))
         return True
@@ -196,7 +196,7 @@ def _serve(pipe: Pipe) -> None:
             load_s=loaded - started,
             warm_up_s=warm - loaded,
             max_step=max_step,
-            sounds=tuple(messages.Sound(s.name, s.parent, s.threshold) for s in capabilities.sounds),
+            sounds=capabilities.sounds,
         )
     )
     Engine(pipe, scheduler, runner).run()

@@ -1,13 +1,14 @@
 """What the scheduler asks of a runner, and what it gets back.
 
 Contracts only: no tensor library is imported here. Positions are samples at 16 kHz since the
-stream's first one; audio is float32 mono in [-1, 1].
+stream's first one; audio is float32 mono in [-1, 1]. What is a msgspec struct here goes from the
+engine's process to the server and into the timeline as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import msgspec
@@ -21,8 +22,7 @@ Task = Literal["transcript", "events", "emotion", "answer"]
 SOUND_FRAME = 1280  # samples of one row of `SoundScores`: 80 ms, the encoder's 12.5 Hz
 
 
-@dataclass(frozen=True, slots=True)
-class SoundLabel:
+class SoundLabel(msgspec.Struct, frozen=True, array_like=True):
     """A kind of sound that a model scores on the 12.5 Hz grid."""
 
     name: str
@@ -38,22 +38,18 @@ class Capabilities:
     tasks: tuple[Task, ...]
     languages: tuple[str, ...]  # codes a stream may be set to; empty where it cannot be set
     max_window_s: float  # audio the model can look at in one go
-    min_tick_s: float  # asking more often than this gives nothing
     sounds: tuple[SoundLabel, ...] = ()  # columns of `SoundScores`; empty: it answers `events` forks instead
     events_every_s: float = 0.64  # how often it should look for events: what an `events` fork costs
     answer_tokens: int = 192  # the longest answer to a question, its thinking included
 
 
-class HeardWord(msgspec.Struct, frozen=True, array_like=True):
-    """A word of a hypothesis or of the committed text, with its place on the stream's clock.
-
-    The one type here that also goes between server and engine process as it is.
-    """
+class TimedWord(msgspec.Struct, frozen=True, array_like=True):
+    """A word of a hypothesis or of the committed text, with its place on the stream's clock."""
 
     text: str  # as it is joined to the text before it with a space
     start: int  # samples
     end: int  # samples
-    score: float  # probability, 0 to 1
+    confidence: float  # probability, 0 to 1
 
     @property
     def middle(self) -> int:
@@ -69,14 +65,14 @@ class Fork:
     # The audio from this sample on is looked at. That of an `emotion` fork lies inside the window of
     # the `transcript` fork that always stands before it, so that one encoding serves both.
     window_start: int
-    prefix: tuple[HeardWord, ...]  # agreed on already, inside the window; the answer goes on from them
+    prefix: tuple[TimedWord, ...]  # committed words inside the window; the answer continues them
     context: str  # text before the window, for the model's orientation only
     language: str | None  # None: detect
     max_tokens: int
     question: str = ""  # of an `answer` fork, in the asker's words
 
     @property
-    def agreed(self) -> tuple[str, ...]:
+    def prefix_texts(self) -> tuple[str, ...]:
         """The texts of `prefix`."""
         return tuple(word.text for word in self.prefix)
 
@@ -87,9 +83,14 @@ class SlotStep:
 
     slot_idx: int
     owner: int  # the stream that held the slot when this was planned
-    start: int  # position of `pcm`; a jump ahead of what the slot has heard makes it forget the past
+    start: int  # position of `pcm`; a jump ahead of the slot's position makes it forget the past
     pcm: Pcm  # samples not given before
-    forks: tuple[Fork, ...]
+    forks: tuple[Fork, ...]  # of each task at most one
+
+    @property
+    def end(self) -> int:
+        """The live edge: position of the sample after `pcm`."""
+        return self.start + len(self.pcm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +102,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """What a transcript fork found: what follows the agreed prefix."""
+    """What a transcript fork found: what follows the prefix."""
 
-    slot_idx: int
-    owner: int
-    words: tuple[HeardWord, ...]
-    stable_end: int  # samples; what rests on audio before this no longer changes with more audio
+    words: tuple[TimedWord, ...]
     language: str | None
     language_score: float  # probability of `language`; 1 where it was set
     no_speech: float  # probability that the window holds no speech, 0 to 1
-    n_loops_cut: int  # repetitions the guard removed
+    n_repetitions_cut: int  # by the loop guard
 
 
-@dataclass(frozen=True, slots=True)
-class SoundScores:
+class SoundScores(msgspec.Struct, frozen=True, array_like=True):
     """How sure each sound is, on the 12.5 Hz grid, for audio of which more can no longer change it.
 
     Rows follow one another over the steps without a gap, from the first that can be known after the
@@ -122,15 +119,24 @@ class SoundScores:
     around it alone, at most 2.5 s back: after a restart the same rows come again.
     """
 
-    slot_idx: int
-    owner: int
     start: int  # samples, a multiple of SOUND_FRAME: where the first row begins
-    scores: NDArray[np.float32]  # [n_frames, n_labels], 0 to 1; may be empty
+    scores: bytes  # [n_frames, n_labels] uint8, row by row, in 255ths; at least one row
+
+    @staticmethod
+    def of(start: int, scores: NDArray[np.float32]) -> SoundScores | None:
+        """Pack scores [n_frames, n_labels] of 0 to 1; None where there is no row."""
+        if not scores.size:
+            return None
+        assert 0.0 <= scores.min() <= scores.max() <= 1.0, (scores.min(), scores.max())
+        return SoundScores(start, np.rint(scores * 255.0).astype(np.uint8).tobytes())
+
+    def rows(self, n_labels: int) -> NDArray[np.uint8]:
+        """The scores [n_frames, n_labels], in 255ths."""
+        return np.frombuffer(self.scores, np.uint8).reshape(-1, n_labels)
 
 
-@dataclass(frozen=True, slots=True)
-class HeardEvent:
-    """A sound with its place on the stream's clock."""
+class SoundEvent(msgspec.Struct, frozen=True, array_like=True):
+    """A sound that a model named, with its place on the stream's clock."""
 
     label: str  # from a closed list, or the model's own words
     start: int  # samples
@@ -138,54 +144,67 @@ class HeardEvent:
     score: float  # probability, 0 to 1
 
 
-@dataclass(frozen=True, slots=True)
-class HeardEvents:
+class SoundEvents(msgspec.Struct, frozen=True, array_like=True):
     """What an events fork found in its window, in the order they begin."""
 
-    slot_idx: int
-    owner: int
     window_start: int  # samples
-    window_end: int  # samples; an event that ends here may go on
-    stable_end: int  # samples, as in `Hypothesis`
-    events: tuple[HeardEvent, ...]
+    window_end: int  # samples; an event that ends here may continue
+    stable_end: int  # samples; what rests on audio before this no longer changes with more audio
+    events: tuple[SoundEvent, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class HeardEmotion:
+class EmotionEstimate(msgspec.Struct, frozen=True, array_like=True):
     """What an emotion fork found in its window."""
 
-    slot_idx: int
-    owner: int
-    window_start: int  # samples
-    window_end: int  # samples
+    start: int  # samples
+    end: int  # samples
     label: str | None  # from a closed list; None where the model named none of it
-    score: float  # probability of the answer, 0 to 1
-    scores: tuple[tuple[str, float], ...] = ()  # of every label, where the model scores them
-    valence: float | None = None  # -1 (unpleasant) to 1, where derivable
-    arousal: float | None = None  # -1 (calm) to 1, where derivable
-    traits: tuple[tuple[str, str], ...] = ()  # what the model said of the voice: name, description
+    score: float  # probability of the label, 0 to 1
+    scores: dict[str, float]  # of every label, where the model scores them
+    valence: float | None  # -1 (unpleasant) to 1, where derivable
+    arousal: float | None  # -1 (calm) to 1, where derivable
+    traits: dict[str, str]  # what the model said of the voice: name, description
 
 
-@dataclass(frozen=True, slots=True)
-class HeardAnswer:
-    """What an answer fork was told."""
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer fork found."""
 
-    slot_idx: int
-    owner: int
+    start: int  # samples: the audio it is about
+    end: int
     text: str
-    thinking: str  # what the model wrote down before it answered, where it does
-    is_cut: bool  # it did not end by itself: its budget ran out, or it repeated itself
+    thinking: str = ""  # what the model wrote down before it answered, where it does
+    is_cut: bool = False  # it did not end by itself: its budget ran out, or it repeated itself
+
+
+class Findings(msgspec.Struct, frozen=True):
+    """What a step found beside words in one slot; None where nothing was asked or nothing is complete."""
+
+    sounds: SoundScores | None = None
+    events: SoundEvents | None = None
+    emotion: EmotionEstimate | None = None
+    answer: Answer | None = None
+
+    def or_else(self, earlier: Findings) -> Findings:
+        """These, and what was found at an earlier try of the same point."""
+        return Findings(
+            self.sounds or earlier.sounds,
+            self.events or earlier.events,
+            self.emotion or earlier.emotion,
+            self.answer or earlier.answer,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the runner found: per task, fork by fork, in the order of the plan; sounds per slot."""
+class SlotResult:
+    """What a step found in one slot."""
 
-    hypotheses: tuple[Hypothesis, ...]
-    events: tuple[HeardEvents, ...] = ()
-    emotions: tuple[HeardEmotion, ...] = ()
-    answers: tuple[HeardAnswer, ...] = ()
-    sounds: tuple[SoundScores, ...] = ()  # per slot of the plan at most one, in its order
+    hypothesis: Hypothesis | None = None  # None: no transcript was asked for
+    found: Findings = field(default_factory=Findings)
+
+    @property
+    def words(self) -> tuple[TimedWord, ...]:
+        """Of the hypothesis, if there is one."""
+        return () if self.hypothesis is None else self.hypothesis.words
 
 
 class Runner(Protocol):
@@ -193,8 +212,8 @@ class Runner(Protocol):
 
     capabilities: Capabilities
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Everything due this tick, batched."""
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
+        """Everything due this tick, batched: a result for each slot of the plan, in its order."""
 
     def reset(self, slots: Sequence[int]) -> None:
         """Forget; the other slots are untouched."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from streaming.engine.contract import HeardWord
+from streaming.engine.contract import Findings, SoundLabel, TimedWord
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words
 
@@ -24,9 +24,10 @@ HEADER_BYTES = _LENGTH.size
 # and no tick waits for it. A mark or the end of the audio goes at once.
 SEND_GRID = SAMPLE_RATE_HZ * 80 // 1000
 
-MarkKind = Literal["started", "stopped", "flush", "ask"]
-# A "tick" hears words and sounds while somebody speaks, a "sound" point sounds alone while nobody does.
-PointKind = Literal["tick", "sound", "stopped", "flush", "ask"]
+MarkKind = Literal["speech_start", "speech_stop", "flush", "ask"]
+# A "tick" decodes words and scores sounds while somebody speaks; an "idle_tick" only scores sounds, while
+# nobody does.
+PointKind = Literal["tick", "idle_tick", "speech_stop", "flush", "ask"]
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True):
@@ -34,7 +35,9 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
 
     kind: MarkKind
     at: int  # the decision is known once this many samples have arrived
-    edge: int  # where speech really began or ended; what a question is about begins here; of a flush, `at`
+    boundary: (
+        int  # where speech really began or ended; what a question is about begins here; of a flush, `at`
+    )
     question: str = ""  # of an "ask"
 
 
@@ -62,10 +65,10 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     start: int = 0
     consumed: int = 0
     window_start: int = 0  # the window as the dead engine had it
-    committed: tuple[HeardWord, ...] = ()  # committed words that end after `window_start`
+    committed: tuple[TimedWord, ...] = ()  # committed words that end after `window_start`
     context: str = ""  # the end of the committed text before the window
     is_speech: bool = False  # endpointing state at `consumed`, after the marks that were answered
-    speech_edge: int = 0  # where the running speech began, if `is_speech`
+    speech_start: int = 0  # where the running speech began, if `is_speech`
     last_stop: int = 0  # where the speech before ended
 
 
@@ -114,14 +117,6 @@ ToEngine = Open | Audio | Commit | Configure | CloseStream
 # --- engine to server --------------------------------------------------------------------
 
 
-class Sound(msgspec.Struct, frozen=True, array_like=True):
-    """A kind of sound the model scores. As `plan.SoundLabel`."""
-
-    name: str
-    parent: str | None
-    threshold: float
-
-
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded and warm."""
 
@@ -132,78 +127,26 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     load_s: float
     warm_up_s: float
     max_step: int  # samples: of more undecided audio than this, some is decided at once
-    sounds: tuple[Sound, ...] = ()  # columns of `Sounds`
-
-
-class Sounds(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of sound scores on the 12.5 Hz grid. As `plan.SoundScores`, in 255ths."""
-
-    start: int  # samples
-    scores: bytes  # [n_frames, n_labels] uint8, row by row
-
-
-class Event(msgspec.Struct, frozen=True, array_like=True):
-    """A sound that the model named itself. As `plan.HeardEvent`."""
-
-    label: str
-    start: int
-    end: int
-    score: float
-
-
-class Events(msgspec.Struct, frozen=True, array_like=True):
-    """What the model named in a window. As `plan.HeardEvents`."""
-
-    window_start: int
-    window_end: int
-    stable_end: int
-    events: tuple[Event, ...]
-
-
-class Emotion(msgspec.Struct, frozen=True, array_like=True):
-    """How the speaker sounded in a window. As `plan.HeardEmotion`."""
-
-    start: int
-    end: int
-    label: str | None
-    score: float
-    scores: dict[str, float]
-    valence: float | None
-    arousal: float | None
-    traits: dict[str, str]
-
-
-class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """What the model said to a question. As `plan.HeardAnswer`."""
-
-    start: int  # the audio it is about
-    end: int
-    text: str
-    thinking: str = ""  # what the model wrote down before it answered, where it does
-    is_cut: bool = False  # it did not end by itself: its budget ran out, or it repeated itself
+    sounds: tuple[SoundLabel, ...] = ()  # columns of `SoundScores`
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):
     """What was found at a decode point; answered with `Commit`.
 
-    Every `stopped`, `flush` and `ask` mark gets exactly one, with no words where nothing was open.
+    Every `speech_stop`, `flush` and `ask` mark gets exactly one, with no words where nothing was open.
     """
 
     stream: int
     point: int  # the audio before this sample was heard
     kind: PointKind
-    words: tuple[HeardWord, ...]  # what follows the committed words
-    stable_end: int
+    words: tuple[TimedWord, ...]  # what follows the committed words
     language: str | None
     no_speech: float
-    n_loops_cut: int
+    n_repetitions_cut: int
     compute_s: float  # wall time of the step that made it
-    window_start: int = 0  # of the window that was heard; a restart goes on with it
+    window_start: int = 0  # of the window that was decoded; a restart continues with it
     settled_language: str | None = None  # as set, or detected and settled; a restart opens with it
-    sounds: Sounds | None = None  # where the model scores sounds and a row is complete
-    events: Events | None = None  # where it names them, at every so many points
-    emotion: Emotion | None = None
-    answer: Answer | None = None  # of an "ask"
+    found: Findings = Findings()
 
     @property
     def is_silence(self) -> bool:

@@ -13,22 +13,22 @@ after a long silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from streaming.config import TranscriptConfig
 from streaming.engine.contract import (
+    Findings,
     Fork,
     Hypothesis,
     Pcm,
+    SlotResult,
     SlotStep,
     StepPlan,
-    StepResult,
     Task,
 )
-from streaming.engine.findings import Findings, by_slot
 from streaming.engine.messages import (
     Audio,
     Commit,
@@ -172,7 +172,7 @@ class Scheduler:
         stream.hypothesis = ()
         stream.awaiting = None
         stream.answered = point.at
-        if point.kind == "stopped":
+        if point.kind == "speech_stop":
             stream.is_speech = False
 
     def schedule(self) -> Schedule:
@@ -200,18 +200,17 @@ class Scheduler:
         progress = [p for stream in self._streams.values() if (p := self._progress(stream)) is not None]
         return Schedule(StepPlan(tuple(steps)), tuple(results), tuple(skipped), tuple(progress))
 
-    def apply(self, schedule: Schedule, result: StepResult, compute_s: float) -> list[Result]:
+    def apply(self, schedule: Schedule, found: Sequence[SlotResult], compute_s: float) -> list[Result]:
         """The results of a schedule's plan; each stream now waits for its `Commit`."""
         results = []
-        for step, (hypothesis, findings) in zip(
-            schedule.plan.slots, by_slot(schedule.plan, result), strict=True
-        ):
+        for step, slot in zip(schedule.plan.slots, found, strict=True):
             stream = self._streams.get(step.owner)
             if stream is None:
                 continue  # the slot changed hands meanwhile
             point = stream.awaiting
             assert point is not None, step.owner
-            stream.findings = findings.or_else(stream.findings)
+            stream.found = slot.found.or_else(stream.found)
+            hypothesis = slot.hypothesis
             if hypothesis is not None:
                 stream.hypothesis = words_after(stream, hypothesis)
                 if has_lost_its_place(stream, point.at, point.kind):
@@ -221,8 +220,8 @@ class Scheduler:
                     stream.awaiting, stream.retry = None, point
                     continue
                 settle_language(stream, point.at, hypothesis)
-            results.append(_result(stream, point, hypothesis, stream.findings, compute_s))
-            stream.findings = Findings()
+            results.append(_result(stream, point, hypothesis, stream.found, compute_s))
+            stream.found = Findings()
         return results
 
     def _next_point(self, stream: Stream) -> tuple[Point | None, Skipped | None]:
@@ -233,17 +232,17 @@ class Scheduler:
             if point is not None:
                 stream.consumed = point.at
                 return point, left_out
-            if mark is None or mark.kind != "started":
+            if mark is None or mark.kind != "speech_start":
                 break
             stream.marks.popleft()
             self._begin_speech(stream, mark)
             stream.consumed = max(stream.consumed, mark.at)
         if mark is not None:
-            assert mark.kind != "started", mark.at
+            assert mark.kind != "speech_start", mark.at
             stream.marks.popleft()
             stream.consumed = max(stream.consumed, mark.at)
-            if mark.kind == "stopped":
-                stream.last_stop = stream.speech_end = mark.edge
+            if mark.kind == "speech_stop":
+                stream.last_stop = stream.speech_end = mark.boundary
             return Point(mark.at, mark.kind, asked=mark if mark.kind == "ask" else None), None
         if not stream.is_speech and not self._tasks.sound_ticks:
             stream.consumed = max(stream.consumed, stream.received)
@@ -255,13 +254,13 @@ class Scheduler:
         """The next tick or sound point, if it lies before the next mark and its audio is there."""
         last = stream.received
         if mark is not None:  # a start or stop is decided instead of a point at its sample, others after it
-            last = min(last, mark.at - 1 if mark.kind in ("started", "stopped") else mark.at)
+            last = min(last, mark.at - 1 if mark.kind in ("speech_start", "speech_stop") else mark.at)
         kind: PointKind
         if stream.is_speech:
             kind, step = "tick", self._tick
-            first = max(stream.consumed, stream.speech_edge + MIN_SPEECH - 1)
+            first = max(stream.consumed, stream.speech_start + MIN_SPEECH - 1)
         elif self._tasks.sound_ticks:
-            kind, step = "sound", self._tick * self._tasks.sound_ticks
+            kind, step = "idle_tick", self._tick * self._tasks.sound_ticks
             first = stream.consumed
         else:
             return None, None
@@ -277,35 +276,34 @@ class Scheduler:
         return Point(newest, kind, at - step), left_out
 
     def _begin_speech(self, stream: Stream, mark: Mark) -> None:
-        """Speech began: go on with the window after a short pause, else start a new one."""
+        """Speech began: keep the window after a short pause, else start a new one."""
         stream.is_speech = True
-        stream.speech_edge = mark.edge
-        if mark.edge - stream.last_stop > self._join_gap:
-            edge = max(mark.edge, stream.committed[-1].end if stream.committed else 0)
-            stream.move_window(edge)
+        stream.speech_start = mark.boundary
+        if mark.boundary - stream.last_stop > self._join_gap:
+            stream.move_window(max(mark.boundary, stream.committed[-1].end if stream.committed else 0))
 
     def _forks(self, stream: Stream, point: Point) -> tuple[Fork, ...]:
         """What is asked at a point: words first, for an emotion is read from the same encoding."""
         forks = []
-        if stream.is_speech and point.kind in ("tick", "stopped", "flush"):
+        if stream.is_speech and point.kind in ("tick", "speech_stop", "flush"):
             if stream.next_language is not None and point.at > stream.next_language.at:
                 stream.language, stream.next_language = stream.next_language.language, None
             stream.cut_window(point.at, self._window, self._longest_window)
             forks.append(self._transcript(stream, point.at))
             if point.is_retry:
                 return tuple(forks)
-            heard_to = stream.speech_end if point.kind == "stopped" else point.at
+            heard_to = stream.speech_end if point.kind == "speech_stop" else point.at
             if (
                 self._is_due(self._tasks.emotion_ticks, point)
-                and heard_to - stream.speech_edge >= MIN_EMOTION
+                and heard_to - stream.speech_start >= MIN_EMOTION
             ):
-                start = max(stream.window_start, stream.speech_edge, heard_to - EMOTION_WINDOW)
+                start = max(stream.window_start, stream.speech_start, heard_to - EMOTION_WINDOW)
                 forks.append(_plain_fork("emotion", start, EMOTION_TOKENS))
-        if point.kind != "stopped" and self._is_due(self._tasks.events_ticks, point):
+        if point.kind != "speech_stop" and self._is_due(self._tasks.events_ticks, point):
             start = max(stream.start, point.at - self._longest_window)
             forks.append(_plain_fork("events", start, EVENTS_TOKENS))
         if point.asked is not None:
-            start = max(stream.start, min(point.asked.edge, point.at))
+            start = max(stream.start, min(point.asked.boundary, point.at))
             forks.append(_plain_fork("answer", start, self._tasks.answer_tokens, point.asked.question))
         return tuple(forks)
 
@@ -314,7 +312,7 @@ class Scheduler:
         if not n_ticks or point.kind == "ask":
             return False
         step = n_ticks * self._tick
-        return point.kind not in ("tick", "sound") or point.at // step > point.since // step
+        return point.kind not in ("tick", "idle_tick") or point.at // step > point.since // step
 
     def _transcript(self, stream: Stream, at: int) -> Fork:
         last = stream.committed[-1].end if stream.committed else stream.window_start
@@ -360,7 +358,7 @@ class Scheduler:
 
     def _progress(self, stream: Stream) -> Progress | None:
         consumed = stream.consumed
-        if stream.awaiting is not None and stream.awaiting.kind in ("tick", "sound"):
+        if stream.awaiting is not None and stream.awaiting.kind in ("tick", "idle_tick"):
             consumed -= 1  # not answered yet: after a crash it is due again
         if consumed - stream.reported < REPORT_STEP:
             return None
@@ -374,23 +372,19 @@ def _plain_fork(task: Task, window_start: int, max_tokens: int, question: str = 
 
 
 def _result(
-    stream: Stream, point: Point, hypothesis: Hypothesis | None, findings: Findings, compute_s: float
+    stream: Stream, point: Point, hypothesis: Hypothesis | None, found: Findings, compute_s: float
 ) -> Result:
-    """What is told of a point; with no words where none were asked for."""
+    """The message about a point; with no words where none were asked for."""
     return Result(
         stream=stream.number,
         point=point.at,
         kind=point.kind,
         words=stream.hypothesis,
-        stable_end=point.at if hypothesis is None else hypothesis.stable_end,
         language=stream.language if hypothesis is None else hypothesis.language,
         no_speech=0.0 if hypothesis is None else hypothesis.no_speech,
-        n_loops_cut=0 if hypothesis is None else hypothesis.n_loops_cut,
+        n_repetitions_cut=0 if hypothesis is None else hypothesis.n_repetitions_cut,
         compute_s=compute_s,
         window_start=stream.window_start,
         settled_language=stream.language,
-        sounds=findings.sounds,
-        events=findings.events,
-        emotion=findings.emotion,
-        answer=findings.answer,
+        found=found,
     )

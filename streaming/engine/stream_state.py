@@ -19,10 +19,10 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
-from streaming.engine.contract import HeardWord, Hypothesis, Pcm
-from streaming.engine.findings import Findings
+from streaming.engine.contract import Findings, Hypothesis, Pcm, TimedWord
 from streaming.engine.messages import Configure, Mark, Open, PointKind, extended
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import ends_sentence
@@ -62,20 +62,20 @@ class Stream:
     answered: int  # ... and the timeline has what was found before this
     given: int  # the runner has the audio before this
     window_start: int
-    committed: deque[HeardWord]  # words inside the window
+    committed: deque[TimedWord]  # words inside the window
     context: str
     is_speech: bool
-    speech_edge: int
+    speech_start: int
     last_stop: int  # where speech last ended; the window may go on if it begins again soon
     pieces: deque[tuple[int, Pcm]] = field(default_factory=deque)  # audio the runner has not got
     marks: deque[Mark] = field(default_factory=deque)
     arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # end of an audio message, `due` there
     awaiting: Point | None = None
-    hypothesis: tuple[HeardWord, ...] = ()  # of the awaited point
-    findings: Findings = field(default_factory=Findings)  # of a point that is decoded again
+    hypothesis: tuple[TimedWord, ...] = ()  # of the awaited point
+    found: Findings = field(default_factory=Findings)  # of a point that is decoded again
     next_language: Configure | None = None  # takes effect at the first point after its position
     retry: Point | None = None  # decode this point again, in a shorter window
-    speech_end: int = 0  # at a `stopped` point: where speech ended
+    speech_end: int = 0  # at a `speech_stop` point: where speech ended
     reported: int = 0  # `consumed` as the server knows it
 
     @classmethod
@@ -95,7 +95,7 @@ class Stream:
             committed=deque(message.committed),
             context=message.context,
             is_speech=message.is_speech,
-            speech_edge=message.speech_edge,
+            speech_start=message.speech_start,
             last_stop=message.last_stop,
             reported=message.consumed,
         )
@@ -180,23 +180,26 @@ def has_lost_its_place(stream: Stream, at: int, kind: PointKind) -> bool:
     """
     if stream.hypothesis or not stream.committed:
         return False
-    begin = max(stream.committed[-1].end, stream.speech_edge)
-    if kind == "stopped":
+    begin = max(stream.committed[-1].end, stream.speech_start)
+    if kind == "speech_stop":
         return stream.speech_end - begin >= LOST_AT_STOP
     return at - begin >= LOST_AT_TICK
 
 
-def words_after(stream: Stream, hypothesis: Hypothesis) -> tuple[HeardWord, ...]:
+def words_after(stream: Stream, hypothesis: Hypothesis) -> tuple[TimedWord, ...]:
     """The hypothesis' words, none of them before what is committed or before anybody spoke.
 
-    What a model hears after a pause it likes to begin inside the pause: endpointing knows better.
+    None reaches over the next. What a model hears after a pause it likes to begin inside the pause:
+    endpointing knows better.
     """
-    floor = max(stream.window_start, stream.speech_edge)
+    floor = max(stream.window_start, stream.speech_start)
     if stream.committed:
         floor = max(floor, stream.committed[-1].end)
-    words: list[HeardWord] = []
+    words: list[TimedWord] = []
     for word in hypothesis.words:
         start = max(word.start, floor)
-        words.append(HeardWord(word.text, start, max(word.end, start), word.score))
+        if words and words[-1].end > start:
+            words[-1] = msgspec.structs.replace(words[-1], end=start)
+        words.append(TimedWord(word.text, start, max(word.end, start), word.confidence))
         floor = start
     return tuple(words)

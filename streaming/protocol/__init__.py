@@ -6,6 +6,7 @@ Audio travels as binary frames; everything else is one JSON object per text fram
 """
 
 from streaming.protocol.codes import (
+    AFTER_LIVE,
     AFTER_PARAMETER,
     AUDIO_FORMATS,
     DEFAULT_PORT,
@@ -17,6 +18,7 @@ from streaming.protocol.codes import (
     MAX_QUESTION_CHARS,
     MAX_RATE_HZ,
     MAX_SEQ,
+    MAX_SESSION_CHARS,
     MAX_SUBSCRIBED_STREAMS,
     MAX_TEXT_CHARS,
     METRICS_PATH,
@@ -56,6 +58,7 @@ from streaming.protocol.messages import (
     SessionResumed,
     SpeechStarted,
     SpeechStopped,
+    Subscribed,
     TranscriptDelta,
     TranscriptFinal,
     TranscriptInterim,
@@ -76,8 +79,10 @@ from streaming.protocol.requests import (
     decode_client,
     encode_client,
 )
+from streaming.protocol.sounds import is_music, is_speech
 
 __all__ = [
+    "AFTER_LIVE",
     "AFTER_PARAMETER",
     "AUDIO_FORMATS",
     "DEFAULT_PORT",
@@ -89,6 +94,7 @@ __all__ = [
     "MAX_QUESTION_CHARS",
     "MAX_RATE_HZ",
     "MAX_SEQ",
+    "MAX_SESSION_CHARS",
     "MAX_SUBSCRIBED_STREAMS",
     "MAX_TEXT_CHARS",
     "MESSAGE_TYPES",
@@ -132,6 +138,7 @@ __all__ = [
     "SpeechStarted",
     "SpeechStopped",
     "Subscribe",
+    "Subscribed",
     "TranscriptDelta",
     "TranscriptFinal",
     "TranscriptInterim",
@@ -141,6 +148,8 @@ __all__ = [
     "encode",
     "encode_bytes",
     "encode_client",
+    "is_music",
     "is_pattern",
+    "is_speech",
     "ms_of",
 ]

@@ -60,7 +60,7 @@ class FeedState(msgspec.Struct, frozen=True):
     consumed: int
     window_start: int
     pending: tuple[PendingMark, ...]
-    speech_edge: int | None
+    speech_start: int | None
     last_stop: int
     timeline: TimelineState
 
@@ -107,7 +107,7 @@ class Feed:
         self._window_start = 0
         self._pending: deque[PendingMark] = deque()  # in order; a mark per 0.1 s of the ring at most
         self._n_marks_sent = 0  # how many of them the running engine has
-        self._speech_edge: int | None = None  # at `_consumed`: where the running speech began
+        self._speech_start: int | None = None  # at `_consumed`: where the running speech began
         self._last_stop = 0  # at `_consumed`: where the speech before ended
         if state is not None:
             assert audio is not None
@@ -126,9 +126,9 @@ class Feed:
             consumed=self._consumed,
             window_start=self._window_start,
             pending=tuple(self._pending),
-            speech_edge=self._speech_edge,
+            speech_start=self._speech_start,
             last_stop=self._last_stop,
-            timeline=self._timeline.state(),
+            timeline=self._timeline.snapshot(),
         )
 
     def _restore(self, state: FeedState, audio: Pcm) -> None:
@@ -139,7 +139,7 @@ class Feed:
         self._ring.push(audio)
         self._consumed, self._window_start = state.consumed, state.window_start
         self._pending.extend(state.pending)
-        self._speech_edge, self._last_stop = state.speech_edge, state.last_stop
+        self._speech_start, self._last_stop = state.speech_start, state.last_stop
 
     # --- from the source of audio --------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Feed:
     def is_owed(self) -> bool:
         """Whether the engine has more undecided audio than lies between two points, or owes a result."""
         sent = islice(self._pending, self._n_marks_sent)
-        owes_result = any(pending.mark.kind != "started" for pending in sent)
+        owes_result = any(pending.mark.kind != "speech_start" for pending in sent)
         return self._is_open and (owes_result or self._sent - self._consumed >= self._max_step)
 
     @property
@@ -230,8 +230,8 @@ class Feed:
             window_start=self._window_start,
             committed=committed,
             context=context,
-            is_speech=self._speech_edge is not None,
-            speech_edge=self._speech_edge or 0,
+            is_speech=self._speech_start is not None,
+            speech_start=self._speech_start or 0,
             last_stop=self._last_stop,
         )
         self._replies = deque([opening])
@@ -305,13 +305,13 @@ class Feed:
             self._settled_language = result.settled_language
         answered: PendingMark | None = None
         found: list[Message] = []
-        if result.kind not in ("tick", "sound"):
+        if result.kind not in ("tick", "idle_tick"):
             answered = self._pending.popleft()
             self._n_marks_sent -= 1
-            if answered.mark.kind == "stopped":
-                self._speech_edge = None
-                self._last_stop = answered.mark.edge
-                found += self._timeline.speech_stopped(answered.mark.edge)
+            if answered.mark.kind == "speech_stop":
+                self._speech_start = None
+                self._last_stop = answered.mark.boundary
+                found += self._timeline.speech_stopped(answered.mark.boundary)
         applied = self._timeline.apply(result)
         self._replies.append(messages.Commit(self._number, result.point, result.kind, applied.n_committed))
         found += applied.messages
@@ -326,8 +326,8 @@ class Feed:
             EngineFault: it does not.
         """
         sent = [pending.mark for pending in islice(self._pending, self._n_marks_sent)]
-        expected = next((mark for mark in sent if mark.kind != "started"), None)
-        if result.kind in ("tick", "sound"):
+        expected = next((mark for mark in sent if mark.kind != "speech_start"), None)
+        if result.kind in ("tick", "idle_tick"):
             is_expected = expected is None or result.point <= expected.at
         else:
             is_expected = expected is not None and (result.kind, result.point) == (expected.kind, expected.at)
@@ -336,33 +336,33 @@ class Feed:
                 f"stream {self._number}: a result of kind {result.kind} at {result.point}; "
                 f"the next mark is {expected and (expected.kind, expected.at)}, audio went to {self._sent}"
             )
-        if result.kind == "ask" and result.answer is None:
+        if result.kind == "ask" and result.found.answer is None:
             raise EngineFault(f"stream {self._number}: a question at {result.point} without an answer")
 
     def _consume(self, position: int) -> None:
-        """The engine decided everything before a position; that answers the `started` marks there."""
+        """The engine decided everything before a position; that answers the `speech_start` marks there."""
         self._consumed = max(self._consumed, position)
         while self._n_marks_sent:
             mark = self._pending[0].mark
-            if mark.kind != "started" or mark.at > self._consumed:
+            if mark.kind != "speech_start" or mark.at > self._consumed:
                 return
             self._n_marks_sent -= 1
             self._pending.popleft()
-            self._speech_edge = mark.edge
+            self._speech_start = mark.boundary
 
     def _announce(self) -> list[Message]:
         """Put on the timeline the speech that has begun, in its order with the words.
 
-        A `started` mark waits until every mark before it has its result; then no words of earlier
+        A `speech_start` mark waits until every mark before it has its result; then no words of earlier
         audio can follow, and the timeline has the same order at any speed. Sounds of earlier audio may.
         """
         found: list[Message] = []
         for i, pending in enumerate(self._pending):
-            if pending.mark.kind != "started":
+            if pending.mark.kind != "speech_start":
                 break
             if not pending.is_announced:
                 self._pending[i] = msgspec.structs.replace(pending, is_announced=True)
-                found += self._timeline.speech_started(pending.mark.edge)
+                found += self._timeline.speech_started(pending.mark.boundary)
         return found
 
 
@@ -370,7 +370,7 @@ def _reply(client_id: str, mark: Mark, result: messages.Result) -> list[Message]
     """That a client's flush is done, or what the model answered to its question."""
     if mark.kind == "flush":
         return [Flushed(client_id, ms_of(mark.at))]
-    answer = result.answer
+    answer = result.found.answer
     assert answer is not None, "checked before"
     start_ms, end_ms = ms_of(answer.start), ms_of(answer.end)
     final = AnswerFinal(client_id, answer.text, start_ms, end_ms, answer.is_cut, answer.thinking)

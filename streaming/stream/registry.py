@@ -21,6 +21,7 @@ from streaming.config import EngineSettings, IngestConfig, ServerConfig, VadConf
 from streaming.engine.client import EngineClient
 from streaming.engine.contract import Pcm
 from streaming.errors import LogError
+from streaming.log.directory import new_session_id
 from streaming.log.log import Log
 from streaming.log.reader import Left
 from streaming.logging_setup import where_raised
@@ -95,10 +96,11 @@ class Streams:
         """A new stream, and the token that it is resumed with."""
         token = new_token(TOKEN_BYTES)
         slot = ProducerSlot(self._log, name)
-        live = self._resumable(self._session(name, language, slot.tell), audio_format, slot)
-        self._log.open(name, live, digest_of(token))
-        live.session.open(self._clock_ms())
-        self._keep(live)
+        session_id = new_session_id(self._clock_ms())
+        session = self._session(name, language, slot.tell, event_prefix=f"{session_id}-")
+        live = self._resumable(session, audio_format, slot)
+        self._log.open(name, live, digest_of(token), session_id)
+        self._open(live)
         return live, token
 
     def begin_unsaved(
@@ -118,14 +120,16 @@ class Streams:
             end_audio: Feeds its session what is still held of the received audio.
         """
         slot = ProducerSlot(self._log, name)
-        session = self._session(name, language, slot.tell, vad=vad, is_saved=False)
+        session_id = new_session_id(self._clock_ms())
+        session = self._session(
+            name, language, slot.tell, vad=vad, event_prefix=f"{session_id}-", is_saved=False
+        )
         stop_timeout_s = self._settings.server.stop_timeout_s
         live = LiveStream(
             session, slot, self._log, end_audio=end_audio, grace_s=0, stop_timeout_s=stop_timeout_s
         )
-        self._log.open(name)
-        session.open(self._clock_ms())
-        self._keep(live)
+        self._log.open(name, session_id=session_id)
+        self._open(live)
         return live
 
     def publish(self, name: str, message: Message) -> None:
@@ -163,6 +167,13 @@ class Streams:
 
     # --- inside --------------------------------------------------------------------------
 
+    def _open(self, live: LiveStream) -> None:
+        """Announce a stream that the log knows, and let it live."""
+        epoch_ms = self._clock_ms()
+        self._log.began(live.name, epoch_ms)
+        live.session.open(epoch_ms)
+        self._keep(live)
+
     def _resume(self, left: Left) -> None:
         """Resume one stream of a dead server.
 
@@ -199,6 +210,7 @@ class Streams:
         tell: Callable[[Message], None],
         *,
         vad: VadConfig | None = None,
+        event_prefix: str = "",
         restored: tuple[SessionState, Pcm] | None = None,
         is_saved: bool = True,
     ) -> Session:
@@ -215,7 +227,11 @@ class Streams:
         feed = Feed(
             number,
             new_timeline(
-                self._settings.timeline, ready.tasks, ready.sounds, None if state is None else state.timeline
+                self._settings.timeline,
+                ready.tasks,
+                ready.sounds,
+                None if state is None else state.timeline,
+                event_prefix=event_prefix,
             ),
             language=language,
             ring=int(ingest.ring_s * SAMPLE_RATE_HZ),

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from streaming.aio import Changed
-from streaming.audio.vad import Vad
+from streaming.audio.vad import FRAME, REVIEW, Vad
 from streaming.config import VadConfig
 from streaming.engine import messages
 from streaming.engine.client import EngineClient, EngineState
@@ -202,7 +202,10 @@ class Session:
         """Take audio that `wait_for_room` was called for, without awaiting anything in between."""
         if self._state in (StreamState.LOST, StreamState.CLOSED):
             return  # no engine will decode it, and the connection is being closed for that
+        was_cut = self._vad.is_cut
         found = self._feed.push(pcm, self._vad.push(pcm))
+        if self._vad.is_cut and not was_cut:
+            found.append(_too_quiet(self._feed.n_samples))
         if self._outlets.is_saved:
             self._unsaved.append(pcm)
         else:
@@ -295,7 +298,7 @@ class Session:
     def _take(self, message: FromEngine) -> None:
         match message:
             case messages.Result():
-                self._outlets.metrics.decoded(message.n_loops_cut, is_silence=message.is_silence)
+                self._outlets.metrics.decoded(message.n_repetitions_cut, is_silence=message.is_silence)
             case messages.Skipped():
                 self._outlets.metrics.skipped(message.n_points)
         try:
@@ -361,3 +364,9 @@ class Session:
         """Wait for something that the engine's messages bring about, or for the stream's end or loss."""
         ended = (StreamState.LOST, StreamState.CLOSED)
         await self._changed.wait_for(lambda: is_true() or self._state in ended)
+
+
+def _too_quiet(end: int) -> Degraded:
+    """That most of what sounded like speech in the 30 s before a sample was not listened to."""
+    text = "most of the speech is too quiet to be heard over the room: raise its level, or move closer"
+    return Degraded("too_quiet", text, ms_of(max(0, end - REVIEW * FRAME)), ms_of(end))

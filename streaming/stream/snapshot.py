@@ -1,14 +1,15 @@
 """What a live stream continues from after the server process died.
 
 Plain data, saved in one transaction with the messages it led to, so that a restored stream says
-what it would have said. Where the structure changes, `VERSION` does; a state of another version is
-not read, and its stream is closed with what was committed.
+what it would have said. Where the structure changes, `VERSION` does. A state of version 1 is read in
+today's words; one of any other version is not read, and its stream is closed with what was committed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -17,7 +18,7 @@ from streaming.audio.vad import Vad, VadState
 from streaming.errors import LogError
 from streaming.stream.feed import FeedState, PendingMark
 
-VERSION = 1
+VERSION = 2
 
 
 class InputState(msgspec.Struct, frozen=True):
@@ -79,12 +80,47 @@ def decode_stream(body: bytes) -> SavedStream:
     decode = msgspec.msgpack.decode
     try:
         version = decode(body, type=_Header).version
+        if version == 1:
+            body, version = _from_version_1(body), VERSION
         if version != VERSION:
             raise LogError(f"a saved state of version {version}; expected {VERSION}")
         session = SessionState(decode(body, type=FeedState), decode(body, type=_Endpointing).vad)
         return SavedStream(session, decode(body, type=InputState))
     except msgspec.MsgspecError as exc:
         raise LogError(f"a saved state that cannot be read: {exc}") from exc
+
+
+class _Mark1(msgspec.Struct, array_like=True):
+    kind: str
+
+
+class _Pending1(msgspec.Struct):
+    mark: _Mark1
+
+
+class _Timeline1(msgspec.Struct):
+    speech_edge: int = 0
+    voice: Any = None
+
+
+class _Feed1(msgspec.Struct):
+    """What version 1 called otherwise."""
+
+    pending: list[_Pending1]
+    speech_edge: int | None
+    timeline: _Timeline1
+
+
+def _from_version_1(body: bytes) -> bytes:
+    """A state of version 1 as one of version 2: mark kinds and two fields have other names."""
+    old = msgspec.msgpack.decode(body, type=_Feed1)
+    new = msgspec.msgpack.decode(body)
+    new["speech_start"] = old.speech_edge
+    new["timeline"] |= {"speech_start": old.timeline.speech_edge, "emotion": old.timeline.voice}
+    kinds = {"started": "speech_start", "stopped": "speech_stop"}
+    for pending, before in zip(new["pending"], old.pending, strict=True):
+        pending["mark"][0] = kinds.get(before.mark.kind, before.mark.kind)
+    return msgspec.msgpack.encode(new)
 
 
 def for_model(

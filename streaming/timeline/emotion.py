@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from streaming.config import EmotionConfig
-from streaming.engine.messages import Emotion
+from streaming.engine.contract import EmotionEstimate
 from streaming.protocol import SAMPLE_RATE_HZ, EmotionUpdate, Message, ms_of
 
 SAMPLES_PER_MS = SAMPLE_RATE_HZ // 1000
@@ -28,7 +28,7 @@ MARGIN = 0.1  # by so much another label must be ahead of the one last said
 SHARE_POWER = 4  # a window counts in a segment by this power of how much of it is inside
 HALF_LIFE = 4 * SAMPLE_RATE_HZ  # a window that ended so long before the newest one counts half
 MAX_WINDOWS = 64  # of one speech; the oldest go. More than any segment lasts at the shortest interval.
-MAX_EDGES = 16  # beginnings of speech that no answer has reached yet; the oldest go
+MAX_SPEECH_STARTS = 16  # beginnings of speech that no answer has reached yet; the oldest go
 MAX_LABELS = 32  # in one update's scores; of a model that names more, the least likely are left out
 MAX_DESCRIPTION = 200  # characters of a model's own words; what is longer is cut
 DESCRIBING = ("emotion", "tone")  # the traits that tell of emotion
@@ -49,8 +49,8 @@ class EmotionState(msgspec.Struct, frozen=True, array_like=True):
     """All a tracker remembers, as plain data: a restored tracker goes on as the old one would."""
 
     windows: tuple[Window, ...] = ()
-    edges: tuple[int, ...] = ()  # samples; where speech began that no answer has reached yet
-    speech_edge: int = 0  # samples; where the speech began that the newest answer is about
+    speech_starts: tuple[int, ...] = ()  # samples; where speech began that no answer has reached yet
+    speech_start: int = 0  # samples; where the speech began that the newest answer is about
     label: str | None = None  # as last said of it
     last_update: int | None = None  # samples; the end of the last update about it
 
@@ -59,33 +59,37 @@ class EmotionTracker:
     """The emotion of one stream."""
 
     def __init__(self, config: EmotionConfig, state: EmotionState | None = None) -> None:
-        """A tracker of a new stream, or one that goes on from a `state()`."""
+        """A tracker of a new stream, or one that goes on from a `snapshot()`."""
         state = state or EmotionState()
         # A mark (a stop, a flush) may follow a tick at once: what comes so soon is not said again.
         self._least_interval = int(config.interval_s * SAMPLE_RATE_HZ) // 2
         self._windows = deque(state.windows, maxlen=MAX_WINDOWS)
-        self._edges = deque(state.edges, maxlen=MAX_EDGES)
-        self._speech_edge = state.speech_edge
+        self._speech_starts = deque(state.speech_starts, maxlen=MAX_SPEECH_STARTS)
+        self._speech_start = state.speech_start
         self._label = state.label
         self._last_update = state.last_update
 
-    def state(self) -> EmotionState:
+    def snapshot(self) -> EmotionState:
         """What a tracker needs to go on from here."""
         return EmotionState(
-            tuple(self._windows), tuple(self._edges), self._speech_edge, self._label, self._last_update
+            tuple(self._windows),
+            tuple(self._speech_starts),
+            self._speech_start,
+            self._label,
+            self._last_update,
         )
 
-    def speech_started(self, edge: int) -> None:
-        """Somebody speaks since sample `edge`. Answers about what was said before may still come."""
-        self._edges.append(edge)
+    def speech_started(self, start: int) -> None:
+        """Somebody speaks since sample `start`. Answers about what was said before may still come."""
+        self._speech_starts.append(start)
 
-    def push(self, emotion: Emotion) -> list[Message]:
+    def push(self, emotion: EmotionEstimate) -> list[Message]:
         """Take an answer; an update, unless the last one was just now. Call it before `final`."""
-        while self._edges and self._edges[0] <= emotion.start:  # the speech before is over
-            self._speech_edge = self._edges.popleft()
+        while self._speech_starts and self._speech_starts[0] <= emotion.start:  # the speech before is over
+            self._speech_start = self._speech_starts.popleft()
             self._label = self._last_update = None
         self._windows.append(_window(emotion))
-        recent = [window for window in self._windows if window.start >= self._speech_edge]
+        recent = [window for window in self._windows if window.start >= self._speech_start]
         weights = [_recency(window, emotion.end) for window in recent]
         self._label = _steady(_average(recent, weights), self._label)
         if self._last_update is not None and emotion.end - self._last_update < self._least_interval:
@@ -109,7 +113,7 @@ def _recency(window: Window, now: int) -> float:
     return float((window.end - window.start) * 0.5 ** ((now - window.end) / HALF_LIFE))
 
 
-def _window(emotion: Emotion) -> Window:
+def _window(emotion: EmotionEstimate) -> Window:
     """What counts of an answer. Of a model that scores no labels, the label it named."""
     scores = emotion.scores
     if not scores and emotion.label is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from streaming.engine.messages import Event, Events
+from streaming.engine.contract import SoundEvent, SoundEvents
 from streaming.protocol import SAMPLE_RATE_HZ, EventEnded, EventStarted, Message, ms_of
 
 MAX_LABEL_CHARS = 64  # the rest of a longer label is cut off
@@ -46,7 +46,7 @@ class NamedEvents:
     """
 
     def __init__(self, max_open: int, state: Mapping[str, Any] | None = None) -> None:
-        """Begin with nothing, or with what `state` of another one gave.
+        """Begin with nothing, or with what `snapshot` of another one gave.
 
         Args:
             max_open: Events open at once; one more begins when another has ended, if still named.
@@ -56,13 +56,13 @@ class NamedEvents:
         before = msgspec.convert(state or {}, NamedState)
         self._open, self._ended = before.open, before.ended
 
-    def state(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """What is remembered, as plain data."""
         plain: dict[str, Any] = msgspec.to_builtins(NamedState(self._open, self._ended))
         return plain
 
-    def push(self, events: Events, n_events: int) -> list[Message]:
-        """Take what was named in a window. Ids go on from the number of events so far, `n_events`."""
+    def push(self, events: SoundEvents, n_events: int, prefix: str = "") -> list[Message]:
+        """Take what was named in a window. Ids begin with a prefix and go on from the number so far."""
         messages: list[Message] = []
         named: set[str] = set()  # ids of open events that were named again and reach the window's end
         for event in _merged(events.events):
@@ -72,8 +72,9 @@ class NamedEvents:
                 item.score = max(item.score, event.score)
             elif self._is_new(event, events):
                 n_events += 1
+                event_id = f"{prefix}e{n_events}"
                 item = NamedEvent(
-                    _key(event.label), event.label, event.start, event.end, event.score, f"e{n_events}"
+                    _key(event.label), event.label, event.start, event.end, event.score, event_id
                 )
                 self._open.append(item)
                 messages.append(_started(item, events.window_end))
@@ -91,12 +92,12 @@ class NamedEvents:
         over, self._open, self._ended = self._open, [], []
         return [_ended(item, min(item.end, end)) for item in over]
 
-    def _is_new(self, event: Event, events: Events) -> bool:
+    def _is_new(self, event: SoundEvent, events: SoundEvents) -> bool:
         """Whether an event that is not open may begin: not yet told, on settled audio, and there is room."""
         is_told = self._same(self._ended, event) is not None
         return not is_told and event.start < events.stable_end and len(self._open) < self._max_open
 
-    def _same(self, items: list[NamedEvent], event: Event) -> NamedEvent | None:
+    def _same(self, items: list[NamedEvent], event: SoundEvent) -> NamedEvent | None:
         """The one of some events that `event` goes on with."""
         key = _key(event.label)
         for item in items:
@@ -110,13 +111,13 @@ def _key(label: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in label.casefold()).split())
 
 
-def _merged(events: Iterable[Event]) -> list[Event]:
+def _merged(events: Iterable[SoundEvent]) -> list[SoundEvent]:
     """The events with a label that says something, cut to its length; at most `MAX_EVENTS`, in order."""
     kept = []
     for event in sorted(events, key=lambda event: event.start):
         label = " ".join(event.label.split())[:MAX_LABEL_CHARS].rstrip()
         if _key(label) and event.end > event.start:
-            kept.append(Event(label, event.start, event.end, event.score))
+            kept.append(SoundEvent(label, event.start, event.end, event.score))
     return kept[:MAX_EVENTS]
 
 

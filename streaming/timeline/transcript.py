@@ -20,15 +20,15 @@ from typing import Any, Protocol
 import msgspec
 
 from streaming.config import EngineSettings, TranscriptConfig
-from streaming.engine.contract import HeardWord
-from streaming.engine.messages import (
-    Emotion,
-    Events,
-    Result,
-    Sound,
-    Sounds,
-    extended,
+from streaming.engine.contract import (
+    EmotionEstimate,
+    Findings,
+    SoundEvents,
+    SoundLabel,
+    SoundScores,
+    TimedWord,
 )
+from streaming.engine.messages import Result, extended
 from streaming.protocol import (
     SAMPLE_RATE_HZ,
     Message,
@@ -61,43 +61,43 @@ class TimelineState(msgspec.Struct, frozen=True):
 
     guesses: tuple[tuple[str, ...], ...] = ()
     interim: str = ""
-    segment: tuple[HeardWord, ...] = ()
-    kept: tuple[HeardWord, ...] = ()
+    segment: tuple[TimedWord, ...] = ()
+    kept: tuple[TimedWord, ...] = ()
     context: str = ""
     language: str | None = None
-    speech_edge: int = 0
+    speech_start: int = 0
     n_words: int = 0
     n_segments: int = 0
     sounds: Any = None  # of the trackers, as plain data
-    voice: Any = None
+    emotion: Any = None
 
 
-class SoundTracker(Protocol):
+class EventTracking(Protocol):
     """From scores or names of sounds to events that begin and end."""
 
-    def state(self) -> Any:
+    def snapshot(self) -> Any:
         """What a tracker needs to go on from here: plain data, or a msgspec struct of it."""
 
-    def push(self, sounds: Sounds) -> list[Message]:
+    def push(self, sounds: SoundScores) -> list[Message]:
         """Take rows of scores; rows already taken change nothing."""
 
-    def named(self, events: Events) -> list[Message]:
+    def named(self, events: SoundEvents) -> list[Message]:
         """Take what the model named in a window."""
 
     def finish(self, end: int) -> list[Message]:
         """End what is open: nothing follows after sample `end`."""
 
 
-class VoiceTracker(Protocol):
+class EmotionTracking(Protocol):
     """From what each window sounds like to how the speaker feels."""
 
-    def state(self) -> Any:
-        """As of a `SoundTracker`."""
+    def snapshot(self) -> Any:
+        """As of a `EventTracking`."""
 
-    def speech_started(self, edge: int) -> None:
-        """Somebody speaks since sample `edge`."""
+    def speech_started(self, start: int) -> None:
+        """Somebody speaks since sample `start`."""
 
-    def push(self, emotion: Emotion) -> list[Message]:
+    def push(self, emotion: EmotionEstimate) -> list[Message]:
         """Take what a window sounds like."""
 
     def final(self, start_ms: int, end_ms: int) -> list[Message]:
@@ -107,8 +107,10 @@ class VoiceTracker(Protocol):
 def new_timeline(
     settings: EngineSettings,
     tasks: Sequence[str],
-    sounds: Sequence[Sound],
+    sounds: Sequence[SoundLabel],
     state: TimelineState | None = None,
+    *,
+    event_prefix: str = "",
 ) -> Timeline:
     """A timeline with the trackers of what is wanted and what the model does.
 
@@ -117,15 +119,16 @@ def new_timeline(
         tasks: What the model does.
         sounds: Columns of its scores; empty where it names sounds itself or hears none.
         state: Of the timeline that this one goes on from; None: of a new stream.
+        event_prefix: Of the ids of a new stream's events; of another one its own counts.
     """
     state = state or TimelineState()
-    voice = None if state.voice is None else msgspec.convert(state.voice, EmotionState)
+    emotion = None if state.emotion is None else msgspec.convert(state.emotion, EmotionState)
     has_events = settings.events.enabled and "events" in tasks
     has_emotion = settings.emotion.enabled and "emotion" in tasks
     return Timeline(
         settings.transcript,
-        EventTracker(settings.events, sounds, state.sounds) if has_events else None,
-        EmotionTracker(settings.emotion, voice) if has_emotion else None,
+        EventTracker(settings.events, sounds, state.sounds, event_prefix) if has_events else None,
+        EmotionTracker(settings.emotion, emotion) if has_emotion else None,
         state,
     )
 
@@ -136,14 +139,14 @@ class Timeline:
     def __init__(
         self,
         config: TranscriptConfig,
-        sounds: SoundTracker | None = None,
-        voice: VoiceTracker | None = None,
+        sounds: EventTracking | None = None,
+        emotion: EmotionTracking | None = None,
         state: TimelineState = TimelineState(),  # noqa: B008  frozen
     ) -> None:
-        """A timeline of a new stream, or one that goes on from a `state()`; so do its trackers."""
+        """A timeline of a new stream, or one that goes on from a `snapshot()`; so do its trackers."""
         self._config = config
         self._sounds = sounds  # None: no events are wanted
-        self._voice = voice  # None: no emotion is wanted
+        self._emotion = emotion  # None: no emotion is wanted
         self._commit_delay = int(config.commit_delay_s * SAMPLE_RATE_HZ)
         self._unsure_delay = max(self._commit_delay, int(config.unsure_commit_delay_s * SAMPLE_RATE_HZ))
         self._max_segment = int(config.max_segment_s * SAMPLE_RATE_HZ)
@@ -155,11 +158,11 @@ class Timeline:
         self._kept = deque(state.kept)  # committed words of the last KEPT samples
         self._context = state.context  # the end of the committed text before them
         self._language = state.language
-        self._speech_edge = state.speech_edge
+        self._speech_start = state.speech_start
         self.n_words = state.n_words  # committed
         self.n_segments = state.n_segments  # closed
 
-    def state(self) -> TimelineState:
+    def snapshot(self) -> TimelineState:
         """What a timeline needs to go on from here."""
         return TimelineState(
             guesses=tuple(map(tuple, self._guesses)),
@@ -168,52 +171,52 @@ class Timeline:
             kept=tuple(self._kept),
             context=self._context,
             language=self._language,
-            speech_edge=self._speech_edge,
+            speech_start=self._speech_start,
             n_words=self.n_words,
             n_segments=self.n_segments,
-            sounds=None if self._sounds is None else self._sounds.state(),
-            voice=None if self._voice is None else self._voice.state(),
+            sounds=None if self._sounds is None else self._sounds.snapshot(),
+            emotion=None if self._emotion is None else self._emotion.snapshot(),
         )
 
-    def speech_started(self, edge: int) -> list[Message]:
-        """Somebody speaks since sample `edge`."""
-        self._speech_edge = edge
-        if self._voice is not None:
-            self._voice.speech_started(edge)
-        return [SpeechStarted(ms_of(edge))]
+    def speech_started(self, start: int) -> list[Message]:
+        """Somebody speaks since sample `start`."""
+        self._speech_start = start
+        if self._emotion is not None:
+            self._emotion.speech_started(start)
+        return [SpeechStarted(ms_of(start))]
 
-    def speech_stopped(self, edge: int) -> list[Message]:
-        """Nobody speaks since sample `edge`."""
-        return [SpeechStopped(ms_of(self._speech_edge), ms_of(edge))]
+    def speech_stopped(self, end: int) -> list[Message]:
+        """Nobody speaks since sample `end`."""
+        return [SpeechStopped(ms_of(self._speech_start), ms_of(end))]
 
     def apply(self, result: Result) -> Applied:
         """Take what was found at a point: show it, commit of it what is sure."""
-        heard = self._hear(result)
-        if result.kind in ("sound", "ask"):
-            return Applied(tuple(heard), 0)
+        events = self._apply_events(result.found)
+        if result.kind in ("idle_tick", "ask"):
+            return Applied(tuple(events), 0)
         words = self._apply_words(result)
-        felt = self._feel(result, words.messages)
-        return Applied((*heard, *words.messages, *felt), words.n_committed)
+        emotion = self._apply_emotion(result, words.messages)
+        return Applied((*events, *words.messages, *emotion), words.n_committed)
 
-    def _hear(self, result: Result) -> list[Message]:
+    def _apply_events(self, found: Findings) -> list[Message]:
         """The sound events that begin or end."""
         if self._sounds is None:
             return []
-        messages = [] if result.sounds is None else self._sounds.push(result.sounds)
-        return messages if result.events is None else messages + self._sounds.named(result.events)
+        messages = [] if found.sounds is None else self._sounds.push(found.sounds)
+        return messages if found.events is None else messages + self._sounds.named(found.events)
 
-    def _feel(self, result: Result, said: Sequence[Message]) -> list[Message]:
+    def _apply_emotion(self, result: Result, messages: Sequence[Message]) -> list[Message]:
         """How the speaker sounds: of each segment that was closed, else as it is now.
 
         Endpointing takes some sounds for a voice; where no word was heard, nobody has an emotion.
         """
-        finals = [message for message in said if isinstance(message, TranscriptFinal)]
-        if self._voice is None or not (result.words or self._segment or finals):
+        finals = [message for message in messages if isinstance(message, TranscriptFinal)]
+        if self._emotion is None or not (result.words or self._segment or finals):
             return []
-        now = [] if result.emotion is None else self._voice.push(result.emotion)
+        now = [] if result.found.emotion is None else self._emotion.push(result.found.emotion)
         if not finals:
             return now
-        return [message for final in finals for message in self._voice.final(final.start_ms, final.end_ms)]
+        return [message for final in finals for message in self._emotion.final(final.start_ms, final.end_ms)]
 
     def _apply_words(self, result: Result) -> Applied:
         self._language = result.language or self._language
@@ -241,7 +244,7 @@ class Timeline:
         sounds = [] if self._sounds is None else self._sounds.finish(end)
         return [*self._show((), end), *self._close(len(self._segment)), *sounds]
 
-    def window(self, window_start: int) -> tuple[tuple[HeardWord, ...], str]:
+    def window(self, window_start: int) -> tuple[tuple[TimedWord, ...], str]:
         """The committed words inside a window, and the end of the committed text before it.
 
         A word belongs to the window that holds its middle.
@@ -250,14 +253,14 @@ class Timeline:
         before = [word.text for word in self._kept][: len(self._kept) - len(inside)]
         return tuple(inside), extended(self._context, before)
 
-    def _n_sure(self, words: Sequence[HeardWord], point: int) -> int:
+    def _n_sure(self, words: Sequence[TimedWord], point: int) -> int:
         """How many words may be committed at a tick. Never the last: it may have been cut in two."""
         if len(self._guesses) < self._config.agreement - 1:
             return 0
         n = 0
         for word in words[:-1]:
             agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
-            is_sure = agree and word.score >= self._config.sure_confidence
+            is_sure = agree and word.confidence >= self._config.sure_confidence
             delay = self._commit_delay if is_sure else self._unsure_delay
             # A word that flips at every update must not hold up for ever what comes after it.
             if word.end > point - delay or not (agree or word.end <= point - STALE):
@@ -265,7 +268,7 @@ class Timeline:
             n += 1
         return n
 
-    def _commit(self, words: Sequence[HeardWord]) -> Message:
+    def _commit(self, words: Sequence[TimedWord]) -> Message:
         between = separator(self._text_before(), words[0].text)
         self._segment.extend(words)
         self._kept.extend(words)
@@ -287,7 +290,7 @@ class Timeline:
         """The end of the committed text; empty where nothing is committed."""
         return self._kept[-1].text if self._kept else self._context
 
-    def _show(self, words: Sequence[HeardWord], point: int) -> list[Message]:
+    def _show(self, words: Sequence[TimedWord], point: int) -> list[Message]:
         """An interim message, if what is shown changes."""
         text = join_words(word.text for word in words)
         if text == self._interim:
@@ -316,6 +319,6 @@ class Timeline:
         return [TranscriptFinal(text, _wire(words), self._language, None, start, end)]
 
 
-def _wire(words: Sequence[HeardWord]) -> tuple[Word, ...]:
+def _wire(words: Sequence[TimedWord]) -> tuple[Word, ...]:
     """Words as they are sent."""
-    return tuple(Word(w.text, ms_of(w.start), ms_of(w.end), round(w.score, 3)) for w in words)
+    return tuple(Word(w.text, ms_of(w.start), ms_of(w.end), round(w.confidence, 3)) for w in words)

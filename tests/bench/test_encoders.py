@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from bench import short_context
 from bench.encoders import (
-    Ears,
     Encoders,
     Line,
+    Transcriber,
     agreement,
     character_errors,
     cut_windows,
@@ -28,7 +28,7 @@ from bench.encoders import (
 )
 from bench.manifest import Clip, RefWord
 from streaming.config import Config, EngineConfig
-from streaming.engine.contract import HeardWord, Pcm
+from streaming.engine.contract import Pcm, TimedWord
 from streaming.engine.runners.whisper import WhisperRunner
 from tests.tiny_whisper import tiny_checkpoint
 
@@ -67,10 +67,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def heard(text: str, shift: int = 0) -> list[HeardWord]:
+def heard(text: str, shift: int = 0) -> list[TimedWord]:
     """One word a second, each half a second long."""
     return [
-        HeardWord(word, i * SECOND + shift, i * SECOND + SECOND // 2 + shift, 1.0)
+        TimedWord(word, i * SECOND + shift, i * SECOND + SECOND // 2 + shift, 1.0)
         for i, word in enumerate(text.split())
     ]
 
@@ -184,7 +184,7 @@ def test_agreement_counts_the_words_before_the_last_second() -> None:
 def tiny_encoders() -> Encoders:
     """The tiny checkpoint instead of the embedded one."""
     config = Config(engine=EngineConfig(n_slots=1, shed_after_s=0.0))
-    ears = []
+    transcribers = []
     for pads_fully, guard in ((False, 50), (False, 10), (True, 50)):
         runner = WhisperRunner(
             tiny_checkpoint(),
@@ -194,8 +194,8 @@ def tiny_encoders() -> Encoders:
             pads_fully=pads_fully,
             guard_positions=guard,
         )
-        ears.append(Ears(runner, config))
-    return Encoders(*ears)
+        transcribers.append(Transcriber(runner, config))
+    return Encoders(*transcribers)
 
 
 def command(root: Path) -> list[str]:
@@ -203,6 +203,7 @@ def command(root: Path) -> list[str]:
     return ["bench", "--manifest", str(root / "manifest.jsonl"), "--root", str(root)]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_part_that_there_is_material_for(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from streaming.engine import messages
-from streaming.engine.contract import HeardWord
+from streaming.engine.contract import Answer, Findings, TimedWord
 from streaming.engine.messages import Mark, PointKind
 
 TICK = 10_240  # samples between decode points
@@ -49,7 +49,7 @@ class Stream:
         """Position after the audio that came."""
         return self.start + len(self.audio) // BYTES
 
-    def words(self, point: int, *, is_last: bool) -> tuple[HeardWord, ...]:
+    def words(self, point: int, *, is_last: bool) -> tuple[TimedWord, ...]:
         """What is heard up to a point, after the committed words; at the end, also a last short one."""
         found = []
         at = self.next_word
@@ -57,7 +57,7 @@ class Stream:
             stop = min(at + WORD, point)
             pcm = bytes(self.audio[(at - self.start) * BYTES : (stop - self.start) * BYTES])
             assert len(pcm) == (stop - at) * BYTES, (self.start, at, stop)
-            found.append(HeardWord(word_text(pcm), at, stop, 1.0))
+            found.append(TimedWord(word_text(pcm), at, stop, 1.0))
             at = stop
         return tuple(found)
 
@@ -81,7 +81,7 @@ class FakeEngine:
                 self._streams[message.stream] = Stream(
                     start=message.start,
                     consumed=message.consumed,
-                    next_word=max(message.speech_edge, committed_end),
+                    next_word=max(message.speech_start, committed_end),
                     is_speech=message.is_speech,
                     resume_at=message.consumed,
                 )
@@ -99,9 +99,9 @@ class FakeEngine:
                 assert message.n_words <= len(words), (message, words)
                 if message.n_words:
                     stream.next_word = words[message.n_words - 1].end
-                if message.kind in ("stopped", "flush") and stream.is_speech:
+                if message.kind in ("speech_stop", "flush") and stream.is_speech:
                     stream.next_word = max(stream.next_word, message.point)
-                    stream.is_speech = stream.is_speech and message.kind != "stopped"
+                    stream.is_speech = stream.is_speech and message.kind != "speech_stop"
                 stream.resume_at = message.point
                 if not stream.is_speech:
                     # With audio waiting, the next result is unanswered before anything else is told.
@@ -121,17 +121,17 @@ class FakeEngine:
             if mark is not None and mark.at <= min(tick, stream.end):
                 stream.marks.pop(0)
                 stream.consumed = max(stream.consumed, mark.at)
-                if mark.kind == "started":
+                if mark.kind == "speech_start":
                     stream.is_speech = True
-                    stream.next_word = max(stream.next_word, mark.edge)
-                    if self._fault == "hangs" and mark.edge > 0:
+                    stream.next_word = max(stream.next_word, mark.boundary)
+                    if self._fault == "hangs" and mark.boundary > 0:
                         time.sleep(3600)  # stands for a step that never ends
                 elif mark.kind == "ask":
                     assert "answer" in self.tasks, mark  # as a runner that has no such fork
                     stream.is_unanswered = True
-                    answer = messages.Answer(mark.edge, mark.at, f"{mark.question} Nothing much.")
+                    answer = Answer(mark.boundary, mark.at, f"{mark.question} Nothing much.")
                     result = messages.Result(
-                        number, mark.at, "ask", (), mark.at, "en", 0.0, 0, 0.0, answer=answer
+                        number, mark.at, "ask", (), "en", 0.0, 0, 0.0, found=Findings(answer=answer)
                     )
                     self._say(result)
                 else:
@@ -152,10 +152,10 @@ class FakeEngine:
             kind, point = "flush", point + 1
         words = stream.words(point, is_last=kind != "tick")
         stream.is_unanswered = True
-        self._say(messages.Result(number, point, kind, words, point, "en", 0.0, 0, 0.0))
+        self._say(messages.Result(number, point, kind, words, "en", 0.0, 0, 0.0))
 
     def _progress(self, number: int, stream: Stream) -> None:
-        # An edge lies at most 0.5 s before its mark; audio of open speech is needed from its next word.
+        # A boundary lies at most 0.5 s before its mark; audio of open speech is needed from its next word.
         needed = min(stream.next_word, stream.consumed) if stream.is_speech else stream.consumed - 16_000
         if needed > stream.start and not stream.is_unanswered:
             del stream.audio[: (needed - stream.start) * BYTES]

@@ -31,17 +31,18 @@ from model.moss.prompt import prompt
 from model.moss.step_graph import CudaGraphs
 from model.moss.window import RollingCache
 from streaming.engine.contract import (
+    Answer,
     Capabilities,
+    EmotionEstimate,
+    Findings,
     Fork,
-    HeardAnswer,
-    HeardEmotion,
-    HeardEvent,
-    HeardEvents,
-    HeardWord,
     Hypothesis,
+    SlotResult,
     SlotStep,
+    SoundEvent,
+    SoundEvents,
     StepPlan,
-    StepResult,
+    TimedWord,
 )
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import ends_sentence, join_words, split_words
@@ -51,10 +52,10 @@ MIN_ANSWER_TOKENS = 48  # two sentences with times; what a long question or pref
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Transcribed:
     """A word of a transcript, and where the model said that a sentence ends with it."""
 
-    word: HeardWord
+    word: TimedWord
     sentence_end: int | None = None  # a sample of the stream; None: the sentence goes on, or is open
 
 
@@ -64,8 +65,8 @@ class _Slot:
     def __init__(self, frontend: StreamingFrontend, owner: int, origin: int) -> None:
         self.frontend = frontend
         self.owner = owner
-        self.origin = origin  # the first sample heard
-        self.told: tuple[_Told, ...] = ()  # what the last transcript said, agreed words included
+        self.origin = origin  # the first sample of its audio
+        self.transcript: tuple[_Transcribed, ...] = ()  # the last one, committed words included
 
     @property
     def position(self) -> int:
@@ -81,11 +82,11 @@ class _Due:
     fork: Fork
     request: Request
     window: Span  # what is asked about, seconds since the slot's origin
-    heard: Span  # what the model looks at: the window, and the block it begins in; empty for no audio
+    audio: Span  # what the model looks at: the window, and the block it begins in; empty for no audio
     offset_s: float  # what to add to the model's times to get seconds since the slot's origin
-    said: str  # the part of the answer that was put in the model's mouth
-    agreed: tuple[_Told, ...]  # all agreed words of the window
-    n_said: int  # how many of them, the last ones, `said` has
+    forced: str  # the forced prefix of the answer: committed words with their times
+    committed: tuple[_Transcribed, ...]  # all committed words of the window
+    n_forced: int  # how many of them, the last ones, `forced` has
 
 
 class MossRunner:
@@ -130,9 +131,8 @@ class MossRunner:
         self.capabilities = Capabilities(
             model=name,
             tasks=("transcript", "events", "emotion", "answer"),
-            languages=(),  # it hears which one it is, and cannot be told
+            languages=(),  # it detects the language itself, and cannot be set to one
             max_window_s=float(window.n_blocks * self._cache.block_s),
-            min_tick_s=SAMPLES_PER_TOKEN / SAMPLE_RATE_HZ,
             events_every_s=2.56,  # an answer of some lines each time
             answer_tokens=max_answer_tokens,
         )
@@ -143,7 +143,7 @@ class MossRunner:
             self._start(slot_idx, owner=-1, origin=0)
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """Take all new audio, then answer every fork."""
         pending = self._push(plan)
         steps = [step for step in plan.slots if step.forks]
@@ -151,17 +151,18 @@ class MossRunner:
             step.slot_idx: tail for step in steps if (tail := self._slots[step.slot_idx].frontend.tail())
         }
         blocks = [block for complete in pending.values() for block in complete]
-        heard = self._model.embed_audio([*blocks, *tails.values()])
-        self._append(pending, heard[: len(blocks)])
-        self._cache.set_tail(dict(zip(tails, heard[len(blocks) :], strict=True)))
+        embedded = self._model.embed_audio([*blocks, *tails.values()])
+        self._append(pending, embedded[: len(blocks)])
+        self._cache.set_tail(dict(zip(tails, embedded[len(blocks) :], strict=True)))
         due = [self._due(step, fork) for step in steps for fork in step.forks]
-        # Nothing can be said of a slot that has not heard a single token yet.
-        asked = [idx for idx, one in enumerate(due) if one.heard.end_s > one.heard.start_s]
-        said = generate(self._cache, [due[idx].request for idx in asked])
+        # Nothing can be asked about a slot without a single token of audio.
+        asked = [idx for idx, one in enumerate(due) if one.audio.end_s > one.audio.start_s]
+        generated = generate(self._cache, [due[idx].request for idx in asked])
         self._cache.flush()  # where nothing was asked
-        answers = dict(zip(asked, said, strict=True))
+        answers = dict(zip(asked, generated, strict=True))
         nothing = Generation((), "", "", "stop", 0, 0.0)
-        return self._result([(one, answers.get(idx, nothing)) for idx, one in enumerate(due)])
+        answered = iter([(one, answers.get(idx, nothing)) for idx, one in enumerate(due)])
+        return tuple(self._result([next(answered) for _ in step.forks]) for step in plan.slots)
 
     def _new_frontend(self) -> StreamingFrontend:
         return StreamingFrontend(self._model.config.encoder, self._layout.special.mel_dtype)
@@ -181,9 +182,9 @@ class MossRunner:
             pending[step.slot_idx] = slot.frontend.push(torch.from_numpy(step.pcm))
         return pending
 
-    def _append(self, pending: Mapping[int, Sequence[Block]], heard: Sequence[AudioEmbeddings]) -> None:
-        """Append the blocks of `pending`, heard in their order, those of all slots together, in rounds."""
-        found = iter(heard)
+    def _append(self, pending: Mapping[int, Sequence[Block]], embedded: Sequence[AudioEmbeddings]) -> None:
+        """Append the blocks of `pending`, embedded in their order, those of all slots together, in rounds."""
+        found = iter(embedded)
         by_slot = {slot_idx: [next(found) for _ in blocks] for slot_idx, blocks in pending.items()}
         while ready := {slot_idx: blocks.pop(0) for slot_idx, blocks in by_slot.items() if blocks}:
             self._cache.append(ready)
@@ -196,93 +197,97 @@ class MossRunner:
         first_block = max(blocks.start, (fork.window_start - slot.origin) // self._block_samples)
         end_s = slot.frontend.n_samples / SAMPLE_RATE_HZ
         asked_s = (fork.window_start - slot.origin) / SAMPLE_RATE_HZ
-        has_heard = len(blocks) > 0 or self._cache.n_tail(step.slot_idx) > 0
-        heard = Span(min(float(first_block * self._cache.block_s), end_s) if has_heard else end_s, end_s)
-        window = Span(heard.clamp(asked_s), end_s)
+        has_audio = len(blocks) > 0 or self._cache.n_tail(step.slot_idx) > 0
+        audio = Span(min(float(first_block * self._cache.block_s), end_s) if has_audio else end_s, end_s)
+        window = Span(audio.clamp(asked_s), end_s)
         offset_s = float(self._cache.marker_offset_s(step.slot_idx))
         text = prompt(fork.task).text if fork.task != "answer" else fork.question
-        agreed = self._agreed(slot, fork) if fork.task == "transcript" else ()
-        n_scratch, n_said = self._n_scratch, len(agreed)
+        committed = self._committed(slot, fork) if fork.task == "transcript" else ()
+        n_scratch, n_forced = self._n_scratch, len(committed)
         while True:
-            said = self._said(agreed[len(agreed) - n_said :], slot.origin, offset_s)
-            ids = self._layout.question(text, said)
+            forced = self._forced_prefix(committed[len(committed) - n_forced :], slot.origin, offset_s)
+            ids = self._layout.question(text, forced)
             room = n_scratch - len(ids)
-            if room >= MIN_ANSWER_TOKENS or not n_said:
+            if room >= MIN_ANSWER_TOKENS or not n_forced:
                 break
-            n_said = max(0, n_said - n_said // 2 - 1)  # the older half is left out
+            n_forced = max(0, n_forced - n_forced // 2 - 1)  # the older half is left out
         if room < MIN_ANSWER_TOKENS:  # a question from outside can be of any length
-            ids = self._layout.question(text, said, n_scratch - MIN_ANSWER_TOKENS)
+            ids = self._layout.question(text, forced, n_scratch - MIN_ANSWER_TOKENS)
             room = MIN_ANSWER_TOKENS
         n_wanted = fork.max_tokens
         if fork.task == "transcript":  # its budget is for words; times come on top
-            n_wanted += self._time_tokens(slot, heard, agreed, offset_s)
+            n_wanted += self._time_tokens(slot, audio, committed, offset_s)
         n_tokens = min(n_wanted, room, self._max_answer_tokens)
         request = Request(step.slot_idx, ids, n_tokens, first_block, self._max_thought_tokens)
-        return _Due(step, fork, request, window, heard, offset_s, said, agreed, n_said)
+        return _Due(step, fork, request, window, audio, offset_s, forced, committed, n_forced)
 
-    def _agreed(self, slot: _Slot, fork: Fork) -> tuple[_Told, ...]:
-        """The agreed words with the ends of their sentences, as the last transcript had them.
+    def _committed(self, slot: _Slot, fork: Fork) -> tuple[_Transcribed, ...]:
+        """The committed words with the ends of their sentences, as the last transcript had them.
 
-        Where it does not contain them (another engine said it), a sentence ends with its full stop,
+        Where it does not contain them (they are another engine's), a sentence ends with its full stop,
         and where the next word does not begin at once: inside one, words are spread without a gap.
         """
         if not fork.prefix:
             return ()
-        n, known = len(fork.prefix), slot.told
-        texts, agreed = tuple(told.word.text for told in known), fork.agreed
-        found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == agreed]
+        n, known = len(fork.prefix), slot.transcript
+        texts, committed = tuple(item.word.text for item in known), fork.prefix_texts
+        found = [first for first in range(len(known) - n + 1) if texts[first : first + n] == committed]
         if found:
-            # The same words may have been said before, too.
+            # The same words may stand in it twice.
             first = min(found, key=lambda first: abs(known[first].word.start - fork.prefix[0].start))
             return known[first : first + n]
         ends = [
             word.end if after.start > word.end or ends_sentence(word.text) else None
             for word, after in itertools.pairwise(fork.prefix)
         ]
-        return tuple(map(_Told, fork.prefix, (*ends, None)))
+        return tuple(map(_Transcribed, fork.prefix, (*ends, None)))
 
-    def _said(self, agreed: Sequence[_Told], origin: int, offset_s: float) -> str:
-        """The beginning of an answer on the model's clock: the agreed words, the last sentence open.
+    def _forced_prefix(self, committed: Sequence[_Transcribed], origin: int, offset_s: float) -> str:
+        """The beginning of an answer on the model's clock: the committed words, the last sentence open.
 
-        With the sentences as the model told them: it goes on from what it would have said itself.
+        With the sentences as the model wrote them: it continues what it would have written itself.
         """
 
         def clock(sample: int) -> str:
             return f"[{max(0.0, (sample - origin) / SAMPLE_RATE_HZ - offset_s):.2f}]"
 
-        said, first = "", 0
-        for idx, told in enumerate(agreed, start=1):
-            is_last = idx == len(agreed)
-            if told.sentence_end is not None or is_last:
-                sentence = [one.word for one in agreed[first:idx]]
-                said += clock(sentence[0].start) + join_words(word.text for word in sentence)
-                if told.sentence_end is not None and not is_last:
-                    said += clock(told.sentence_end)
+        forced, first = "", 0
+        for idx, item in enumerate(committed, start=1):
+            is_last = idx == len(committed)
+            if item.sentence_end is not None or is_last:
+                sentence = [one.word for one in committed[first:idx]]
+                forced += clock(sentence[0].start) + join_words(word.text for word in sentence)
+                if item.sentence_end is not None and not is_last:
+                    forced += clock(item.sentence_end)
                 first = idx
-        return said
+        return forced
 
-    def _time_tokens(self, slot: _Slot, heard: Span, agreed: Sequence[_Told], offset_s: float) -> int:
+    def _time_tokens(
+        self, slot: _Slot, audio: Span, committed: Sequence[_Transcribed], offset_s: float
+    ) -> int:
         """Tokens that the times of new sentences take: one sentence a second, two times each."""
-        told_s = (agreed[-1].word.end - slot.origin) / SAMPLE_RATE_HZ if agreed else heard.start_s
-        n_sentences = 1 + int(max(0.0, heard.end_s - told_s))
-        return 2 * n_sentences * len(self._layout.tokenizer.encode(f"[{heard.end_s - offset_s:.2f}]"))
+        transcribed_s = (
+            (committed[-1].word.end - slot.origin) / SAMPLE_RATE_HZ if committed else audio.start_s
+        )
+        n_sentences = 1 + int(max(0.0, audio.end_s - transcribed_s))
+        return 2 * n_sentences * len(self._layout.tokenizer.encode(f"[{audio.end_s - offset_s:.2f}]"))
 
     # --- reading ----------------------------------------------------------------------------
 
-    def _result(self, answered: Sequence[tuple[_Due, Generation]]) -> StepResult:
-        hypotheses, events, emotions, answers = [], [], [], []
+    def _result(self, answered: Sequence[tuple[_Due, Generation]]) -> SlotResult:
+        """What the forks of one slot found."""
+        hypothesis, found = None, Findings()
         for due, answer in answered:
-            if due.fork.task == "transcript":
-                hypotheses.append(self._hypothesis(due, answer))
-            elif due.fork.task == "events":
-                events.append(self._events(due, answer))
-            elif due.fork.task == "emotion":
-                emotions.append(self._emotion(due, answer))
-            else:
-                is_cut = answer.reason != "stop"
-                slot_idx, owner = due.step.slot_idx, due.step.owner
-                answers.append(HeardAnswer(slot_idx, owner, answer.text, answer.thought, is_cut))
-        return StepResult(tuple(hypotheses), tuple(events), tuple(emotions), tuple(answers))
+            match due.fork.task:
+                case "transcript":
+                    hypothesis = self._hypothesis(due, answer)
+                case "events":
+                    found = Findings(events=self._events(due, answer)).or_else(found)
+                case "emotion":
+                    found = Findings(emotion=self._emotion(due, answer)).or_else(found)
+                case "answer":
+                    found = Findings(answer=_answer(due, answer)).or_else(found)
+        return SlotResult(hypothesis, found)
 
     def _sample(self, slot_idx: int, time_s: float) -> int:
         return self._slots[slot_idx].origin + round(time_s * SAMPLE_RATE_HZ)
@@ -293,68 +298,63 @@ class MossRunner:
 
     def _hypothesis(self, due: _Due, answer: Generation) -> Hypothesis:
         slot_idx = due.step.slot_idx
-        told = self._told(due, answer)
-        self._slots[slot_idx].told = told
-        words = tuple(one.word for one in told[len(due.agreed) :])
+        transcript = self._transcript(due, answer)
+        self._slots[slot_idx].transcript = transcript
+        words = tuple(one.word for one in transcript[len(due.committed) :])
         return Hypothesis(
-            slot_idx=slot_idx,
-            owner=due.step.owner,
             words=words,
-            stable_end=self._stable_end(slot_idx),
             language=due.fork.language,
-            language_score=0.0 if due.fork.language is None else 1.0,  # it does not say which it heard
-            no_speech=0.0 if words else 1.0,  # it says nothing where it hears nobody
-            n_loops_cut=answer.n_repetitions_cut,
+            language_score=0.0 if due.fork.language is None else 1.0,  # it does not say which one it detected
+            no_speech=0.0 if words else 1.0,  # it writes nothing where nobody speaks
+            n_repetitions_cut=answer.n_repetitions_cut,
         )
 
-    def _told(self, due: _Due, answer: Generation) -> tuple[_Told, ...]:
-        """The agreed words and those after them that were said inside the window.
+    def _transcript(self, due: _Due, answer: Generation) -> tuple[_Transcribed, ...]:
+        """The committed words and those after them that were said inside the window.
 
         The model gives times of sentences; inside one its words are spread by their length.
         """
         origin = self._slots[due.step.slot_idx].origin
-        agreed, n_agreed = list(due.agreed), due.n_said
-        agreed_end_s = (agreed[-1].word.end - origin) / SAMPLE_RATE_HZ if agreed else 0.0
-        found: list[_Told] = []
-        for sentence in parse_sentences(answer.text, due.heard, due.offset_s, due.said):
+        committed, n_committed = list(due.committed), due.n_forced
+        committed_end_s = (committed[-1].word.end - origin) / SAMPLE_RATE_HZ if committed else 0.0
+        found: list[_Transcribed] = []
+        for sentence in parse_sentences(answer.text, due.audio, due.offset_s, due.forced):
             texts, span = split_words(sentence.text), sentence.span
             end = self._sample(due.step.slot_idx, span.end_s) if sentence.is_closed else None
-            if n_agreed:
-                n_old = min(n_agreed, len(texts))
-                n_agreed -= n_old
-                span = Span(min(max(span.start_s, agreed_end_s), span.end_s), span.end_s)
+            if n_committed:
+                n_old = min(n_committed, len(texts))
+                n_committed -= n_old
+                span = Span(min(max(span.start_s, committed_end_s), span.end_s), span.end_s)
                 texts = texts[n_old:]
-                if not n_agreed:  # only now is it known whether a sentence ends with the last of them
-                    agreed[-1] = _Told(agreed[-1].word, None if texts else end)
+                if not n_committed:  # only now is it known whether a sentence ends with the last of them
+                    committed[-1] = _Transcribed(committed[-1].word, None if texts else end)
             words = self._spread(due, texts, span, answer.confidence)
-            found += [_Told(word, end if word is words[-1] else None) for word in words]
+            found += [_Transcribed(word, end if word is words[-1] else None) for word in words]
         # The block the window begins in was looked at from its start: those words are older ones.
         first = self._sample(due.step.slot_idx, due.window.start_s)
-        return (*agreed, *(one for one in found if one.word.middle >= first))
+        return (*committed, *(one for one in found if one.word.middle >= first))
 
-    def _spread(self, due: _Due, texts: Sequence[str], span: Span, score: float) -> list[HeardWord]:
+    def _spread(self, due: _Due, texts: Sequence[str], span: Span, score: float) -> list[TimedWord]:
         n_chars = sum(len(text) for text in texts)
         words, before = [], 0
         for text in texts:
             times = [
                 span.start_s + (span.end_s - span.start_s) * n / n_chars for n in (before, before + len(text))
             ]
-            start, end = (self._sample(due.step.slot_idx, due.heard.clamp(time_s)) for time_s in times)
-            words.append(HeardWord(text, start, end, score))
+            start, end = (self._sample(due.step.slot_idx, due.audio.clamp(time_s)) for time_s in times)
+            words.append(TimedWord(text, start, end, score))
             before += len(text)
         return words
 
-    def _events(self, due: _Due, answer: Generation) -> HeardEvents:
+    def _events(self, due: _Due, answer: Generation) -> SoundEvents:
         slot_idx = due.step.slot_idx
         found = parse_events(answer.text, due.window, due.offset_s)
-        return HeardEvents(
-            slot_idx=slot_idx,
-            owner=due.step.owner,
+        return SoundEvents(
             window_start=self._sample(slot_idx, due.window.start_s),
             window_end=self._sample(slot_idx, due.window.end_s),
             stable_end=self._stable_end(slot_idx),
             events=tuple(
-                HeardEvent(
+                SoundEvent(
                     event.label,
                     self._sample(slot_idx, event.span.start_s),
                     self._sample(slot_idx, event.span.end_s),
@@ -364,15 +364,20 @@ class MossRunner:
             ),
         )
 
-    def _emotion(self, due: _Due, answer: Generation) -> HeardEmotion:
+    def _emotion(self, due: _Due, answer: Generation) -> EmotionEstimate:
         slot_idx = due.step.slot_idx
         fields = parse_voice(answer.text).fields
-        return HeardEmotion(
-            slot_idx=slot_idx,
-            owner=due.step.owner,
-            window_start=self._sample(slot_idx, due.window.start_s),
-            window_end=self._sample(slot_idx, due.window.end_s),
+        return EmotionEstimate(
+            start=self._sample(slot_idx, due.window.start_s),
+            end=self._sample(slot_idx, due.window.end_s),
             label=emotion_label(fields.get("emotion", "")),
             score=answer.confidence,
-            traits=tuple(fields.items()),
+            scores={},
+            valence=None,
+            arousal=None,
+            traits=dict(fields),
         )
+
+
+def _answer(due: _Due, answer: Generation) -> Answer:
+    return Answer(due.fork.window_start, due.step.end, answer.text, answer.thought, answer.reason != "stop")

@@ -117,18 +117,17 @@ class SoundScorer:
             self._slots[slot_idx].start_at(0)
             self._owners[slot_idx] = -1
 
-    def step(self, steps: Sequence[SlotStep]) -> tuple[SoundScores, ...]:
-        """Take all new audio; per slot that got some, the rows that became final."""
-        steps = [step for step in steps if len(step.pcm)]
+    def step(self, steps: Sequence[SlotStep]) -> list[SoundScores | None]:
+        """Take all new audio; per slot the rows that became final, None where there are none."""
         patches = [self._push(step) for step in steps]
         embeddings = self._yamnet.embed(np.concatenate(patches)) if patches else None
-        found = []
+        found: list[SoundScores | None] = []
         first = 0
         for step, new in zip(steps, patches, strict=True):
             assert embeddings is not None
             found.append(self._score(step, embeddings[first : first + len(new)]))
             first += len(new)
-        return tuple(found)
+        return found
 
     def _push(self, step: SlotStep) -> NDArray[np.uint8]:
         slot = self._slots[step.slot_idx]
@@ -137,10 +136,10 @@ class SoundScorer:
             self._owners[step.slot_idx] = step.owner
         return slot.push(step.pcm, self._yamnet)
 
-    def _score(self, step: SlotStep, embeddings: NDArray[np.uint8]) -> SoundScores:
+    def _score(self, step: SlotStep, embeddings: NDArray[np.uint8]) -> SoundScores | None:
         rows = self._slots[step.slot_idx].take(embeddings)
         with torch.inference_mode():
-            return SoundScores(step.slot_idx, step.owner, rows.start, self._head.scores(rows.embeddings))
+            return SoundScores.of(rows.start, self._head.scores(rows.embeddings))
 
 
 def load_scorer(config: EventsConfig, n_slots: int) -> SoundScorer | None:

@@ -21,17 +21,19 @@ from model.whisper.decoding import Decoded, Decoder, DecodeRequest
 from model.whisper.modeling import FRAMES_PER_POSITION
 from model.whisper.padding import Padding
 from model.whisper.tokens import Vocabulary, is_punctuation, split_words
+from model.whisper.word_times import loud_positions, word_spans
 from streaming.engine.contract import (
     Capabilities,
+    EmotionEstimate,
+    Findings,
     Fork,
-    HeardEmotion,
-    HeardWord,
     Hypothesis,
     Pcm,
+    SlotResult,
     SlotStep,
     StepPlan,
-    StepResult,
     Task,
+    TimedWord,
 )
 from streaming.engine.runners.sounds import SoundScorer
 from streaming.protocol import SAMPLE_RATE_HZ
@@ -146,7 +148,7 @@ class WhisperRunner:
         config = self._model.config
         self._slots = [_Slot(config.n_mels, config.n_frames) for _ in range(n_slots)]
         self._sounds = sounds
-        self._padding: Padding | None = None if pads_fully else self._model.remember_padding(PADDING_LEVEL)
+        self._padding: Padding | None = None if pads_fully else self._model.padding_of(PADDING_LEVEL)
         tasks: list[Task] = ["transcript"]
         tasks += [] if sounds is None else ["events"]
         tasks += [] if emotion is None else ["emotion"]
@@ -155,7 +157,6 @@ class WhisperRunner:
             tasks=tuple(tasks),
             languages=self._vocabulary.languages,
             max_window_s=config.n_frames / 100,
-            min_tick_s=0.08,
             sounds=() if sounds is None else sounds.labels,
         )
 
@@ -167,58 +168,47 @@ class WhisperRunner:
         if self._sounds is not None:
             self._sounds.reset(slots)
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """Take all new audio, score its sounds, answer every fork: one encode and one decode loop a batch."""
-        due = []
+        due: list[_Due] = []
         for step in plan.slots:
             slot = self._slots[step.slot_idx]
             if step.start != slot.position or step.owner != slot.owner:
                 slot.start_at(step.start)
                 slot.owner = step.owner
             slot.push(step.pcm)
-            due += self._dues(step, slot)
-        # Windows of like length together: a batch costs what its longest costs.
-        order = sorted(range(len(due)), key=lambda i: due[i].n_samples)
-        answers: dict[int, Hypothesis] = {}
-        emotions: dict[int, HeardEmotion] = {}
-        for first in range(0, len(order), MAX_BATCH):
-            batch = order[first : first + MAX_BATCH]
+            if step.forks:
+                due.append(self._due(step, slot))
+        due.sort(key=lambda item: item.n_samples)  # a batch costs what its longest window costs
+        hypotheses: dict[int, Hypothesis] = {}  # by slot
+        emotions: dict[int, EmotionEstimate] = {}
+        for first in range(0, len(due), MAX_BATCH):
+            batch = due[first : first + MAX_BATCH]
             taps: list[Tensor] = []
-            decoded = self._decode([due[i] for i in batch], taps, self._padding)
-            decoded = self._surer([due[i] for i in batch], decoded)
-            for i, answer in zip(batch, decoded, strict=True):
-                answers[i] = self._hypothesis(due[i], answer)
-            felt = [row for row, i in enumerate(batch) if due[i].emotion is not None]
-            for row, heard in zip(
-                felt, self._feel([due[batch[row]] for row in felt], felt, taps), strict=True
-            ):
-                emotions[batch[row]] = heard
-        return StepResult(
-            tuple(answers[i] for i in range(len(due))),
-            emotions=tuple(emotions[i] for i in sorted(emotions)),
-            sounds=() if self._sounds is None else self._sounds.step(plan.slots),
+            decoded = self._confirmed(batch, self._decode(batch, taps, self._padding))
+            for item, answer in zip(batch, decoded, strict=True):
+                hypotheses[item.step.slot_idx] = self._hypothesis(item, answer)
+            emotions |= self._emotions(batch, taps)
+        sounds = [None] * len(plan.slots) if self._sounds is None else self._sounds.step(plan.slots)
+        return tuple(
+            SlotResult(hypotheses.get(step.slot_idx), Findings(scores, emotion=emotions.get(step.slot_idx)))
+            for step, scores in zip(plan.slots, sounds, strict=True)
         )
 
-    def _dues(self, step: SlotStep, slot: _Slot) -> list[_Due]:
-        """The transcript forks of a slot, each with the emotion fork that may stand behind it."""
-        due: list[_Due] = []
-        for i, fork in enumerate(step.forks):
-            if fork.task == "emotion":
-                continue
-            assert fork.task == "transcript", fork.task
-            after = step.forks[i + 1] if i + 1 < len(step.forks) else None
-            due.append(self._due(step, fork, after if after and after.task == "emotion" else None, slot))
-        assert sum(item.emotion is not None for item in due) + len(due) == len(step.forks), len(step.forks)
-        return due
-
-    def _due(self, step: SlotStep, fork: Fork, emotion: Fork | None, slot: _Slot) -> _Due:
+    def _due(self, step: SlotStep, slot: _Slot) -> _Due:
+        fork, emotion = step.forks[0], step.forks[1] if len(step.forks) > 1 else None
+        tasks = [fork.task for fork in step.forks]
+        assert tasks in (["transcript"], ["transcript", "emotion"]), tasks
         vocabulary = self._vocabulary
         n_samples = slot.position - fork.window_start
         draft: list[int] = []
-        prefix = fork.agreed
-        agreed = prefix[len(slot.draft_prefix) :]
-        if prefix[: len(slot.draft_prefix)] == slot.draft_prefix and slot.draft[: len(agreed)] == agreed:
-            rest = slot.draft[len(agreed) :]
+        prefix = fork.prefix_texts
+        committed = prefix[len(slot.draft_prefix) :]  # since the last hypothesis
+        if (
+            prefix[: len(slot.draft_prefix)] == slot.draft_prefix
+            and slot.draft[: len(committed)] == committed
+        ):
+            rest = slot.draft[len(committed) :]
             draft = vocabulary.encode(" " + join_words(rest)) if rest else []
         context = vocabulary.encode(" " + fork.context) if fork.context else []
         request = DecodeRequest(
@@ -260,12 +250,12 @@ class WhisperRunner:
             cache = self._model.decoder.new_cache(self._model.encoder(mel, wanted), n_tokens)
         else:
             heard = torch.tensor(n_heard, device=self._device)
-            encoded = self._model.encoder.forward_heard(mel, heard, padding, wanted)
-            cache = self._model.decoder.new_cache_heard(encoded, heard, padding, n_tokens)
+            encoded = self._model.encoder.forward_unpadded(mel, heard, padding, wanted)
+            cache = self._model.decoder.new_cache_unpadded(encoded, heard, padding, n_tokens)
         return self._decoder.decode(cache, requests)
 
-    def _surer(self, due: Sequence[_Due], decoded: Sequence[Decoded]) -> list[Decoded]:
-        """The answers, of which those in a language that is not sure are heard again, padded in full."""
+    def _confirmed(self, due: Sequence[_Due], decoded: Sequence[Decoded]) -> list[Decoded]:
+        """The answers, of which those in a language that is not sure are decoded again, padded in full."""
         answers = list(decoded)
         if self._padding is None:
             return answers
@@ -282,12 +272,14 @@ class WhisperRunner:
         return answers
 
     @torch.inference_mode()
-    def _feel(self, due: Sequence[_Due], rows: Sequence[int], taps: Sequence[Tensor]) -> list[HeardEmotion]:
-        """What the emotion forks of `due` hear in their rows of the encoder's taps [B, T, D]."""
-        if not due:
-            return []
+    def _emotions(self, batch: Sequence[_Due], taps: Sequence[Tensor]) -> dict[int, EmotionEstimate]:
+        """What the emotion forks of a batch find in the encoder's taps [B, T, D], by slot."""
+        rows = [row for row, item in enumerate(batch) if item.emotion is not None]
+        if not rows:
+            return {}
         head = self._emotion
         assert head is not None, "an emotion fork for a runner without an emotion head"
+        due = [batch[row] for row in rows]
         spans = []
         for item in due:
             assert item.emotion is not None, item.fork.task
@@ -299,60 +291,61 @@ class WhisperRunner:
         first, last_positions = torch.tensor(spans, device=self._device).T
         features = pool([taps[tap].index_select(0, idx) for tap in head.taps], first, last_positions)
         probabilities = head(features).tolist()
-        return [self._heard_emotion(item, row) for item, row in zip(due, probabilities, strict=True)]
+        return {
+            item.step.slot_idx: self._emotion_estimate(item, row)
+            for item, row in zip(due, probabilities, strict=True)
+        }
 
-    def _heard_emotion(self, due: _Due, probabilities: Sequence[float]) -> HeardEmotion:
+    def _emotion_estimate(self, due: _Due, probabilities: Sequence[float]) -> EmotionEstimate:
         assert due.emotion is not None, due.fork.task
         assert self._emotion is not None
         labels = self._emotion.labels
         score, label = max(zip(probabilities, labels, strict=True))
         valence, arousal = affect(labels, probabilities)
-        return HeardEmotion(
-            slot_idx=due.step.slot_idx,
-            owner=due.step.owner,
-            window_start=due.emotion.window_start,
-            window_end=due.fork.window_start + due.n_samples,
+        return EmotionEstimate(
+            start=due.emotion.window_start,
+            end=due.fork.window_start + due.n_samples,
             label=label,
             score=score,
-            scores=tuple(zip(labels, probabilities, strict=True)),
+            scores=dict(zip(labels, probabilities, strict=True)),
             valence=valence,
             arousal=arousal,
+            traits={},
         )
 
     def _hypothesis(self, due: _Due, decoded: Decoded) -> Hypothesis:
         slot = self._slots[due.step.slot_idx]
         words = () if is_invented(decoded) else self._words(due, decoded)
-        slot.draft_prefix = due.fork.agreed
+        slot.draft_prefix = due.fork.prefix_texts
         slot.draft = tuple(word.text for word in words)
         return Hypothesis(
-            slot_idx=due.step.slot_idx,
-            owner=due.step.owner,
             words=words,
-            stable_end=due.fork.window_start,  # a bidirectional encoder: more audio can change all of it
             language=decoded.language,
             language_score=decoded.language_score,
             no_speech=decoded.no_speech,
-            n_loops_cut=decoded.n_loops_cut,
+            n_repetitions_cut=decoded.n_repetitions_cut,
         )
 
-    def _words(self, due: _Due, decoded: Decoded) -> tuple[HeardWord, ...]:
+    def _words(self, due: _Due, decoded: Decoded) -> tuple[TimedWord, ...]:
         words = []
         end = due.fork.window_start + due.n_samples
-        for word in split_words(self._vocabulary, decoded.tokens, decoded.language):
-            if is_punctuation(word.text):  # what hangs on the agreed prefix came too late to be said
+        timed = split_words(self._vocabulary, decoded.tokens, decoded.language)
+        spans = word_spans(timed, decoded.starts, loud_positions(due.frames))
+        for word, (first, last) in zip(timed, spans, strict=True):
+            if is_punctuation(word.text):  # what belongs to the prefix came too late to be committed
                 continue
-            start = due.fork.window_start + decoded.starts[word.first] * SAMPLES_PER_POSITION
-            stop = due.fork.window_start + decoded.starts[word.last] * SAMPLES_PER_POSITION
-            score = math.exp(float(np.mean(decoded.scores[word.first : word.last])))
+            start = due.fork.window_start + first * SAMPLES_PER_POSITION
+            stop = due.fork.window_start + last * SAMPLES_PER_POSITION
+            score = math.exp(float(np.mean(decoded.log_probabilities[word.first : word.last])))
             text = word.text
-            if word.is_continuation:  # "-source" after an agreed "open": the hyphen came too late as well
+            if word.is_continuation:  # "-source" after a committed "open": the hyphen came too late as well
                 text = text.lstrip(string.punctuation)
-            words.append(HeardWord(text, min(start, end), min(max(stop, start), end), score))
+            words.append(TimedWord(text, min(start, end), min(max(stop, start), end), score))
         return tuple(words)
 
 
 def is_invented(decoded: Decoded) -> bool:
     """Whether the text was probably made up over sound that is no speech."""
-    if not decoded.scores:
+    if not decoded.log_probabilities:
         return True
-    return decoded.no_speech > NO_SPEECH and float(np.mean(decoded.scores)) < LOW_SCORE
+    return decoded.no_speech > NO_SPEECH and float(np.mean(decoded.log_probabilities)) < LOW_SCORE

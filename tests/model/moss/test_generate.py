@@ -119,6 +119,7 @@ def test_older_blocks_can_be_left_out() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_answer_that_loops_is_cut() -> None:
     """The random model falls into a loop; the guard ends it and keeps one round."""
     guard = LoopGuard(min_repeats=3, min_tokens=6, max_period=8)
@@ -180,7 +181,7 @@ def test_thoughts_are_split_off(text: str, thought: str, said: str) -> None:
 
 
 def test_a_thought_beyond_its_budget_is_closed() -> None:
-    """`</think>` is put in the model's mouth, and what follows is the answer."""
+    """`</think>` is forced, and what follows is the answer."""
     cache = make_cache()
     opening = LAYOUT.question("What?", "")
     tokens = LAYOUT.tokenizer.encode("<think>")

@@ -42,8 +42,8 @@ def assert_same(ours: Decoded, theirs: Decoded) -> None:
     assert ours.tokens == theirs.tokens
     assert ours.starts == theirs.starts
     assert ours.language == theirs.language
-    assert ours.n_loops_cut == theirs.n_loops_cut
-    assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
+    assert ours.n_repetitions_cut == theirs.n_repetitions_cut
+    assert ours.log_probabilities == pytest.approx(theirs.log_probabilities, abs=1e-4)
     assert ours.language_score == pytest.approx(theirs.language_score, abs=1e-4)
     assert ours.no_speech == pytest.approx(theirs.no_speech, abs=1e-4)
 
@@ -110,7 +110,7 @@ def test_a_right_draft_saves_the_steps(encoded: torch.Tensor, monkeypatch: pytes
     assert n_steps >= len(plain.tokens) - 1
     n_steps = 0
     decode(encoded, dataclasses.replace(REQUEST, draft=plain.tokens))
-    assert n_steps <= 4 * plain.n_loops_cut * MAX_LOOP_TOKENS
+    assert n_steps <= 4 * plain.n_repetitions_cut * MAX_LOOP_TOKENS
 
 
 @given(clip=st.integers(0, N_CLIPS - 1), max_tokens=st.integers(1, 12))
@@ -121,7 +121,7 @@ def test_the_budget_is_kept(encoded: torch.Tensor, clip: int, max_tokens: int) -
     more = decode(window, REQUEST)[0]
     less = decode(window, dataclasses.replace(REQUEST, max_tokens=max_tokens))[0]
     assert len(less.tokens) <= max_tokens
-    if not (more.n_loops_cut or less.n_loops_cut):
+    if not (more.n_repetitions_cut or less.n_repetitions_cut):
         assert less.tokens == more.tokens[:max_tokens]
 
 
@@ -132,7 +132,7 @@ def test_an_agreed_prefix_is_gone_on_from(encoded: torch.Tensor, clip: int, n_ag
     window = encoded[clip : clip + 1]
     plain = decode(window, REQUEST)[0]
     prefix = plain.tokens[:n_agreed]
-    if plain.n_loops_cut or not prefix:
+    if plain.n_repetitions_cut or not prefix:
         return
     rest = decode(window, dataclasses.replace(REQUEST, prefix=prefix, max_tokens=24 - len(prefix)))[0]
     assert rest.tokens == plain.tokens[len(prefix) :]
@@ -145,7 +145,7 @@ def test_every_token_has_a_time(encoded: torch.Tensor) -> None:
     for n_positions in (1, 3, 4, 50, N_AUDIO_POSITIONS):
         request = dataclasses.replace(REQUEST, n_positions=n_positions)
         for answer in decode(encoded, *[request] * N_CLIPS):
-            assert len(answer.scores) == len(answer.tokens)
+            assert len(answer.log_probabilities) == len(answer.tokens)
             if answer.tokens:
                 assert len(answer.starts) == len(answer.tokens) + 1
                 assert list(answer.starts) == sorted(answer.starts)

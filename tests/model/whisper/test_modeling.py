@@ -15,7 +15,7 @@ from model.whisper.padding import N_GROUPS, Padding, summarise
 from tests.tiny_whisper import N_AUDIO_POSITIONS, tiny_checkpoint
 
 MODEL = tiny_checkpoint().model
-PADDING = MODEL.remember_padding(-0.6)
+PADDING = MODEL.padding_of(-0.6)
 VOCAB = MODEL.config.vocab_size
 
 
@@ -34,8 +34,8 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def heard(*lengths: int) -> Tensor:
-    """As `forward_heard` takes it."""
+def lengths_of(*lengths: int) -> Tensor:
+    """As `forward_unpadded` takes it."""
     return torch.tensor(lengths)
 
 
@@ -43,12 +43,12 @@ def test_a_window_heard_in_full_is_encoded_as_ever() -> None:
     """Where nothing is padding, none of it is looked at."""
     mel = random_mel(N_AUDIO_POSITIONS)
     encoded = MODEL.encoder(mel)
-    n_heard = heard(N_AUDIO_POSITIONS)
-    assert_close(MODEL.encoder.forward_heard(mel, n_heard, PADDING), encoded)
+    n_audio = lengths_of(N_AUDIO_POSITIONS)
+    assert_close(MODEL.encoder.forward_unpadded(mel, n_audio, PADDING), encoded)
     tokens = random_tokens(1, 3)
     hidden, attention = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache(encoded, 4))
     same, same_attention = MODEL.decoder(
-        tokens, [3], MODEL.decoder.new_cache_heard(encoded, n_heard, PADDING, 4)
+        tokens, [3], MODEL.decoder.new_cache_unpadded(encoded, n_audio, PADDING, 4)
     )
     assert_close(same, hidden)
     assert_close(same_attention[..., :N_AUDIO_POSITIONS], attention)
@@ -57,7 +57,7 @@ def test_a_window_heard_in_full_is_encoded_as_ever() -> None:
 def exact_padding() -> Padding:
     """As many groups as positions: each key stands for itself."""
     mel = torch.full((1, 80, 2 * N_AUDIO_POSITIONS), -0.6)
-    keys, values, encoded = MODEL.encoder.remember_padding(mel)
+    keys, values, encoded = MODEL.encoder.encode_padding(mel)
     cache = MODEL.decoder.new_cache(encoded, 1)
     n = N_AUDIO_POSITIONS
     return Padding(
@@ -69,13 +69,13 @@ def exact_padding() -> Padding:
 def test_padding_alone_is_remembered_as_it_is_computed() -> None:
     """A window of silence, heard in part, is encoded and decoded as one heard in full."""
     mel = torch.full((1, 80, 2 * N_AUDIO_POSITIONS), -0.6)
-    padding, n_heard = exact_padding(), heard(20)
+    padding, n_audio = exact_padding(), lengths_of(20)
     encoded = MODEL.encoder(mel)
-    part = MODEL.encoder.forward_heard(mel[:, :, :42], n_heard, padding)
+    part = MODEL.encoder.forward_unpadded(mel[:, :, :42], n_audio, padding)
     assert_close(part[:, :20], encoded[:, :20])
     tokens = random_tokens(1, 3)
     hidden, _ = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache(encoded, 4))
-    same, _ = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache_heard(part, n_heard, padding, 4))
+    same, _ = MODEL.decoder(tokens, [3], MODEL.decoder.new_cache_unpadded(part, n_audio, padding, 4))
     assert_close(same, hidden)
 
 
@@ -85,13 +85,13 @@ def test_rows_of_different_lengths_are_encoded_as_alone(lengths: list[int], seed
     """What lies behind a row's own audio, or in other rows, changes nothing in it."""
     n_steps = max(lengths) + 1  # the first convolutions look one position ahead
     mel = torch.cat([random_mel(n_steps, seed + row) for row in range(len(lengths))])
-    encoded = MODEL.encoder.forward_heard(mel, heard(*lengths), PADDING)
-    cache = MODEL.decoder.new_cache_heard(encoded, heard(*lengths), PADDING, 2)
-    for row, n_heard in enumerate(lengths):
-        own_mel = mel[row : row + 1, :, : 2 * (n_heard + 1)]
-        own = MODEL.encoder.forward_heard(own_mel, heard(n_heard), PADDING)
-        assert_close(encoded[row, :n_heard], own[0, :n_heard])
-        own_cache = MODEL.decoder.new_cache_heard(own, heard(n_heard), PADDING, 2)
+    encoded = MODEL.encoder.forward_unpadded(mel, lengths_of(*lengths), PADDING)
+    cache = MODEL.decoder.new_cache_unpadded(encoded, lengths_of(*lengths), PADDING, 2)
+    for row, n_audio in enumerate(lengths):
+        own_mel = mel[row : row + 1, :, : 2 * (n_audio + 1)]
+        own = MODEL.encoder.forward_unpadded(own_mel, lengths_of(n_audio), PADDING)
+        assert_close(encoded[row, :n_audio], own[0, :n_audio])
+        own_cache = MODEL.decoder.new_cache_unpadded(own, lengths_of(n_audio), PADDING, 2)
         tokens = random_tokens(1, 2, seed=seed)
         hidden, _ = MODEL.decoder(tokens, [2], cache.select([row]))
         expected, _ = MODEL.decoder(tokens, [2], own_cache)
@@ -103,7 +103,7 @@ def test_taps_change_no_bit_and_hold_every_layer() -> None:
     mel = random_mel(30)
     for encode in (
         lambda taps: MODEL.encoder(random_mel(N_AUDIO_POSITIONS), taps),
-        lambda taps: MODEL.encoder.forward_heard(mel, heard(30), PADDING, taps),
+        lambda taps: MODEL.encoder.forward_unpadded(mel, lengths_of(30), PADDING, taps),
     ):
         taps: list[Tensor] = []
         encoded = encode(taps)

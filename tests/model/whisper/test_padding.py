@@ -35,11 +35,11 @@ def silence(seed: int, n_groups: int = 5) -> Silence:
     return summarise(*few_kinds(seed), n_groups)
 
 
-@given(seed=st.integers(0, 99), n_heard=st.integers(0, N_POSITIONS))
-def test_every_position_behind_the_audio_counts_once(seed: int, n_heard: int) -> None:
+@given(seed=st.integers(0, 99), n_audio=st.integers(0, N_POSITIONS))
+def test_every_position_behind_the_audio_counts_once(seed: int, n_audio: int) -> None:
     """In whichever group it is; after the last position there is nothing."""
-    sizes = silence(seed).log_sizes[n_heard].exp().sum(dim=-1)
-    torch.testing.assert_close(sizes, torch.full((N_HEADS,), float(N_POSITIONS - n_heard)))
+    sizes = silence(seed).log_sizes[n_audio].exp().sum(dim=-1)
+    torch.testing.assert_close(sizes, torch.full((N_HEADS,), float(N_POSITIONS - n_audio)))
 
 
 @given(seed=st.integers(0, 99), lengths=st.lists(st.integers(1, 10), min_size=1, max_size=3))
@@ -50,9 +50,9 @@ def test_groups_of_equal_keys_are_attended_to_as_each_of_them(seed: int, lengths
     k, v = (tensor(len(lengths), N_HEADS, n_steps, WIDTH, seed=seed + i) for i in (2, 3))
     q = tensor(len(lengths), N_HEADS, 2, WIDTH, seed=seed + 4)
     ours = attend(q, *silence(seed).behind(k, v, torch.tensor(lengths)))
-    for row, n_heard in enumerate(lengths):
-        own_k = torch.cat([k[row : row + 1, :, :n_heard], keys[:, :, n_heard:]], dim=2)
-        own_v = torch.cat([v[row : row + 1, :, :n_heard], values[:, :, n_heard:]], dim=2)
+    for row, n_audio in enumerate(lengths):
+        own_k = torch.cat([k[row : row + 1, :, :n_audio], keys[:, :, n_audio:]], dim=2)
+        own_v = torch.cat([v[row : row + 1, :, :n_audio], values[:, :, n_audio:]], dim=2)
         theirs = attend(q[row : row + 1], own_k, own_v)
         torch.testing.assert_close(ours[row : row + 1], theirs, atol=1e-5, rtol=1e-4)
 

@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 
 from streaming.engine.contract import (
     SOUND_FRAME,
+    Answer,
     Capabilities,
+    EmotionEstimate,
+    Findings,
     Fork,
-    HeardAnswer,
-    HeardEmotion,
-    HeardEvent,
-    HeardEvents,
-    HeardWord,
     Hypothesis,
     Pcm,
+    SlotResult,
     SlotStep,
+    SoundEvent,
+    SoundEvents,
     SoundScores,
     StepPlan,
-    StepResult,
+    TimedWord,
 )
 from streaming.engine.stream_state import MARGIN
 from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
@@ -72,38 +73,41 @@ class _Slot:
 class FakeRunner:
     """Hears the runs of its window, and holds the scheduler to the runner's contract."""
 
-    capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0, 0.08)
+    capabilities = Capabilities("fake", ("transcript",), ("en",), 30.0)
 
     def __init__(self, tasks: TaskSchedule = TRANSCRIPT_ONLY) -> None:
         self.asked: dict[int, Asked] = {}  # the last transcript fork of each owner
         self._tasks = tasks
         self._slots: dict[int, _Slot] = {}
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """What a pure function of window and prefix makes of them."""
         assert len({step.slot_idx for step in plan.slots}) == len(plan.slots)
-        words, events, emotions, answers, sounds = [], [], [], [], []
-        for step in plan.slots:
-            slot = self._take(step)
-            if self._tasks.sound_ticks and not self._tasks.events_ticks:
-                sounds.append(self._score(step, slot))
-            for fork in step.forks:
-                about = slot.pcm[fork.window_start - slot.start :]
-                said = f"{fork.task}-{zlib.crc32(about.tobytes()):08x}"
-                span = (step.slot_idx, step.owner, fork.window_start, slot.end)
-                match fork.task:
-                    case "transcript":
-                        words.append(self._hear(step, slot, fork))
-                    case "events":
-                        found = (HeardEvent(said, fork.window_start, slot.end, 1.0),)
-                        events.append(HeardEvents(*span, slot.end, found))
-                    case "emotion":
-                        assert step.forks[0].task == "transcript"
-                        assert fork.window_start >= step.forks[0].window_start
-                        emotions.append(HeardEmotion(*span, said, 1.0))
-                    case "answer":
-                        answers.append(HeardAnswer(step.slot_idx, step.owner, said, fork.question, False))
-        return StepResult(tuple(words), tuple(events), tuple(emotions), tuple(answers), tuple(sounds))
+        return tuple(self._step(step) for step in plan.slots)
+
+    def _step(self, step: SlotStep) -> SlotResult:
+        slot = self._take(step)
+        hypothesis, found = None, Findings()
+        if self._tasks.sound_ticks and not self._tasks.events_ticks:
+            found = Findings(self._score(slot))
+        for fork in step.forks:
+            about = slot.pcm[fork.window_start - slot.start :]
+            text = f"{fork.task}-{zlib.crc32(about.tobytes()):08x}"
+            span = (fork.window_start, slot.end)
+            match fork.task:
+                case "transcript":
+                    hypothesis = self._hear(step, slot, fork)
+                case "events":
+                    events = SoundEvents(*span, slot.end, (SoundEvent(text, *span, 1.0),))
+                    found = Findings(events=events).or_else(found)
+                case "emotion":
+                    assert step.forks[0].task == "transcript"
+                    assert fork.window_start >= step.forks[0].window_start
+                    emotion = EmotionEstimate(*span, text, 1.0, {}, None, None, {})
+                    found = Findings(emotion=emotion).or_else(found)
+                case "answer":
+                    found = Findings(answer=Answer(*span, text, fork.question)).or_else(found)
+        return SlotResult(hypothesis, found)
 
     def asked_at(self, owner: int) -> int | None:
         """Where the last transcript fork of an owner was."""
@@ -134,7 +138,7 @@ class FakeRunner:
         return _Slot(step.owner, step.start, step.pcm, -(-known // SOUND_FRAME) * SOUND_FRAME)
 
     @staticmethod
-    def _score(step: SlotStep, slot: _Slot) -> SoundScores:
+    def _score(slot: _Slot) -> SoundScores | None:
         """One label, whose score is a checksum of what the row looks at."""
         start, rows = slot.next_row, []
         while slot.next_row + SOUND_DELAY <= slot.end:
@@ -142,8 +146,7 @@ class FakeRunner:
             about = slot.pcm[first : slot.next_row + SOUND_DELAY - slot.start]
             rows.append(zlib.crc32(about.tobytes()) % 256 / 255)
             slot.next_row += SOUND_FRAME
-        scores = np.array(rows, np.float32).reshape(-1, 1)
-        return SoundScores(step.slot_idx, step.owner, start, scores)
+        return SoundScores.of(start, np.array(rows, np.float32).reshape(-1, 1))
 
     def _hear(self, step: SlotStep, slot: _Slot, fork: Fork) -> Hypothesis:
         assert fork.window_start % GRID == 0
@@ -152,10 +155,10 @@ class FakeRunner:
         window = slot.pcm[fork.window_start - slot.start :]
         self.asked[step.owner] = Asked(slot.end, fork, zlib.crc32(window.tobytes()))
         heard = runs(window, fork.window_start)[len(fork.prefix) :]
-        return Hypothesis(step.slot_idx, step.owner, tuple(heard), slot.end, "en", 1.0, 0.0, 0)
+        return Hypothesis(tuple(heard), "en", 1.0, 0.0, 0)
 
 
-def runs(window: Pcm, start: int) -> list[HeardWord]:
+def runs(window: Pcm, start: int) -> list[TimedWord]:
     """The words of a window; the text of one that goes on at the live edge tells how much of it came."""
     edges = [0, *(np.flatnonzero(np.diff(window)) + 1).tolist(), len(window)]
     found = []
@@ -163,5 +166,5 @@ def runs(window: Pcm, start: int) -> list[HeardWord]:
         if window[first : first + 1].any() and (first > 0 or last > FRAGMENT):
             number = round(float(window[first]) / UNIT)
             text = f"w{number}" if last < len(window) else f"w{number}x{last - first}"
-            found.append(HeardWord(text, start + first, start + last, 1.0))
+            found.append(TimedWord(text, start + first, start + last, 1.0))
     return found

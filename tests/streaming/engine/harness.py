@@ -13,18 +13,15 @@ import msgspec
 
 from streaming.config import TranscriptConfig
 from streaming.engine import messages
-from streaming.engine.contract import SOUND_FRAME
+from streaming.engine.contract import SOUND_FRAME, EmotionEstimate, SoundEvents, SoundScores
 from streaming.engine.messages import (
     Audio,
     Commit,
-    Emotion,
-    Events,
     Open,
     PointKind,
     Progress,
     Result,
     Skipped,
-    Sounds,
 )
 from streaming.engine.scheduler import Scheduler
 from streaming.engine.task_schedule import TRANSCRIPT_ONLY, TaskSchedule
@@ -67,13 +64,13 @@ class Recorder:
     def __init__(self, next_row: int = 0) -> None:
         self._next_row = next_row
 
-    def state(self) -> int:
+    def snapshot(self) -> int:
         """The next row of sound scores."""
         return self._next_row
 
-    def push(self, found: Sounds | Emotion) -> list[Message]:
+    def push(self, found: SoundScores | EmotionEstimate) -> list[Message]:
         """Rows once each, without a gap; every emotion."""
-        if isinstance(found, Emotion):
+        if isinstance(found, EmotionEstimate):
             at = (found.start, found.end)
             return [EmotionUpdate(found.label or "", {}, None, None, None, *at)]
         assert found.start <= self._next_row, (found.start, self._next_row)
@@ -84,7 +81,7 @@ class Recorder:
             self._next_row += SOUND_FRAME
         return rows
 
-    def named(self, events: Events) -> list[Message]:
+    def named(self, events: SoundEvents) -> list[Message]:
         """Every event."""
         return [EventEnded("", e.label, e.score, e.start, e.end) for e in events.events]
 
@@ -164,7 +161,7 @@ class Stream:
                 break
             self.n_arrived += 1
             pcm = self.script.pcm[self.arrived : mark.at]
-            if mark.kind in ("started", "stopped"):
+            if mark.kind in ("speech_start", "speech_stop"):
                 self.messages += self.feed.push(pcm, (mark,))
                 continue
             self.messages += self.feed.push(pcm, ())
@@ -251,7 +248,10 @@ class World:
         if schedule.plan.slots:
             answers = self.runner.step(schedule.plan)
             for result in self.scheduler.apply(schedule, answers, 0.0):
-                has_words = result.kind != "sound" and self.runner.asked_at(result.stream) == result.point
+                has_words = (
+                    result.kind not in ("idle_tick", "ask")
+                    and self.runner.asked_at(result.stream) == result.point
+                )
                 self.outbox.append((result, self.runner.asked[result.stream] if has_words else None))
         return bool(schedule.plan.slots or schedule.results)
 

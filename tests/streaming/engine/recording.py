@@ -68,8 +68,8 @@ def make_script(
         at += rest
         # Endpointing needs so much to decide: an utterance is at least as long.
         decided = min(speech + start_delay * GRID, at)
-        marks.append(Mark("started", decided, max(speech - pad * GRID, last_stop)))
-        marks.append(Mark("stopped", at + stop_delay * GRID, at))
+        marks.append(Mark("speech_start", decided, max(speech - pad * GRID, last_stop)))
+        marks.append(Mark("speech_stop", at + stop_delay * GRID, at))
         last_stop = at
     pieces.append(np.zeros((stop_delay + 1) * GRID, np.float32))
     pcm = np.concatenate(pieces)

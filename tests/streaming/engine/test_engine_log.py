@@ -14,7 +14,7 @@ from streaming.config import Config, IngestConfig, ServerConfig
 from streaming.engine import __main__ as engine_main
 from streaming.engine import messages
 from streaming.engine.client import engine_settings
-from streaming.engine.contract import Capabilities, StepPlan, StepResult
+from streaming.engine.contract import Capabilities, SlotResult, StepPlan
 from streaming.engine.messages import Audio, Mark, Open
 
 QUESTION = "What did the minister whisper?"
@@ -23,9 +23,9 @@ QUESTION = "What did the minister whisper?"
 class BrokenRunner:
     """One whose fault quotes what it was asked."""
 
-    capabilities = Capabilities("broken", ("transcript", "answer"), (), 30.0, 0.08)
+    capabilities = Capabilities("broken", ("transcript", "answer"), (), 30.0)
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """Fails."""
         raise AssertionError(plan.slots[0].forks)
 
@@ -52,7 +52,7 @@ def receive(sock: socket.socket) -> messages.FromEngine:
 class SlowGridRunner(BrokenRunner):
     """One that is asked for events every four seconds."""
 
-    capabilities = Capabilities("slow", ("transcript", "events"), (), 30.0, 0.08, events_every_s=4.0)
+    capabilities = Capabilities("slow", ("transcript", "events"), (), 30.0, events_every_s=4.0)
 
 
 @pytest.mark.usefixtures("root_logger")

@@ -94,8 +94,8 @@ async def hear(engine: EngineClient, number: int, seed: int) -> list[messages.Re
     owner = Owner(engine, number)
     pcm = np.random.default_rng(seed).normal(0.0, 0.1, 2 * 16_000).astype("<f4")
     engine.send(Open(number, "en"))
-    engine.send(Audio(number, 0, pcm[:16_000].tobytes(), (Mark("started", 3200, 320),)))
-    marks = (Mark("stopped", 31_000, 30_000), Mark("flush", 32_000, 32_000))
+    engine.send(Audio(number, 0, pcm[:16_000].tobytes(), (Mark("speech_start", 3200, 320),)))
+    marks = (Mark("speech_stop", 31_000, 30_000), Mark("flush", 32_000, 32_000))
     engine.send(Audio(number, 16_000, pcm[16_000:].tobytes(), marks))
     async with asyncio.timeout(TIMEOUT_S):
         await owner.flushed.wait()
@@ -125,7 +125,7 @@ async def test_it_hears_streams_and_ends_when_its_pipe_closes(
         first, other = await asyncio.gather(hear(engine, 1, seed=1), hear(engine, 2, seed=2))
         again = await hear(engine, 3, seed=1)
     kinds = [result.kind for result in first]
-    assert kinds[-2:] == ["stopped", "flush"]
+    assert kinds[-2:] == ["speech_stop", "flush"]
     assert [result.point for result in first[:-2]] == [TICK * n for n in range(2, 7)]
     assert [said(result) for result in first] == [said(result) for result in again]
     assert [result.stream for result in other] == [2] * len(other)

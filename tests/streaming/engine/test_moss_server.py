@@ -13,7 +13,7 @@ import pytest
 from bench.virtual import run
 from streaming.config import Config, parse_config
 from streaming.engine.client import ENGINE_COMMAND
-from streaming.engine.contract import Capabilities, Runner, StepPlan, StepResult
+from streaming.engine.contract import Capabilities, Runner, SlotResult, StepPlan
 from streaming.engine.runners.loader import load_runner
 from streaming.protocol import (
     UNLOGGED,
@@ -92,17 +92,17 @@ class Watched:
         self.answered: Counter[str] = Counter()
         self._runner = runner
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """The runner's step."""
-        result = self._runner.step(plan)
+        results = self._runner.step(plan)
         self.asked.update(fork.task for step in plan.slots for fork in step.forks)
-        found = {"transcript": result.hypotheses, "events": result.events, "emotion": result.emotions}
-        self.answered.update({task: len(heard) for task, heard in found.items()})
-        for events in result.events:
-            assert events.window_start <= events.window_end <= len(AUDIO)
-        for emotion in result.emotions:
-            assert emotion.window_start < emotion.window_end <= len(AUDIO)
-        return result
+        for result in results:
+            events, emotion = result.found.events, result.found.emotion
+            answers = {"transcript": result.hypothesis, "events": events, "emotion": emotion}
+            self.answered.update(task for task, answer in answers.items() if answer is not None)
+            assert events is None or events.window_start <= events.window_end <= len(AUDIO)
+            assert emotion is None or emotion.start < emotion.end <= len(AUDIO)
+        return results
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streaming.engine.contract import HeardWord, Hypothesis, StepResult
+from streaming.engine.contract import Hypothesis, SlotResult, TimedWord
 from streaming.engine.messages import Audio, Commit, Configure, Mark, Open
 from streaming.engine.scheduler import EngineFull, Scheduler
 from tests.streaming.engine.harness import CONFIG, LONG, SECOND, TICK, World, alone, numbers_of
@@ -17,11 +17,11 @@ def test_a_word_does_not_begin_before_anybody_speaks() -> None:
     scheduler = Scheduler(CONFIG, n_slots=1, tick=TICK, shed_after_s=0.0, clock=float)
     scheduler.open(Open(1, "en"))
     edge = 2 * TICK
-    scheduler.push(Audio(1, 0, bytes(4 * 4 * TICK), (Mark("started", edge + 640, edge),)))
+    scheduler.push(Audio(1, 0, bytes(4 * 4 * TICK), (Mark("speech_start", edge + 640, edge),)))
     schedule = scheduler.schedule()
-    early = HeardWord("Hello", 0, edge + 3000, 1.0)
-    answer = Hypothesis(0, 1, (early,), 0, "en", 1.0, 0.0, 0)
-    (result,) = scheduler.apply(schedule, StepResult((answer,)), 0.0)
+    early = TimedWord("Hello", 0, edge + 3000, 1.0)
+    answer = Hypothesis((early,), "en", 1.0, 0.0, 0)
+    (result,) = scheduler.apply(schedule, (SlotResult(answer),), 0.0)
     assert [(word.start, word.end) for word in result.words] == [(edge, edge + 3000)]
 
 

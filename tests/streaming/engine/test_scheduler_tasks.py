@@ -29,17 +29,17 @@ def test_a_sound_point_comes_while_nobody_speaks() -> None:
     """On its own grid, and only where sounds are wanted: in between come the ticks."""
     script = make_script([Utterance(200, ((4000, 400),) * 12), Utterance(300, ((4000, 400),) * 3)])
     stream = alone(script, NAMED)
-    quiet = [at for at, kind in stream.answered if kind == "sound"]
+    quiet = [at for at, kind in stream.answered if kind == "idle_tick"]
     step = TICK * NAMED.sound_ticks
     spans, speaks_from = [], None
     for mark in script.marks:
-        if mark.kind == "started":
+        if mark.kind == "speech_start":
             speaks_from = mark.at
-        elif mark.kind == "stopped":
+        elif mark.kind == "speech_stop":
             spans.append((speaks_from, mark.at))
     grid = range(step, len(script.pcm) + 1, step)
     assert quiet == [at for at in grid if not any(first <= at <= last for first, last in spans if first)]
-    assert not [at for at, kind in alone(script).answered if kind == "sound"]
+    assert not [at for at, kind in alone(script).answered if kind == "idle_tick"]
 
 
 def test_named_events_are_asked_for_on_their_grid_and_at_a_flush() -> None:
@@ -49,7 +49,7 @@ def test_named_events_are_asked_for_on_their_grid_and_at_a_flush() -> None:
     asked = [m.end_ms for m in stream.messages if isinstance(m, EventEnded)]
     step = TICK * NAMED.events_ticks
     flushes = [mark.at for mark in script.marks if mark.kind == "flush"]
-    grid = [at for at, kind in stream.answered if kind in ("tick", "sound") and at % step == 0]
+    grid = [at for at, kind in stream.answered if kind in ("tick", "idle_tick") and at % step == 0]
     assert asked == sorted([*grid, *flushes])
     longest = max(m.end_ms - m.start_ms for m in stream.messages if isinstance(m, EventEnded))
     assert longest == LONGEST_WINDOW_S * SECOND
@@ -60,7 +60,7 @@ def test_an_emotion_is_read_of_speech_alone() -> None:
     script = make_script([Utterance(40, ((4000, 400),) * 40), Utterance(90, ((2000, 0),))])
     stream = alone(script, SCORED)
     updates = [m for m in stream.messages if isinstance(m, EmotionUpdate)]
-    (first, second) = [mark.edge for mark in script.marks if mark.kind == "started"]
+    (first, second) = [mark.boundary for mark in script.marks if mark.kind == "speech_start"]
     assert first < second
     assert len(updates) >= 8
     for update in updates:
@@ -75,20 +75,19 @@ def test_a_question_is_answered_at_its_place() -> None:
     script = make_script([Utterance(100, ((4000, 400),) * 40)], questions=[0.1, 0.5, 0.5])
     stream = alone(script, NAMED)
     answers = [(m.start_ms, m.end_ms) for m in stream.messages if isinstance(m, AnswerFinal)]
-    assert answers == [(ms_of(mark.edge), ms_of(mark.at)) for mark in script.marks if mark.kind == "ask"]
+    assert answers == [(ms_of(mark.boundary), ms_of(mark.at)) for mark in script.marks if mark.kind == "ask"]
 
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
-        (Capabilities("words", ("transcript",), (), 30.0, 0.08), TRANSCRIPT_ONLY),
+        (Capabilities("words", ("transcript",), (), 30.0), TRANSCRIPT_ONLY),
         (
             Capabilities(
                 "scores",
                 ("transcript", "events", "emotion"),
                 (),
                 30.0,
-                0.08,
                 sounds=(SoundLabel("Dog", None, 0.5),),
             ),
             TaskSchedule(sound_ticks=1, events_ticks=0, emotion_ticks=3),
@@ -99,7 +98,6 @@ def test_a_question_is_answered_at_its_place() -> None:
                 ("transcript", "events", "emotion", "answer"),
                 (),
                 30.0,
-                0.08,
                 events_every_s=2.56,
                 answer_tokens=1000,
             ),
@@ -136,7 +134,9 @@ def test_no_more_audio_than_the_longest_step_is_undecided(
         TranscriptConfig(), n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0, tasks=tasks
     )
     n_samples = tasks.max_step(TICK)
-    scheduler.open(Open(1, None, start=at, consumed=at, window_start=at, is_speech=is_speech, speech_edge=at))
+    scheduler.open(
+        Open(1, None, start=at, consumed=at, window_start=at, is_speech=is_speech, speech_start=at)
+    )
     scheduler.push(Audio(1, at, bytes(4 * n_samples)))
     schedule = scheduler.schedule()
     if is_speech or tasks.sound_ticks:

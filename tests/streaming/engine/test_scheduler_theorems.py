@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streaming.engine.messages import Mark
@@ -112,11 +112,11 @@ def test_neighbours_change_nothing(
 def test_every_mark_is_answered_once_and_in_order(script: Script, tasks: TaskSchedule) -> None:
     """Stops, flushes and questions each have a result, at their place; ticks lie on the grid between them."""
     stream = alone(script, tasks)
-    marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "started"]
-    assert [(at, kind) for at, kind in stream.answered if kind not in ("tick", "sound")] == marks
+    marks = [(mark.at, mark.kind) for mark in stream.script.marks if mark.kind != "speech_start"]
+    assert [(at, kind) for at, kind in stream.answered if kind not in ("tick", "idle_tick")] == marks
     points = [at for at, _ in stream.answered]
     assert points == sorted(points)
-    assert all(at % TICK == 0 for at, kind in stream.answered if kind in ("tick", "sound"))
+    assert all(at % TICK == 0 for at, kind in stream.answered if kind in ("tick", "idle_tick"))
 
 
 @given(script=scripts)
@@ -165,6 +165,12 @@ def test_a_crash_at_any_point_changes_nothing(
 
 @given(script=scripts, order=orders("restart"), tasks=task_schedules, max_ahead=aheads)
 @settings(max_examples=60)
+@example(  # a flush and a question at one sample
+    script=make_script([Utterance(0, ((1600, 0),))] * 2, flushes=[0.25], questions=[0.25]),
+    order=[("arrive", 5120), ("tick", 0), ("take", 1)],
+    tasks=NAMED,
+    max_ahead=3 * SECOND,
+)
 def test_a_restart_of_the_server_at_any_point_changes_nothing(
     script: Script, order: list[tuple[str, int]], tasks: TaskSchedule, max_ahead: int
 ) -> None:
@@ -242,7 +248,7 @@ def test_a_crash_in_a_pause_changes_nothing(pause: int) -> None:
     """Whether the window goes on behind the pause is decided as if nothing had happened."""
     speech = Utterance(20, ((4000, 0), (4000, 3000)))
     script = make_script([speech, Utterance(pause, speech.words)])
-    crash_at = next(mark.at for mark in script.marks if mark.kind == "stopped") + GRID
+    crash_at = next(mark.at for mark in script.marks if mark.kind == "speech_stop") + GRID
     world = World(1)
     stream = world.open(1, script)
     world.arrive(stream, crash_at)

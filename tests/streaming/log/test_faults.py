@@ -15,7 +15,6 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from streaming import aio
 from streaming.config import LogConfig
 from streaming.log.directory import StateSource
 from streaming.log.history import History
@@ -86,18 +85,25 @@ async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pyte
     """Closed as `internal` and its connection with 1011; the server and the other streams go on."""
     begin = Log.open
 
-    def failing(log: Log, name: str, source: StateSource | None = None, resume_digest: bytes = b"") -> None:
-        begin(log, name, Broken() if name == "bad" else source, resume_digest)
+    def failing(
+        log: Log,
+        name: str,
+        source: StateSource | None = None,
+        resume_digest: bytes = b"",
+        session_id: str | None = None,
+    ) -> None:
+        begin(log, name, Broken() if name == "bad" else source, resume_digest, session_id)
 
     monkeypatch.setattr(Log, "open", failing)
     audio = s16(utterances(1.0))
     async with running_server() as running, running.stream("good") as good:
         for _ in range(2):  # the second time, the name is free again
             async with running.stream("bad") as bad, asyncio.timeout(TIMEOUT_S):
-                async with aio.background(keep_sending(bad, audio), "sends"):
-                    with contextlib.suppress(ConnectionClosed):
-                        async for _ in bad:
-                            pass
+                sending = asyncio.create_task(keep_sending(bad, audio))
+                with contextlib.suppress(ConnectionClosed):
+                    async for _ in bad:
+                        pass
+                await sending
             assert bad.close_code == 1011
             async with running.subscribe() as reader:
                 await reader.send(encode_client(Subscribe(("bad",), after=0)))

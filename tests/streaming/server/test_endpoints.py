@@ -107,7 +107,7 @@ async def test_a_disconnected_producer_is_finalised() -> None:
     async with running_server() as running, running.subscribe() as subscriber:
         async with running.stream("talk") as connection:
             await receive(connection)
-            await subscriber.send(encode_client(Subscribe(("talk",), after=0)))
+            await subscriber.send(encode_client(Subscribe(("talk",), after=0, follow=False)))
             await connection.send(AUDIO)
         found = await receive_until(subscriber, SessionClosed)
         closed = found[-1].message
@@ -291,7 +291,7 @@ async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:
         told = logged(whole)
         assert logged(seen) == told
         async with running.subscribe() as late:
-            await late.send(encode_client(Subscribe(("talk",), after=4)))
+            await late.send(encode_client(Subscribe(("talk",), after=4, follow=False)))
             assert await receive_until(late, SessionClosed) == told[4:]
             assert await close_code(late) == CloseCode.NORMAL
 

@@ -46,7 +46,7 @@ def state(**changes: Any) -> SavedStream:
         consumed=0,
         window_start=0,
         pending=(),
-        speech_edge=None,
+        speech_start=None,
         last_stop=0,
         timeline=TimelineState(),
     )

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from streaming.config import parse_config
 from streaming.engine import messages
+from streaming.engine.contract import Answer, Findings
 from streaming.engine.messages import SEND_GRID, Mark
 from streaming.errors import EngineFault
 from streaming.protocol import (
@@ -130,7 +131,7 @@ class Talk:
         while self.n_marks < len(self.script.marks) and self.script.marks[self.n_marks].at <= end:
             mark = self.script.marks[self.n_marks]
             pcm = self.script.pcm[self.feed.n_samples : mark.at]
-            is_endpoint = mark.kind in ("started", "stopped")
+            is_endpoint = mark.kind in ("speech_start", "speech_stop")
             self.found += self.feed.push(pcm, (mark,) if is_endpoint else ())
             if mark.kind == "flush":
                 self.feed.flush(f"f{self.n_marks}")
@@ -203,7 +204,12 @@ def test_a_death_after_any_message_changes_nothing(death: str, piece: int) -> No
 def test_every_mark_leads_to_its_message(script: Script) -> None:
     """Once each and in order; every client's request gets its id back."""
     found = Talk(script).finish()
-    kinds = {"started": SpeechStarted, "stopped": SpeechStopped, "flush": Flushed, "ask": AnswerFinal}
+    kinds = {
+        "speech_start": SpeechStarted,
+        "speech_stop": SpeechStopped,
+        "flush": Flushed,
+        "ask": AnswerFinal,
+    }
     expected = [kinds[mark.kind] for mark in script.marks]
     seen = [type(m) for m in found if isinstance(m, tuple(kinds.values()))]
     assert seen == expected
@@ -281,9 +287,9 @@ def test_points_that_were_left_out_are_reported() -> None:
     ("kind", "point"),
     [
         ("flush", SECOND - 320),
-        ("stopped", SECOND),
+        ("speech_stop", SECOND),
         ("tick", SECOND + 320),
-        ("sound", 2 * SECOND),
+        ("idle_tick", 2 * SECOND),
         ("ask", SECOND),
     ],
 )
@@ -291,11 +297,11 @@ def test_a_result_that_nobody_asked_for_changes_nothing(kind: messages.PointKind
     """It is a fault of the engine's; the next engine answers what this one did not."""
     feed = new_feed(AHEAD, 10 * SECOND)
     feed.reopen()
-    feed.push(QUIET.pcm[:SECOND], (Mark("started", 3200, 1600),))
+    feed.push(QUIET.pcm[:SECOND], (Mark("speech_start", 3200, 1600),))
     feed.flush("f")
     list(feed.outgoing())
     before = feed.snapshot()
-    wrong = messages.Result(1, point, kind, (), point, "en", 0.0, 0, 0.0)
+    wrong = messages.Result(1, point, kind, (), "en", 0.0, 0, 0.0)
     with pytest.raises(EngineFault):
         feed.take(wrong)
     assert feed.snapshot() == before
@@ -311,7 +317,7 @@ def test_a_question_without_an_answer_changes_nothing() -> None:
     list(feed.outgoing())
     before = feed.snapshot()
     with pytest.raises(EngineFault, match="without an answer"):
-        feed.take(messages.Result(1, SECOND, "ask", (), SECOND, "en", 0.0, 0, 0.0))
+        feed.take(messages.Result(1, SECOND, "ask", (), "en", 0.0, 0, 0.0))
     assert feed.snapshot() == before
 
 
@@ -322,7 +328,7 @@ def test_a_cut_answer_and_its_thinking_reach_the_asker() -> None:
     feed.push(QUIET.pcm[:SECOND], ())
     feed.ask(Ask("q", "Who?", 1000))
     list(feed.outgoing())
-    answer = messages.Answer(0, SECOND, "Somebody wh", thinking="A voice.", is_cut=True)
-    result = messages.Result(1, SECOND, "ask", (), SECOND, "en", 0.0, 0, 0.0, answer=answer)
+    answer = Answer(0, SECOND, "Somebody wh", thinking="A voice.", is_cut=True)
+    result = messages.Result(1, SECOND, "ask", (), "en", 0.0, 0, 0.0, found=Findings(answer=answer))
     (final,) = [message for message in feed.take(result) if isinstance(message, AnswerFinal)]
     assert final == AnswerFinal("q", "Somebody wh", 0, 1000, is_cut=True, thinking="A voice.")

@@ -80,7 +80,7 @@ async def goes_on(running: Running, name: str) -> bool:
 @pytest.mark.parametrize(
     "broken",
     [
-        state(timeline=TimelineState(voice="none of ours")),  # no `EmotionState`
+        state(timeline=TimelineState(emotion="none of ours")),  # no `EmotionState`
         state(vad=VadState(is_speech=False, n_frames=7, n_run=0, speech_end=0, last_stop=0)),  # of no audio
         NO_FORMAT,
     ],

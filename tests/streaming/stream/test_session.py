@@ -7,6 +7,7 @@ import os
 import signal
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,7 @@ from tests.streaming.support import (
     running_server,
     s16,
     said,
+    tone_speech,
     utterances,
 )
 
@@ -244,3 +246,17 @@ async def test_streams_do_not_touch_each_other() -> None:
 
         heard = await asyncio.gather(*(one(f"s{i}", 1000 + 777 * i) for i in range(4)))
     assert heard == [reference] * 4
+
+
+async def test_a_producer_whose_speech_is_cut_is_told_so() -> None:
+    """Once, with the 30 s it is about; the stream goes on."""
+    talk = np.concatenate([tone_speech(1.0, i) for i in range(40)]) * np.float32(0.05)
+    async with running_server("[vad]\nmin_level_dbfs = -30\n") as running, running.stream("a") as connection:
+        for second in range(0, len(talk), 16_000):
+            await connection.send(s16(talk[second : second + 16_000]))
+        await connection.send(encode_client(Close()))
+        found = await receive_until(connection, SessionClosed)
+    told = [e.message for e in found if isinstance(e.message, Degraded)]
+    assert [(notice.reason, notice.start_ms, notice.end_ms // 1000) for notice in told] == [
+        ("too_quiet", 0, 30)
+    ]

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming.config import EmotionConfig
-from streaming.engine.messages import Emotion
+from streaming.engine.contract import EmotionEstimate
 from streaming.protocol import EmotionUpdate, Message
 from streaming.timeline.emotion import (
     MAX_DESCRIPTION,
-    MAX_EDGES,
     MAX_LABELS,
+    MAX_SPEECH_STARTS,
     MAX_WINDOWS,
     EmotionState,
     EmotionTracker,
@@ -27,15 +27,17 @@ def new_tracker() -> EmotionTracker:
     return EmotionTracker(EmotionConfig())
 
 
-def heard(start_s: float, end_s: float, **scores: float) -> Emotion:
+def heard(start_s: float, end_s: float, **scores: float) -> EmotionEstimate:
     """A window with scores."""
     label, score = max(scores.items(), key=lambda item: item[1])
-    return Emotion(int(start_s * SECOND), int(end_s * SECOND), label, score, scores, 0.5, -0.5, {})
+    return EmotionEstimate(int(start_s * SECOND), int(end_s * SECOND), label, score, scores, 0.5, -0.5, {})
 
 
-def said(start_s: float, end_s: float, label: str | None, score: float = 0.7, **traits: str) -> Emotion:
+def said(
+    start_s: float, end_s: float, label: str | None, score: float = 0.7, **traits: str
+) -> EmotionEstimate:
     """A window as a model describes it that scores no labels."""
-    return Emotion(int(start_s * SECOND), int(end_s * SECOND), label, score, {}, None, None, traits)
+    return EmotionEstimate(int(start_s * SECOND), int(end_s * SECOND), label, score, {}, None, None, traits)
 
 
 def only(messages: list[Message]) -> EmotionUpdate:
@@ -152,9 +154,9 @@ def test_memory_is_bounded() -> None:
         tracker.speech_started(10_000_000 + i)
     update = only(tracker.final(0, 10**6))
     assert len(update.scores) == MAX_LABELS
-    state = tracker.state()
+    state = tracker.snapshot()
     assert len(state.windows) == MAX_WINDOWS
-    assert len(state.edges) == MAX_EDGES
+    assert len(state.speech_starts) == MAX_SPEECH_STARTS
     assert all(len(window.scores) <= MAX_LABELS for window in state.windows)
 
 
@@ -190,7 +192,7 @@ def test_a_restored_tracker_goes_on_as_the_old_one(script: list[object], cut: in
     expected = [act(whole, 2 * at, item) for at, item in enumerate(script)]
     for at, item in enumerate(script[:cut]):
         act(first, 2 * at, item)
-    kept = msgspec.json.decode(msgspec.json.encode(first.state()), type=EmotionState)
+    kept = msgspec.json.decode(msgspec.json.encode(first.snapshot()), type=EmotionState)
     second = EmotionTracker(EmotionConfig(), kept)
     rest = [act(second, 2 * at, item) for at, item in enumerate(script) if at >= cut]
     assert rest == expected[cut:]

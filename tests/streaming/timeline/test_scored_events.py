@@ -11,27 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.config import EventsConfig
-from streaming.engine.contract import SOUND_FRAME
-from streaming.engine.messages import Event, Events, Sound, Sounds
+from streaming.engine.contract import SOUND_FRAME, SoundEvent, SoundEvents, SoundLabel, SoundScores
 from streaming.protocol import EventEnded, EventStarted, Message
 from streaming.timeline.named_events import MAX_LABEL_CHARS
 from streaming.timeline.scored_events import EventTracker
 
-DOG = (Sound("Animal", None, 0.5), Sound("Dog", "Animal", 0.5), Sound("Bark", "Dog", 0.5))
-MUSIC = (Sound("Music", None, 0.5), Sound("Speech", None, 0.5))
+DOG = (SoundLabel("Animal", None, 0.5), SoundLabel("Dog", "Animal", 0.5), SoundLabel("Bark", "Dog", 0.5))
+MUSIC = (SoundLabel("Music", None, 0.5), SoundLabel("Speech", None, 0.5))
 CONFIG = EventsConfig(min_ms=160, merge_gap_ms=240, keep_ratio=0.6, max_open=4)
 ROW_MS = 80
 
 
-def tracker(sounds: Sequence[Sound] = MUSIC, **changes: object) -> EventTracker:
+def tracker(sounds: Sequence[SoundLabel] = MUSIC, **changes: object) -> EventTracker:
     """A tracker with some settings changed."""
     return EventTracker(CONFIG.model_copy(update=changes), sounds)
 
 
-def rows(scores: Sequence[Sequence[float]], start_row: int = 0) -> Sounds:
+def rows(scores: Sequence[Sequence[float]], start_row: int = 0) -> SoundScores:
     """Scores as they come from the engine."""
     values = np.rint(np.array(scores, dtype=np.float64) * 255).astype(np.uint8)
-    return Sounds(start_row * SOUND_FRAME, values.tobytes())
+    return SoundScores(start_row * SOUND_FRAME, values.tobytes())
 
 
 def said(messages: Sequence[Message]) -> list[tuple[str, str, int, int]]:
@@ -160,7 +159,7 @@ def test_cuts_and_a_restart_of_the_server_change_nothing(seed: int, cuts: list[i
     for part in np.split(scores, sorted(set(cuts))):
         messages += events.push(rows(part.tolist(), first))
         first += len(part)
-        events = EventTracker(config, DOG, json.loads(json.dumps(events.state())))
+        events = EventTracker(config, DOG, json.loads(json.dumps(events.snapshot())))
     messages += events.finish(80 * SOUND_FRAME)
     assert messages == expected
     is_open: set[str] = set()
@@ -175,11 +174,11 @@ def test_cuts_and_a_restart_of_the_server_change_nothing(seed: int, cuts: list[i
     assert not is_open
 
 
-def heard(end_s: float, *events: tuple[str, float, float], window_s: float = 12.0) -> Events:
+def heard(end_s: float, *events: tuple[str, float, float], window_s: float = 12.0) -> SoundEvents:
     """What a model named at a point; the last second may still be heard differently."""
     end = round(end_s * 16_000)
-    named = tuple(Event(label, round(a * 16_000), round(b * 16_000), 0.8) for label, a, b in events)
-    return Events(max(0, end - round(window_s * 16_000)), end, end - 16_000, named)
+    named = tuple(SoundEvent(label, round(a * 16_000), round(b * 16_000), 0.8) for label, a, b in events)
+    return SoundEvents(max(0, end - round(window_s * 16_000)), end, end - 16_000, named)
 
 
 def test_a_named_event_goes_on_and_ends_once() -> None:
@@ -218,7 +217,7 @@ def test_the_state_of_named_events_is_plain() -> None:
     """It survives JSON."""
     events = tracker(())
     events.named(heard(4.0, ("rain", 1.0, 4.0)))
-    again = EventTracker(CONFIG, (), json.loads(json.dumps(events.state())))
+    again = EventTracker(CONFIG, (), json.loads(json.dumps(events.snapshot())))
     assert said(again.finish(5 * 16_000)) == [("ended", "rain", 1000, 4000)]
 
 
@@ -226,8 +225,8 @@ def test_a_tracker_goes_on_from_that_of_another_model() -> None:
     """Another list of sounds: what both know goes on, the rest is dropped; ids and times go on."""
     before = tracker()
     before.push(rows([[0.9, 0.9]] * 4))
-    barks = (Sound("Bark", None, 0.5), Sound("Cough", None, 0.5), Sound("Speech", None, 0.5))
-    events = EventTracker(CONFIG, barks, json.loads(json.dumps(before.state())))
+    barks = (SoundLabel("Bark", None, 0.5), SoundLabel("Cough", None, 0.5), SoundLabel("Speech", None, 0.5))
+    events = EventTracker(CONFIG, barks, json.loads(json.dumps(before.snapshot())))
     messages = events.push(rows([[0.9, 0.0, 0.0]] * 6, 4))
     assert said(messages) == [("started", "Bark", 320, 480), ("ended", "Speech", 0, 320)]
     assert isinstance(messages[0], EventStarted)
@@ -238,8 +237,28 @@ def test_a_tracker_goes_on_from_that_of_a_model_that_names_events() -> None:
     """And the other way round."""
     before = tracker(())
     before.named(heard(4.0, ("rain", 1.0, 4.0)))
-    events = EventTracker(CONFIG, MUSIC, json.loads(json.dumps(before.state())))
+    events = EventTracker(CONFIG, MUSIC, json.loads(json.dumps(before.snapshot())))
     assert said(events.push(rows([[0.9, 0.0]] * 4, 49))) == [("started", "Music", 4000, 4160)]
-    names = EventTracker(CONFIG, (), json.loads(json.dumps(events.state())))
+    names = EventTracker(CONFIG, (), json.loads(json.dumps(events.snapshot())))
     assert said(names.named(heard(5.0, ("rain", 1.0, 5.0)))) == []
     assert said(names.finish(5 * 16_000)) == [("ended", "rain", 1000, 5000)]
+
+
+def test_ids_of_events_are_of_one_session() -> None:
+    """They begin with the session's prefix, also after a restart; an older state has none."""
+    for sounds in (MUSIC, ()):
+        events = EventTracker(CONFIG, sounds, prefix="s1-")
+        for i, at in enumerate((4, 14)):
+            named = events.named(heard(at, ("rain", at - 3.0, float(at)))) if not sounds else []
+            scored = events.push(rows([[0.9, 0.0]] * 6 + [[0.0, 0.0]] * 6, 12 * i)) if sounds else []
+            started, ended = [*named, *scored, *(events.finish(at * 16_000) if not sounds else [])]
+            assert isinstance(started, EventStarted)
+            assert isinstance(ended, EventEnded)
+            assert started.id == ended.id == f"s1-e{i + 1}"
+            events = EventTracker(CONFIG, sounds, json.loads(json.dumps(events.snapshot())), prefix="s2-")
+    older = EventTracker(
+        CONFIG, MUSIC, {"position": 0, "n_events": 6, "sounds": {}, "named": {}}, prefix="s2-"
+    )
+    (started,) = older.push(rows([[0.9, 0.0]] * 4))
+    assert isinstance(started, EventStarted)
+    assert started.id == "e7"

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from streaming.engine.contract import HeardWord
-from streaming.engine.messages import Emotion, Events, Sounds
+from streaming.engine.contract import EmotionEstimate, Findings, SoundEvents, SoundScores, TimedWord
 from streaming.protocol import EmotionUpdate, EventEnded, EventStarted, Message, ms_of
 from streaming.timeline.transcript import Timeline
 from tests.streaming.timeline.test_transcript import CONFIG, SECOND, result
@@ -16,16 +15,16 @@ from tests.streaming.timeline.test_transcript import CONFIG, SECOND, result
 class Told:
     """A tracker that says on the timeline what it was told."""
 
-    def state(self) -> None:
+    def snapshot(self) -> None:
         """Nothing is remembered."""
 
-    def push(self, found: Sounds | Emotion) -> list[Message]:
+    def push(self, found: SoundScores | EmotionEstimate) -> list[Message]:
         """Rows of scores as an event, an emotion as an update."""
-        if isinstance(found, Emotion):
+        if isinstance(found, EmotionEstimate):
             return [EmotionUpdate("now", {}, None, None, None, ms_of(found.start), ms_of(found.end))]
         return [EventStarted("scored", "", 1.0, ms_of(found.start), 0)]
 
-    def named(self, events: Events) -> list[Message]:
+    def named(self, events: SoundEvents) -> list[Message]:
         """As an event."""
         return [EventStarted("named", "", 1.0, ms_of(events.window_start), ms_of(events.window_end))]
 
@@ -41,8 +40,8 @@ class Told:
         """Nothing to say."""
 
 
-EMOTION = Emotion(0, SECOND, "happy", 0.9, {"happy": 0.9}, None, None, {})
-HEARD = (HeardWord("Hello", 0, SECOND, 1.0),)
+EMOTION = EmotionEstimate(0, SECOND, "happy", 0.9, {"happy": 0.9}, None, None, {})
+HEARD = (TimedWord("Hello", 0, SECOND, 1.0),)
 
 
 def types_of(messages: Sequence[Message]) -> list[str]:
@@ -53,14 +52,16 @@ def types_of(messages: Sequence[Message]) -> list[str]:
 def test_sounds_come_before_words_and_emotion_after() -> None:
     """A segment that is closed gets the emotion of the whole of it instead of the newest one."""
     timeline = Timeline(CONFIG, Told(), Told())
-    scored = Sounds(0, b"\0")
-    tick = msgspec.structs.replace(result(SECOND, HEARD, "tick"), sounds=scored, emotion=EMOTION)
+    scored = SoundScores(0, b"\0")
+    tick = msgspec.structs.replace(result(SECOND, HEARD, "tick"), found=Findings(scored, emotion=EMOTION))
     assert types_of(timeline.apply(tick).messages) == [
         "event.started",
         "transcript.interim",
         "emotion.update",
     ]
-    stop = msgspec.structs.replace(result(SECOND, HEARD, "stopped"), sounds=scored, emotion=EMOTION)
+    stop = msgspec.structs.replace(
+        result(SECOND, HEARD, "speech_stop"), found=Findings(scored, emotion=EMOTION)
+    )
     *said, felt = timeline.apply(stop).messages
     assert types_of(said) == ["event.started", "transcript.delta", "transcript.interim", "transcript.final"]
     assert felt == EmotionUpdate("segment", {}, None, None, None, 0, 1000)
@@ -69,10 +70,12 @@ def test_sounds_come_before_words_and_emotion_after() -> None:
 def test_a_sound_point_leaves_the_words_alone() -> None:
     """Agreement, interim and segment are as if it had not been."""
     timeline = Timeline(CONFIG, Told(), Told())
-    tick = result(2 * SECOND, (*HEARD, HeardWord("there", SECOND, SECOND + 100, 1.0)), "tick")
+    tick = result(2 * SECOND, (*HEARD, TimedWord("there", SECOND, SECOND + 100, 1.0)), "tick")
     timeline.apply(tick)
-    named = Events(0, SECOND, SECOND, ())
-    point = msgspec.structs.replace(result(2 * SECOND, (), "sound"), sounds=Sounds(0, b"\0"), events=named)
+    named = SoundEvents(0, SECOND, SECOND, ())
+    point = msgspec.structs.replace(
+        result(2 * SECOND, (), "idle_tick"), found=Findings(SoundScores(0, b"\0"), named)
+    )
     applied = timeline.apply(point)
     assert [getattr(m, "id", "") for m in applied.messages] == ["scored", "named"]
     assert applied.n_committed == 0
@@ -84,16 +87,20 @@ def test_a_sound_point_leaves_the_words_alone() -> None:
 def test_what_is_not_wanted_is_not_said() -> None:
     """Without trackers scores and emotions change nothing."""
     timeline = Timeline(CONFIG)
-    stop = msgspec.structs.replace(result(SECOND, HEARD, "stopped"), sounds=Sounds(0, b"\0"), emotion=EMOTION)
-    assert timeline.apply(stop).messages == Timeline(CONFIG).apply(result(SECOND, HEARD, "stopped")).messages
+    stop = msgspec.structs.replace(
+        result(SECOND, HEARD, "speech_stop"), found=Findings(SoundScores(0, b"\0"), emotion=EMOTION)
+    )
+    assert (
+        timeline.apply(stop).messages == Timeline(CONFIG).apply(result(SECOND, HEARD, "speech_stop")).messages
+    )
 
 
 def test_without_words_there_is_no_emotion() -> None:
     """A telephone's ringing passes for speech at times, but it is nobody's voice."""
     timeline = Timeline(CONFIG, Told(), Told())
-    ringing = msgspec.structs.replace(result(SECOND, ()), emotion=EMOTION)
+    ringing = msgspec.structs.replace(result(SECOND, ()), found=Findings(emotion=EMOTION))
     assert types_of(timeline.apply(ringing).messages) == []
-    stop = msgspec.structs.replace(result(2 * SECOND, (), "stopped"), emotion=EMOTION)
+    stop = msgspec.structs.replace(result(2 * SECOND, (), "speech_stop"), found=Findings(emotion=EMOTION))
     assert types_of(timeline.apply(stop).messages) == []
 
 

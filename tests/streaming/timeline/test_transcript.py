@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.config import TranscriptConfig
-from streaming.engine.contract import HeardWord, Hypothesis, StepResult
+from streaming.engine.contract import Hypothesis, SlotResult, TimedWord
 from streaming.engine.messages import (
     Audio,
     Commit,
@@ -47,17 +47,17 @@ CONFIG = TranscriptConfig(
 
 
 def result(
-    point: int, words: tuple[HeardWord, ...], kind: PointKind = "tick", language: str = "en"
+    point: int, words: tuple[TimedWord, ...], kind: PointKind = "tick", language: str = "en"
 ) -> Result:
     """What an engine says at a point."""
-    return Result(1, point, kind, words, point, language, 0.0, 0, 0.0)
+    return Result(1, point, kind, words, language, 0.0, 0, 0.0)
 
 
-def heard(text: str, at: float = 0.0, word_s: float = 0.3) -> tuple[HeardWord, ...]:
+def heard(text: str, at: float = 0.0, word_s: float = 0.3) -> tuple[TimedWord, ...]:
     """The words of a text, one after another from second `at` on."""
     starts = itertools.count(int(at * SECOND), int(word_s * SECOND))
     return tuple(
-        HeardWord(word, start, start + int(word_s * SECOND), 0.9)
+        TimedWord(word, start, start + int(word_s * SECOND), 0.9)
         for word, start in zip(text.split(), starts, strict=False)
     )
 
@@ -80,7 +80,7 @@ def shown(messages: list[Message]) -> list[str]:
 texts = st.sampled_from(["a", "b", "B,", "c.", "-", "ć", "中", "don't"])
 updates = st.lists(
     st.tuples(
-        st.sampled_from(["tick", "tick", "tick", "tick", "stopped", "flush"]),
+        st.sampled_from(["tick", "tick", "tick", "tick", "speech_stop", "flush"]),
         st.lists(st.tuples(texts, st.integers(0, 6000), st.integers(0, 3000)), max_size=6),
     ),
     max_size=24,
@@ -99,7 +99,7 @@ def play(timeline: Timeline, script: list[Update]) -> tuple[list[Message], list[
         at = floor
         for text, length, gap in parts:
             end = min(at + length, point)
-            words.append(HeardWord(text, at, end, 0.5))
+            words.append(TimedWord(text, at, end, 0.5))
             at = min(end + gap, point)
         update = result(point, tuple(words), kind)
         applied = timeline.apply(update)
@@ -171,7 +171,7 @@ def test_interim_text_is_sent_when_it_changes(script: list[Update]) -> None:
     timeline = Timeline(CONFIG)
     on_screen = ""
     for i, (kind, parts) in enumerate(script):
-        words = tuple(HeardWord(text, 0, length, 0.5) for text, length, _ in parts)
+        words = tuple(TimedWord(text, 0, length, 0.5) for text, length, _ in parts)
         applied = timeline.apply(result((i + 1) * TICK, words, kind))
         expected = join_words(word.text for word in words[applied.n_committed :])
         assert shown(list(applied.messages)) == ([expected] if expected != on_screen else [])
@@ -285,10 +285,10 @@ def test_a_restart_gets_what_the_scheduler_kept(script: list[Update], pauses: li
     for (_, parts), pause in zip(script, pauses, strict=False):
         start, at = at, at + (pause + 1) * 320
         scheduler.push(
-            Audio(1, start, bytes(4 * (at - start)), (Mark("started", at, max(start, at - 3200)),))
+            Audio(1, start, bytes(4 * (at - start)), (Mark("speech_start", at, max(start, at - 3200)),))
         )
         start, at = at, at + 2 * TICK
-        stop = Mark("stopped", at, at)
+        stop = Mark("speech_stop", at, at)
         scheduler.push(Audio(1, start, bytes(4 * (at - start)), (stop,)))
         is_answered = False
         for _ in range(10):  # ticks, the stop, and points that are asked again in another window
@@ -303,14 +303,14 @@ def test_a_restart_gets_what_the_scheduler_kept(script: list[Update], pauses: li
             hypothesis = []
             for text, length, gap in parts:
                 end = min(where + length, point)
-                hypothesis.append(HeardWord(text, where, end, 0.5))
+                hypothesis.append(TimedWord(text, where, end, 0.5))
                 where = min(end + gap, point)
-            answer = Hypothesis(0, 1, tuple(hypothesis), point, "en", 1.0, 0.0, 0)
-            results = scheduler.apply(schedule, StepResult((answer,)), 0.0)
+            answer = Hypothesis(tuple(hypothesis), "en", 1.0, 0.0, 0)
+            results = scheduler.apply(schedule, (SlotResult(answer),), 0.0)
             for said in results:
                 n = timeline.apply(said).n_committed
                 scheduler.commit(Commit(1, said.point, said.kind, n))
-            is_answered = any(said.kind == "stopped" for said in results)
+            is_answered = any(said.kind == "speech_stop" for said in results)
             if is_answered:
                 break
         assert is_answered
@@ -323,7 +323,7 @@ def test_a_word_belongs_to_the_window_of_its_middle(middle: int) -> None:
     start = 16_000 + middle - 100
     timeline.apply(
         result(
-            5 * SECOND, (HeardWord("before", 0, 100, 1.0), HeardWord("x", start, start + 200, 1.0)), "flush"
+            5 * SECOND, (TimedWord("before", 0, 100, 1.0), TimedWord("x", start, start + 200, 1.0)), "flush"
         )
     )
     words, context = timeline.window(16_000)
@@ -335,9 +335,9 @@ def test_a_word_belongs_to_the_window_of_its_middle(middle: int) -> None:
 def test_a_window_is_cut_for_both_between_the_same_words(cut: int) -> None:
     """Where a very short word ends at the cut, which is moved back to the grid."""
     words = (
-        HeardWord("long", 0, cut - 100, 1.0),
-        HeardWord("I.", cut - 100, cut, 1.0),
-        HeardWord("so", cut, 60_000, 1.0),
+        TimedWord("long", 0, cut - 100, 1.0),
+        TimedWord("I.", cut - 100, cut, 1.0),
+        TimedWord("so", cut, 60_000, 1.0),
     )
     scheduler = Scheduler(CONFIG, n_slots=1, tick=TICK, shed_after_s=0.0, clock=lambda: 0.0)
     scheduler.open(Open(1, "en", committed=words, consumed=80_000, is_speech=True))
@@ -357,7 +357,7 @@ def test_memory_does_not_grow_with_the_stream() -> None:
     """Hours of speech: the words of the last minutes and the end of the text before them."""
     timeline = Timeline(CONFIG)
     for i in range(2000):
-        timeline.apply(result((i + 1) * 5 * SECOND, heard(f"word{i} is said.", i * 5.0), "stopped"))
+        timeline.apply(result((i + 1) * 5 * SECOND, heard(f"word{i} is said.", i * 5.0), "speech_stop"))
     words, context = timeline.window(0)
     assert len(words) <= 3 * (KEPT // (5 * SECOND) + 2)
     assert words[-3].text == "word1999"
@@ -389,11 +389,11 @@ def test_a_timeline_goes_on_from_its_state(texts: list[str], cut: int) -> None:
     one = Timeline(CONFIG)
     for i, text in enumerate(texts):
         if i == cut:
-            state = msgspec.msgpack.decode(msgspec.msgpack.encode(one.state()), type=TimelineState)
+            state = msgspec.msgpack.decode(msgspec.msgpack.encode(one.snapshot()), type=TimelineState)
             other = Timeline(CONFIG, state=state)
-            assert other.state() == one.state()
+            assert other.snapshot() == one.snapshot()
         point = (i + 1) * TICK
-        kind: PointKind = "stopped" if i % 5 == 4 else "tick"
+        kind: PointKind = "speech_stop" if i % 5 == 4 else "tick"
         found = one.apply(result(point, heard(text), kind))
         if i >= cut:
             assert other.apply(result(point, heard(text), kind)) == found

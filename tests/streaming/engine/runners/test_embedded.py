@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import virtual
-from bench.encoders import LAST_S, Ears, agreement
+from bench.encoders import LAST_S, Transcriber, agreement
 from bench.manifest import join, load_manifest, read_audio
 from bench.measures import pooled_wer
 from scripts.make_demo_recording import RecordingError, make
@@ -28,6 +28,7 @@ DATA = ROOT.parent / "shared" / "data"
 # spin while it waits, and next to a busy neighbour take the first one's time.
 CONFIG = Config(engine=EngineConfig(n_slots=3, shed_after_s=0.0, threads=1))
 MINUTE = 60 * 16_000
+EMOTIONS = {"neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised", "bored"}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,8 @@ def test_emotion_is_told_while_somebody_speaks(runner: Runner, demo: tuple[Pcm, 
     assert finals
     assert {(m.start_ms, m.end_ms) for m in finals} <= spans
     for update in updates[0]:
-        assert update.label in update.scores
+        assert update.label in EMOTIONS
+        assert set(update.scores) == EMOTIONS
         assert sum(update.scores.values()) == pytest.approx(1.0, abs=0.01)
         assert update.valence is not None
 
@@ -148,12 +150,14 @@ def test_nothing_is_heard_where_nobody_speaks(runner: Runner) -> None:
 def test_the_short_encoder_hears_what_the_padded_one_hears(runner: Runner, demo: tuple[Pcm, str]) -> None:
     """Windows cut off anywhere: the words before the last second, and when they were said."""
     padded_model = CONFIG.model.model_copy(update={"short_context": False})
-    padded = Ears(load_runner(CONFIG.model_copy(update={"model": padded_model})), CONFIG)
-    short = Ears(runner, CONFIG)
+    padded = Transcriber(load_runner(CONFIG.model_copy(update={"model": padded_model})), CONFIG)
+    short = Transcriber(runner, CONFIG)
     found = []
     for start_s, end_s in ((0.0, 4.3), (2.1, 9.0), (5.0, 17.7)):
         pcm = demo[0][int(start_s * 16_000) : int(end_s * 16_000)]
-        found.append(agreement(padded.hear(pcm, "en"), short.hear(pcm, "en"), end_s - start_s - LAST_S))
+        found.append(
+            agreement(padded.transcribe(pcm, "en"), short.transcribe(pcm, "en"), end_s - start_s - LAST_S)
+        )
     n_words = sum(a.n_words for a in found)
     assert n_words > 15
     assert sum(a.n_same for a in found) >= 0.9 * (n_words + sum(a.n_added for a in found))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.emotion import EmotionHead
-from streaming.engine.contract import Fork, HeardEmotion, Pcm, SlotStep, StepPlan, StepResult
+from streaming.engine.contract import EmotionEstimate, Fork, Pcm, SlotResult, SlotStep, StepPlan
 from streaming.engine.runners.whisper import WhisperRunner
 from streaming.engine.stream_state import MARGIN
 from tests.streaming.engine.runners.test_whisper import (
@@ -49,46 +49,48 @@ def feeling(start: int) -> Fork:
     return Fork("emotion", start, (), "", None, 8)
 
 
-def run(runner: WhisperRunner, *steps: SlotStep) -> StepResult:
+def run(runner: WhisperRunner, *steps: SlotStep) -> tuple[SlotResult, ...]:
     """One step of all these slots."""
     return runner.step(StepPlan(steps))
 
 
-def fresh(pcm: Pcm, start: int = 0, transcript: Fork = FORK, at: int = 0) -> HeardEmotion:
+def emotion_of(result: SlotResult) -> EmotionEstimate:
+    """Of a slot that was asked for it."""
+    assert result.found.emotion is not None
+    return result.found.emotion
+
+
+def fresh(pcm: Pcm, start: int = 0, transcript: Fork = FORK, at: int = 0) -> EmotionEstimate:
     """The emotion from `start` on that a slot hears which heard nothing else."""
     RUNNER.reset([0])
-    (heard,) = run(RUNNER, step_of(0, pcm, transcript, feeling(start), start=at)).emotions
-    return heard
+    (result,) = run(RUNNER, step_of(0, pcm, transcript, feeling(start), start=at))
+    return emotion_of(result)
 
 
-def assert_same(ours: HeardEmotion, theirs: HeardEmotion) -> None:
+def assert_same(ours: EmotionEstimate, theirs: EmotionEstimate) -> None:
     """Spans are equal; probabilities but for their last digits."""
-    assert (ours.window_start, ours.window_end, ours.label) == (
-        theirs.window_start,
-        theirs.window_end,
-        theirs.label,
-    )
-    assert dict(ours.scores) == pytest.approx(dict(theirs.scores), abs=1e-4)
+    assert (ours.start, ours.end, ours.label) == (theirs.start, theirs.end, theirs.label)
+    assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
     assert (ours.valence, ours.arousal) == pytest.approx((theirs.valence, theirs.arousal), abs=1e-3)
 
 
 def test_an_answer_holds_every_label() -> None:
     """Probabilities that add up, the likeliest as the label, the span of the window."""
     heard = fresh(chirps(2 * SECOND), 3200)
-    assert [label for label, _ in heard.scores] == list(LABELS)
-    assert sum(score for _, score in heard.scores) == pytest.approx(1.0)
-    assert (heard.label, heard.score) == max(heard.scores, key=lambda item: item[1])
-    assert (heard.slot_idx, heard.owner, heard.window_start, heard.window_end) == (0, 0, 3200, 2 * SECOND)
+    assert list(heard.scores) == list(LABELS)
+    assert sum(heard.scores.values()) == pytest.approx(1.0)
+    assert (heard.label, heard.score) == max(heard.scores.items(), key=lambda item: item[1])
+    assert (heard.start, heard.end) == (3200, 2 * SECOND)
     assert heard.valence is not None
 
 
 def test_the_sounds_are_told_apart() -> None:
     """The other tests of this file would say little if every sound had the same scores."""
-    heard = [[score for _, score in fresh(chirps(2 * SECOND, seed)).scores] for seed in range(5)]
+    heard = [list(fresh(chirps(2 * SECOND, seed)).scores.values()) for seed in range(5)]
     assert np.std(heard, axis=0).max() > 0.01
     assert np.max(heard) < 0.99
     pcm = chirps(3 * SECOND)
-    assert dict(fresh(pcm, 0).scores) != pytest.approx(dict(fresh(pcm, 2 * SECOND).scores), abs=1e-3)
+    assert fresh(pcm, 0).scores != pytest.approx(fresh(pcm, 2 * SECOND).scores, abs=1e-3)
 
 
 @given(
@@ -109,10 +111,11 @@ def test_a_batch_of_slots_feels_what_each_feels_alone(
         steps.append(step_of(slot, chirps(length, slot), *forks))
         expected += [(slot, length, start)] if wants[slot] else []
     together = run(RUNNER, *steps)
-    assert [heard.slot_idx for heard in together.emotions] == [slot for slot, _, _ in expected]
-    assert len(together.hypotheses) == len(lengths)
-    for heard, (slot, length, start) in zip(together.emotions, expected, strict=True):
-        assert_same(heard, fresh(chirps(length, slot), start))
+    assert all(result.hypothesis is not None for result in together)
+    asked = [slot for slot, result in enumerate(together) if result.found.emotion is not None]
+    assert asked == [slot for slot, _, _ in expected]
+    for slot, length, start in expected:
+        assert_same(emotion_of(together[slot]), fresh(chirps(length, slot), start))
 
 
 @given(lengths=st.lists(st.integers(0, SECOND), max_size=6), n_samples=st.integers(1000, 3 * SECOND))
@@ -127,8 +130,8 @@ def test_any_cut_of_the_audio_feels_the_same(lengths: list[int], n_samples: int)
         forks = (FORK, feeling(0)) if at + len(piece) >= 400 else ()
         run(RUNNER, step_of(1, piece, *forks, start=at))
         at += len(piece)
-    (heard,) = run(RUNNER, step_of(1, pcm[at:], FORK, feeling(n_samples // 2), start=at)).emotions
-    assert_same(heard, fresh(pcm, n_samples // 2))
+    (result,) = run(RUNNER, step_of(1, pcm[at:], FORK, feeling(n_samples // 2), start=at))
+    assert_same(emotion_of(result), fresh(pcm, n_samples // 2))
 
 
 def test_a_window_of_a_long_stream_is_as_of_a_fresh_slot() -> None:
@@ -138,25 +141,26 @@ def test_a_window_of_a_long_stream_is_as_of_a_fresh_slot() -> None:
     transcript = Fork("transcript", window_start, (), "", "en", 16)
     RUNNER.reset([1])
     run(RUNNER, step_of(1, pcm))
-    (old,) = run(RUNNER, step_of(1, pcm[:0], transcript, feeling(10 * SECOND), start=len(pcm))).emotions
+    (old,) = run(RUNNER, step_of(1, pcm[:0], transcript, feeling(10 * SECOND), start=len(pcm)))
     begin = window_start - MARGIN
-    assert_same(old, fresh(pcm[begin:], 10 * SECOND, transcript, begin))
+    assert_same(emotion_of(old), fresh(pcm[begin:], 10 * SECOND, transcript, begin))
 
 
 def test_the_words_do_not_hear_the_question() -> None:
     """A transcript is the same to the bit with and without an emotion fork behind it."""
     pcm = chirps(3 * SECOND)
     RUNNER.reset([0])
-    with_it = run(RUNNER, step_of(0, pcm, FORK, feeling(0))).hypotheses
+    (with_it,) = run(RUNNER, step_of(0, pcm, FORK, feeling(0)))
     RUNNER.reset([0])
-    assert run(RUNNER, step_of(0, pcm, FORK)).hypotheses == with_it
+    (without,) = run(RUNNER, step_of(0, pcm, FORK))
+    assert without.hypothesis == with_it.hypothesis
 
 
 def test_padding_in_full_is_another_way_to_the_same_interface() -> None:
     """A full window needs no padding, so both ways feel the same there."""
     pcm = chirps(4 * SECOND)
-    (heard,) = run(new_runner(1, pads_fully=True), step_of(0, pcm, FORK, feeling(SECOND))).emotions
-    assert_same(heard, fresh(pcm, SECOND))
+    (result,) = run(new_runner(1, pads_fully=True), step_of(0, pcm, FORK, feeling(SECOND)))
+    assert_same(emotion_of(result), fresh(pcm, SECOND))
 
 
 def test_more_slots_than_a_batch_holds() -> None:
@@ -165,9 +169,9 @@ def test_more_slots_than_a_batch_holds() -> None:
     runner = new_runner(n_slots)
     pcms = [chirps(2000 + 1700 * ((7 * i) % n_slots), i) for i in range(n_slots)]
     together = run(runner, *[step_of(i, pcm, FORK, feeling(0)) for i, pcm in enumerate(pcms)])
-    assert [heard.slot_idx for heard in together.emotions] == list(range(n_slots))
+    assert len(together) == n_slots
     for i in (0, 3, n_slots - 1):
-        assert_same(together.emotions[i], fresh(pcms[i]))
+        assert_same(emotion_of(together[i]), fresh(pcms[i]))
 
 
 def test_without_a_head_there_is_no_emotion() -> None:
