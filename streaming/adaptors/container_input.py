@@ -64,14 +64,22 @@ class ContainerInput:
         await self._container.drained()
         self._acks.acknowledge()
 
-    async def end(self) -> None:
-        """Feed what is still in the decoder, as no more audio comes."""
+    async def finish(self) -> None:
+        """No more audio comes: feed what is still in the decoder.
+
+        Raises:
+            BadAudio, TooFast: as `fed`; what could be decoded before was fed.
+        """
         self._container.end()
+        await self.fed()
+        self._acks.acknowledge()
+
+    async def end(self) -> None:
+        """As `finish`, where nobody is there any more whom an error could be told."""
         try:
-            await self.fed()
+            await self.finish()
         except ConnectionOver as over:  # the stream ends anyway; what can be decoded is
             logger.warning("stream %s: its end is left out: %s", self._session.name, type(over).__name__)
-        self._acks.acknowledge()
 
     def acknowledge(self) -> None:
         """Say how much has come, if that is news."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -17,7 +18,6 @@ from streaming.protocol import (
     UNLOGGED,
     Envelope,
     SessionClosed,
-    SessionCreated,
     SpeechStarted,
     TranscriptDelta,
     TranscriptFinal,
@@ -84,12 +84,14 @@ async def test_a_day_in_small(tmp_path: Path) -> None:
     Whoever reads has each message once, and everything is found again by session and by time.
     """
     held: list[list[Envelope]] = []
+    ended_ms: list[int] = []
     visited: list[Envelope] = []
     cursor = CursorFile(tmp_path / "cursor", NAME)
     async with killable(tmp_path) as server:
         whole_day = Reader(server, after=0)
         for number in range(N_SESSIONS):
             held.append(logged(await hold(server, NAME, speech(number), is_killed=number in KILLED)))
+            ended_ms.append(time.time_ns() // 1_000_000)
             if number % 5 == 0:
                 visited += await read_on(server, cursor, len(held[-1]))
             session = held[-1][0].session
@@ -110,17 +112,17 @@ async def test_a_day_in_small(tmp_path: Path) -> None:
         assert logged(await visitor.leave(has_all)) == after_12
         visited += await read_on(server, cursor, len(told) - len(visited))
         assert logged(visited) == told
-        await found_again(server, held)
+        await found_again(server, held, ended_ms)
 
 
-async def found_again(server: Killable, held: list[list[Envelope]]) -> None:
-    """Each session by its id, and by the time at which something was said in it."""
+async def found_again(server: Killable, held: list[list[Envelope]], all_ended_ms: list[int]) -> None:
+    """Each session by its id, and by the time at which it had just ended."""
     listed = (await server.get_json(f"{PATH}/sessions?limit=1000"))["sessions"][::-1]
     assert [s["session"] for s in listed] == [found[0].session for found in held]
     assert [(s["first_seq"], s["last_seq"]) for s in listed] == [(f[0].seq, f[-1].seq) for f in held]
     epochs = [session["epoch_ms"] for session in listed]
     assert epochs == sorted(epochs)
-    for session, found in zip(listed, held, strict=True):
+    for session, found, ended_ms in zip(listed, held, all_ended_ms, strict=True):
         query = f"?session={session['session']}"
         body = await server.get_json(f"{PATH}/transcript.json{query}")
         assert body["text"].split() == said(found)
@@ -131,10 +133,8 @@ async def found_again(server: Killable, held: list[list[Envelope]]) -> None:
         for ending in ("vtt", "srt"):
             text = await server.get(f"{PATH}/transcript.{ending}{query}")
             assert all(word in text for word in said(found))
-        created = found[0].message
-        assert isinstance(created, SessionCreated)
-        at_ms = created.epoch_ms + 1  # a moment of this session: the last that began before it
-        assert [s for s in listed if s["epoch_ms"] <= at_ms][-1] == session
+        # By the clock of whoever was there: the last that was opened before.
+        assert [s for s in listed if s["opened_ms"] <= ended_ms][-1] == session
 
 
 async def test_a_new_log_is_noticed(tmp_path: Path) -> None:
