@@ -154,7 +154,7 @@ async def test_a_new_log_is_noticed(tmp_path: Path) -> None:
         silent = Reader(server, types=(TranscriptDelta.type,))  # nothing came before the log is deleted
         expected = [[e for e in first if not types or e.message.type in types] for types in kinds]
         for reader, wanted in zip(readers, expected, strict=True):
-            await eventually(lambda r=reader, n=len(wanted): len(logged(r.found)) >= n)  # type: ignore[misc]
+            await eventually(lambda r=reader, w=wanted: len(logged(r.found)) >= len(w))  # type: ignore[misc]
         await asyncio.sleep(0.2)  # the silent one is subscribed
         await server.kill()
         server.delete_log()
