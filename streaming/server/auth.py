@@ -70,6 +70,11 @@ class Grant:
         """
         return self.has(scope) and Patterns(self.patterns).match(wanted)
 
+    def allows_all_of(self, other: Grant) -> bool:
+        """Whether nothing that another grant allows is missing here."""
+        has_scopes = Scope.ADMIN in self.scopes or other.scopes <= self.scopes
+        return has_scopes and all(Patterns(self.patterns).match(pattern) for pattern in other.patterns)
+
 
 EVERYTHING = Grant("", frozenset(Scope))  # where no tokens are asked for
 
@@ -130,11 +135,13 @@ class Tokens:
 
         What the time of the look-up tells is about the digest, from which no token can be guessed.
         """
+        return self.still(digest_of(token), now)
+
+    def still(self, digest: bytes, now: datetime) -> Grant | None:
+        """As `grant`, for a token that was presented before; by its digest."""
         self._refresh()
-        found = self._entries.get(digest_of(token))
-        if found is None or (found.expires is not None and found.expires <= now):
-            return None
-        return found.grant
+        found = self._entries.get(digest)
+        return None if found is None or found.is_over(now) else found.grant
 
     def _refresh(self) -> None:
         """Take a changed file; one that cannot be used changes nothing, and that is said once."""
@@ -154,6 +161,10 @@ class Tokens:
 class _Entry:
     expires: datetime | None
     grant: Grant
+
+    def is_over(self, now: datetime) -> bool:
+        """Whether the token has expired."""
+        return self.expires is not None and self.expires <= now
 
 
 _Signature = tuple[int, int, int] | None  # None: the file cannot be looked at
