@@ -18,9 +18,11 @@ from streaming.protocol import SAMPLE_RATE_HZ
 KEPT_ROWS = 400  # 32 s: longer than any window; the oldest go
 REACH = SAMPLE_RATE_HZ // 2  # a voice so near to a phrase counts: word times are not better than that
 PHRASE_GAP = SAMPLE_RATE_HZ // 2  # a longer pause between words ends a phrase
-# A phrase counts as said if confidence / SURE_WORDS + voice / SURE_VOICE is 1 or more.
-SURE_WORDS = 0.45
+# A phrase counts as said if confidence / SURE_WORDS + voice / SURE_VOICE is 1 or more; the more so, the more
+# the model of words doubts that anybody spoke in its window.
+SURE_WORDS = 0.65
 SURE_VOICE = 0.90
+UNDOUBTED, DOUBT = 0.4, 1.5
 # Where nobody listens for voices: unless its words are less sure than this and the model doubts all speech.
 DOUBTFUL_WORDS = 0.35
 NO_SPEECH = 0.5
@@ -95,4 +97,4 @@ def _is_said(words: Sequence[TimedWord], phrase: range, voices: Voices, no_speec
     voice = voices.between(words[phrase[0]].start, words[phrase[-1]].end)
     if voice is None:
         return confidence >= DOUBTFUL_WORDS or no_speech < NO_SPEECH
-    return confidence / SURE_WORDS + voice / SURE_VOICE >= 1
+    return confidence / SURE_WORDS + voice / SURE_VOICE >= 1 + DOUBT * max(0.0, no_speech - UNDOUBTED)

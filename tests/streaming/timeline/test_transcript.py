@@ -308,8 +308,9 @@ def test_a_restart_gets_what_the_scheduler_kept(script: list[Update], pauses: li
             answer = Hypothesis(tuple(hypothesis), "en", 1.0, 0.0, 0)
             results = scheduler.apply(schedule, (SlotResult(answer),), 0.0)
             for said in results:
-                n = timeline.apply(said).n_committed
-                scheduler.commit(Commit(1, said.point, said.kind, n))
+                applied = timeline.apply(said)
+                commit = Commit(1, said.point, said.kind, applied.n_committed, applied.unsaid)
+                scheduler.commit(commit)
             is_answered = any(said.kind == "speech_stop" for said in results)
             if is_answered:
                 break
