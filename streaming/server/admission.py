@@ -157,6 +157,16 @@ class Guard:
         else:
             logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
 
+    def reload(self) -> None:
+        """Read the tokens file again.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens before stay in force.
+        """
+        if self._tokens is not None:
+            self._tokens.reload()
+            logger.info("tokens read again: %d", self._tokens.n_tokens)
+
     @property
     def n_half_open(self) -> int:
         """Connections that have not sent a whole request."""
@@ -267,7 +277,7 @@ class Guard:
         if grant is None:
             raise Refused(Refusal.UNKNOWN_TOKEN)
         if not need.is_met(grant):
-            raise Refused(Refusal.BAD_SCOPE, f"{need.scope} is needed here")
+            raise Refused(Refusal.BAD_SCOPE, need.text)
         return grant
 
     # --- with a handshake that succeeded: what it takes is given back when the connection is lost ------

@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
-from streaming.config import ServerConfig
+from streaming.config import ConfigError, ServerConfig
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.log import Log
 from streaming.logging_setup import socket_logger, where_raised
@@ -27,6 +27,7 @@ from streaming.server.auth import without_token
 from streaming.server.http import split_target, text_response
 from streaming.server.producers import Producers
 from streaming.server.routes import PageRoute, Routes, SocketRoute
+from streaming.server.tls import renew
 from streaming.stream.registry import Streams
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,29 @@ class Server:
             self._producers.restore()
             async with self._serving() as port:
                 yield port
+
+    def reload(self, config: ServerConfig) -> None:
+        """Read tokens and certificate again, each for itself: one that cannot be used stays as it was.
+
+        Args:
+            config: Names the files of the certificate.
+
+        Raises:
+            ExceptionGroup: of the `ConfigError` of each that cannot be used.
+        """
+        problems: list[ConfigError] = []
+        try:
+            self._guard.reload()
+        except ConfigError as exc:
+            problems.append(exc)
+        try:
+            if self._tls is not None and config.tls_cert:
+                renew(self._tls, config.tls_cert, config.tls_key)
+                logger.info("certificate read again: %s", config.tls_cert)
+        except ConfigError as exc:
+            problems.append(exc)
+        if problems:
+            raise ExceptionGroup("reload", problems)
 
     async def fault(self) -> None:
         """Raise what makes serving impossible, when it happens.
