@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 from uuid import uuid4
 
-from streaming.adaptors.base import Adaptor, Event
+from streaming.adaptors.base import Adaptor, Event, check_text
 from streaming.adaptors.container_input import ContainerInput
 from streaming.adaptors.deepgram_query import MIN_ENDPOINTING_MS, Options, parse_options
 from streaming.adaptors.deepgram_results import Results
@@ -170,6 +170,7 @@ def read_message(frame: str) -> str:
         BadMessage: it is none of Deepgram's.
     """
     try:
+        check_text(frame, max_parts=0)
         message = json.loads(frame)
     except (ValueError, RecursionError) as exc:
         raise BadMessage(f"no JSON: {exc}"[:200], "SchemaError") from exc

@@ -32,9 +32,10 @@ def _log_level() -> Iterator[None]:
     logging.getLogger().setLevel(before)
 
 
-def write_tokens(path: Path, token: str) -> None:
-    """A tokens file with one entry, which may do all; its time and size say nothing of the change."""
-    path.write_text(entry_text(token, "one", [Scope.ADMIN], ["*"]))
+def write_tokens(path: Path, *tokens: str) -> None:
+    """A tokens file of tokens that may do all; its time and size say nothing of a change."""
+    entries = [entry_text(token, f"t{i}", [Scope.ADMIN], ["*"]) for i, token in enumerate(tokens)]
+    path.write_text("\n".join(entries))
     path.chmod(0o600)
     os.utime(path, ns=(0, 0))
 
@@ -68,7 +69,8 @@ async def serving(path: Path) -> AsyncIterator[int]:
         )
     )
     async with asyncio.timeout(TIMEOUT_S):
-        await asyncio.wait({server, port}, return_when=asyncio.FIRST_COMPLETED)
+        while not port.done() and not server.done():  # noqa: ASYNC110  either may come first
+            await asyncio.sleep(0.01)
         yield await port
         os.kill(os.getpid(), signal.SIGTERM)
         await server
@@ -99,11 +101,11 @@ async def test_tokens_and_log_level_are_read_again_and_streams_go_on(
 ) -> None:
     """A live stream notices nothing; the tokens before are not known any more."""
     caplog.set_level(logging.INFO)
-    old, new = new_token(), new_token()
-    write_tokens(tmp_path / "tokens.toml", old)
+    desk, old, new = new_token(), new_token(), new_token()
+    write_tokens(tmp_path / "tokens.toml", desk, old)
     path = write_config(tmp_path)
     async with serving(path) as port:
-        url = f"ws://127.0.0.1:{port}/v1/stream/a?token={old}"
+        url = f"ws://127.0.0.1:{port}/v1/stream/a?token={desk}"
         while True:
             try:
                 connection = await connect(url)
@@ -111,7 +113,7 @@ async def test_tokens_and_log_level_are_read_again_and_streams_go_on(
             except InvalidStatus:
                 await asyncio.sleep(0.05)
         assert isinstance((await receive(connection)).message, SessionCreated)
-        write_tokens(tmp_path / "tokens.toml", new)
+        write_tokens(tmp_path / "tokens.toml", desk, new)
         write_config(tmp_path, server='log_level = "debug"\nmax_connections = 9')
         hang_up()
         await eventually(said(caplog, "reloaded; log level debug"))
@@ -128,7 +130,11 @@ async def test_tokens_and_log_level_are_read_again_and_streams_go_on(
     [
         ("config.toml", "[server]\nprot = 1", "nothing changes: .*server.prot: unknown key"),
         ("config.toml", "[server", "nothing changes: .*no TOML"),
-        ("tokens.toml", "[[token]]\nname = 1", "what it was stays: .*token.0.name: expected a text in quotes"),
+        (
+            "tokens.toml",
+            "[[token]]\nname = 1",
+            "what it was stays: .*token.0.name: expected a text in quotes",
+        ),
         ("cert.pem", "no certificate", "what it was stays: server.tls_cert, server.tls_key"),
         ("key.pem", None, "what it was stays: server.tls_cert, server.tls_key"),
     ],
@@ -186,18 +192,14 @@ async def test_a_new_certificate_is_used_for_new_connections(
             await (await before.ping())
 
 
-async def test_a_server_whose_terminal_is_gone_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_whose_terminal_is_gone_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed window sends SIGHUP too; it must leave no server behind that nobody sees."""
     write_tokens(tmp_path / "tokens.toml", new_token())
     master, slave = pty.openpty()
     monkeypatch.setattr("streaming.app._STDERR", slave)
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
-        run(
-            load_config(write_config(tmp_path)), engine_command=FAKE_ENGINE, on_listening=port.set_result
-        )
+        run(load_config(write_config(tmp_path)), engine_command=FAKE_ENGINE, on_listening=port.set_result)
     )
     async with asyncio.timeout(TIMEOUT_S):
         await port
