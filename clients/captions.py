@@ -20,6 +20,7 @@ from streaming.protocol import (
     Ack,
     AnswerDelta,
     AnswerFinal,
+    AudioGap,
     Degraded,
     EmotionUpdate,
     Envelope,
@@ -259,6 +260,8 @@ def describe(message: Message) -> str | None:
             line = f"! {message.n_waiting} messages wait for this reader"
         case Error():
             line = f"! {message.code}: {message.message}"
+        case AudioGap():
+            line = f"{clock(message.start_ms)}-{clock(message.end_ms)} no audio"
         case Ack() | Flushed() | AnswerDelta() | SpeechStarted() | SpeechStopped() | Subscribed():
             return None
         case TranscriptInterim() | TranscriptDelta() | TranscriptFinal():

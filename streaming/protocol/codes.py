@@ -18,6 +18,7 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
 MAX_CHANNELS = 8  # of a stream's audio, mixed to one
 MAX_ID_CHARS = 64  # of a client's `flush` and `ask`
 MAX_QUESTION_CHARS = 2_000  # of an `ask`
+MAX_GAP_MS = 24 * 3600 * 1000  # of one `gap`
 MAX_TEXT_CHARS = 65_536  # of a client's text frame; a subscriber's frame of more bytes closes with 1009
 MAX_SUBSCRIBED_STREAMS = 64  # names and patterns in one `subscribe`
 MAX_SEQ = 2**53  # what JavaScript can count to
@@ -83,7 +84,7 @@ class HttpStatus(_Code):
     UPGRADE_REQUIRED = 426, "a WebSocket path without an upgrade"
     TOO_MANY = 429, "a limit of connections, streams, subscriptions or attempts is reached"
     HEADERS_TOO_LARGE = 431, "a header is longer than 8 KiB, or there are more than 128"
-    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log's disk is full"
+    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log cannot be written"
 
 
 ERROR_CODES = {
