@@ -36,6 +36,7 @@ from streaming.protocol import (
     TranscriptDelta,
     TranscriptFinal,
     TranscriptInterim,
+    is_speech,
 )
 
 REDRAWS_PER_S = 8
@@ -107,7 +108,7 @@ class CaptionState:
                 self.is_speech, self.emotion = False, None
             case EmotionUpdate():
                 self.emotion = message.label if self.is_speech else None
-            case EventStarted():
+            case EventStarted() if not is_speech(message.label):
                 self.open_events[message.id] = message.label
             case EventEnded():
                 self.open_events.pop(message.id, None)
@@ -234,6 +235,8 @@ def describe(message: Message) -> str | None:
                 f"-- stream closed ({message.reason}): {message.duration_ms / 1000:.1f} s, "
                 f"{message.n_words} words in {message.n_segments} segments"
             )
+        case EventStarted() | EventEnded() if is_speech(message.label):
+            return None  # words say that somebody speaks
         case EventStarted():
             line = f"{clock(message.start_ms)} ♪ {message.label} begins ({message.score:.2f})"
         case EventEnded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class TokenWord:
     first: int
     last: int
     is_continuation: bool  # hangs on what came before the row, without a space
+    spoken: int  # tokens [spoken, last) are punctuation behind the word, if anything of it is spoken
 
 
 def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None) -> list[TokenWord]:
@@ -99,10 +101,11 @@ def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None
         begins = text.startswith(" ") or (is_unspaced and not is_punctuation(text))
         if words and not begins:
             before = words[-1]
-            words[-1] = TokenWord(before.text + text, before.first, last, before.is_continuation)
+            spoken = before.spoken if is_punctuation(text) else last
+            words[-1] = TokenWord(before.text + text, before.first, last, before.is_continuation, spoken)
         else:
-            words.append(TokenWord(text, first, last, is_continuation=not begins))
-    return [TokenWord(w.text.strip(), w.first, w.last, w.is_continuation) for w in words]
+            words.append(TokenWord(text, first, last, is_continuation=not begins, spoken=last))
+    return [dataclasses.replace(word, text=word.text.strip()) for word in words]
 
 
 def is_punctuation(text: str) -> bool:

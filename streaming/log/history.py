@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
-from typing import Annotated, Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,12 +24,14 @@ from streaming.log.directory import Stream
 from streaming.log.log import Log
 from streaming.log.row import Row
 from streaming.log.store import Query, Store, StreamRow
-from streaming.log.subtitles import cues_of, subrip, webvtt
+from streaming.log.subtitles import Cue, Sound, Spoken, are_apart, cues_of, subrip, webvtt
 from streaming.protocol import (
     HISTORY_PATH,
     MAX_SEQ,
     MESSAGE_TYPES,
     STREAM_NAME,
+    EventEnded,
+    EventStarted,
     Message,
     SessionClosed,
     SessionCreated,
@@ -36,6 +39,7 @@ from streaming.protocol import (
     TranscriptFinal,
     Word,
     decode,
+    is_speech,
 )
 from streaming.query import read
 from streaming.text import join_words
@@ -47,7 +51,8 @@ MAX_SPOKEN = 50_000  # messages a transcript is made of: of a longer stream, the
 LIVE_MS = 60_000  # that live.vtt looks back
 LIVE_ROWS = 256  # messages read at a time for it
 MAX_LIVE_ROWS = 16 * LIVE_ROWS
-MAX_LIVE = 64  # streams whose newest live.vtt is kept
+MAX_LIVE = 64  # of streams, the newest live.vtt is kept
+_SOUNDS = (EventStarted.type, EventEnded.type)
 _SPOKEN = (SessionCreated.type, TranscriptDelta.type, TranscriptFinal.type, SessionClosed.type)
 _MESSAGES = ("messages", "events")  # pages; the second is the old name of the first
 _TYPES = {
@@ -68,6 +73,18 @@ class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after: Annotated[int, Meta(ge=0, le=MAX_SEQ)] = 0
     types: tuple[str, ...] = ()
     limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
+
+
+class TranscriptQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a transcript shows beside words."""
+
+    sounds: Literal["0", "1"] = "0"
+    speakers: Literal["0", "1"] = "0"  # in cues; JSON always has them
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The messages it is made of."""
+        return (*_SPOKEN, *_SOUNDS) if self.sounds == "1" else _SPOKEN
 
 
 class UnknownStream(LookupError):
@@ -92,18 +109,44 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     is_final: bool  # False: committed, but the segment is not closed yet
 
 
+class SoundSpan(msgspec.Struct, frozen=True, gc=False):
+    """A sound that is no speech."""
+
+    id: str
+    label: str
+    start_ms: int
+    end_ms: int | None  # None: it goes on
+    score: float
+
+
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was said in the newest session of a stream, or at its end."""
+    """What was said, and what else was heard, in the newest session of a stream, or at its end."""
 
     created: SessionCreated | None  # None: it left the log
     closed: SessionClosed | None
     segments: tuple[Segment, ...]
+    sounds: tuple[SoundSpan, ...] = ()  # in the order they began
 
     @property
     def end_ms(self) -> int:
-        """Where the last word ends."""
-        return max((segment.words[-1].end_ms for segment in self.segments if segment.words), default=0)
+        """Where the last word ends, or the last sound that is known to."""
+        ends = [segment.words[-1].end_ms for segment in self.segments if segment.words]
+        return max([*ends, *(sound.end_ms or sound.start_ms for sound in self.sounds)], default=0)
+
+    def cues(self, *, with_speakers: bool) -> list[Cue]:
+        """As it is shown."""
+        said = [
+            Spoken(segment.words, segment.speaker if with_speakers else None)
+            for segment in self.segments
+            if segment.words
+        ]
+        end_ms = self.end_ms
+        sounds = [
+            Sound(sound.label, sound.start_ms, end_ms if sound.end_ms is None else sound.end_ms)
+            for sound in self.sounds
+        ]
+        return cues_of(said, sounds)
 
 
 def stream_of(path: str) -> str | None:
@@ -116,8 +159,8 @@ class History:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        # By id: session and `seq` that it was made at. Belongs to the log's reading thread.
-        self._live: OrderedDict[int, tuple[tuple[int, int], Document]] = OrderedDict()
+        # By id and what is wanted: session and `seq` that it was made at. Of the log's reading thread.
+        self._live: OrderedDict[tuple[int, TranscriptQuery], tuple[tuple[int, int], Document]] = OrderedDict()
 
     async def answer(self, path: str, query: str) -> Document:
         """What a path shows.
@@ -137,13 +180,19 @@ class History:
         page = path.removeprefix(f"{HISTORY_PATH}/{name}/")
         if page in _MESSAGES:
             return await self._messages(row, page, read(query, MessagesQuery, MAX_PARAMETERS))
-        read(query, NoQuery, MAX_PARAMETERS)
         if page == "live.vtt":
-            return await self._log.reader.ask(partial(self._newest_captions, row=row))
+            wanted = read(query, TranscriptQuery, MAX_PARAMETERS)
+            return await self._log.reader.ask(partial(self._newest_captions, row=row, wanted=wanted))
         stem, _, ending = page.partition(".")
         if stem == "transcript" and ending in _TYPES:
-            rows = await self._log.reader.of_session(row, _SPOKEN, MAX_SPOKEN)
-            return await self._log.reader.apart(lambda: _document(row, transcript_of(_read(rows)), ending))
+            if ending == "txt":
+                read(query, NoQuery, MAX_PARAMETERS)
+            wanted = read(query, TranscriptQuery, MAX_PARAMETERS)
+            rows = await self._log.reader.of_session(row, wanted.types, MAX_SPOKEN)
+            return await self._log.reader.apart(
+                lambda: _document(row, transcript_of(_read(rows)), ending, wanted)
+            )
+        read(query, NoQuery, MAX_PARAMETERS)
         pages = f"messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
         raise UnknownStream(f"no such page; expected {pages}")
 
@@ -165,13 +214,13 @@ class History:
         body = b",\n".join(message.frame for message in found.rows)
         return Document(_TYPES["json"], head.encode() + body + b"]}\n")
 
-    def _newest_captions(self, store: Store, *, row: StreamRow) -> Document:
+    def _newest_captions(self, store: Store, *, row: StreamRow, wanted: TranscriptQuery) -> Document:
         """The captions of the last minute: made once for each `seq`, however many players ask."""
         key = row.session, store.last_seq(row.id)
-        made_at, document = self._live.pop(row.id, (None, None))
+        made_at, document = self._live.pop((row.id, wanted), (None, None))
         if document is None or made_at != key:
-            document = _captions(transcript_of(_newest(store, row)))
-        self._live[row.id] = key, document
+            document = _captions(transcript_of(_newest(store, row, wanted.types)), wanted)
+        self._live[row.id, wanted] = key, document
         if len(self._live) > MAX_LIVE:
             self._live.popitem(last=False)
         return document
@@ -187,6 +236,7 @@ def transcript_of(messages: Iterable[Message]) -> Transcript:
     closed: SessionClosed | None = None
     segments: list[Segment] = []
     spoken: list[Word] = []  # committed, in no closed segment yet
+    sounds: dict[str, SoundSpan] = {}  # by id: what ends replaces what began
     for message in messages:
         match message:
             case SessionCreated() as created:
@@ -200,12 +250,17 @@ def transcript_of(messages: Iterable[Message]) -> Transcript:
                 segments.append(
                     Segment(final.words, final.text, final.language, final.speaker, is_final=True)
                 )
+            case EventStarted(id=id_, label=label) if not is_speech(label):
+                sounds[id_] = SoundSpan(id_, label, message.start_ms, None, message.score)
+            case EventEnded(id=id_, label=label) if not is_speech(label):
+                sounds[id_] = SoundSpan(id_, label, message.start_ms, message.end_ms, message.score)
             case _:
                 pass
     if spoken:
         text = join_words(word.text for word in spoken)
         segments.append(Segment(tuple(spoken), text, None, None, is_final=False))
-    return Transcript(created, closed, tuple(segments))
+    heard = sorted(sounds.values(), key=lambda sound: sound.start_ms)
+    return Transcript(created, closed, tuple(segments), tuple(heard))
 
 
 def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
@@ -216,12 +271,12 @@ def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
     return 0
 
 
-def _newest(store: Store, row: StreamRow) -> list[Message]:
+def _newest(store: Store, row: StreamRow, types: tuple[str, ...]) -> list[Message]:
     """The last messages of a stream that hold all segments of its last minute whole."""
     found: list[Message] = []
     before = MAX_SEQ + 1
     while len(found) < MAX_LIVE_ROWS and not _goes_back(found):
-        rows = store.of_session(row.id, row.session, _SPOKEN, LIVE_ROWS, before)
+        rows = store.of_session(row.id, row.session, types, LIVE_ROWS, before)
         found = [*_read(rows), *found]
         if len(rows) < LIVE_ROWS:
             break
@@ -230,36 +285,42 @@ def _newest(store: Store, row: StreamRow) -> list[Message]:
 
 
 def _goes_back(messages: Sequence[Message]) -> bool:
-    """Whether a segment was closed before the last minute, and every word after it is here."""
+    """Whether a segment whose cues stand alone began before the last minute, and every word after is here."""
     said = [message for message in messages if isinstance(message, TranscriptDelta)]
     begin = max((delta.end_ms for delta in said), default=0) - LIVE_MS
-    ends = [message.end_ms for message in messages if isinstance(message, TranscriptFinal)]
-    return bool(said) and any(said[0].start_ms <= end <= begin for end in ends)
+    finals = [message for message in messages if isinstance(message, TranscriptFinal) and message.words]
+    return any(
+        said[0].start_ms <= after.end_ms
+        and after.start_ms <= begin
+        and are_apart(Spoken(before.words), Spoken(after.words))
+        for before, after in pairwise(finals)
+        if said
+    )
 
 
 def _read(rows: Iterable[Row]) -> Iterable[Message]:
     return (decode(row.frame).message for row in rows)
 
 
-def _captions(transcript: Transcript) -> Document:
-    cues = cues_of(segment.words for segment in transcript.segments)
+def _captions(transcript: Transcript, wanted: TranscriptQuery) -> Document:
+    cues = transcript.cues(with_speakers=wanted.speakers == "1")
     begin = transcript.end_ms - LIVE_MS
     return Document(_TYPES["vtt"], webvtt(cue for cue in cues if cue.end_ms > begin).encode())
 
 
-def _document(row: StreamRow, transcript: Transcript, ending: str) -> Document:
+def _document(row: StreamRow, transcript: Transcript, ending: str, wanted: TranscriptQuery) -> Document:
     match ending:
         case "txt":
             text = "".join(f"{segment.text}\n" for segment in transcript.segments)
         case "json":
-            return _details(row, transcript)
+            return _details(row, transcript, with_sounds=wanted.sounds == "1")
         case _:
-            cues = cues_of(segment.words for segment in transcript.segments)
+            cues = transcript.cues(with_speakers=wanted.speakers == "1")
             text = webvtt(cues) if ending == "vtt" else subrip(cues)
     return Document(_TYPES[ending], text.encode())
 
 
-def _details(row: StreamRow, transcript: Transcript) -> Document:
+def _details(row: StreamRow, transcript: Transcript, *, with_sounds: bool) -> Document:
     created, closed = transcript.created, transcript.closed
     head = _summary(row) | {
         "model": None if created is None else created.model,
@@ -269,7 +330,11 @@ def _details(row: StreamRow, transcript: Transcript) -> Document:
     }
     # In a loop of Python's: one call that encoded all of them would keep the other threads from running.
     segments = [msgspec.json.encode(segment) for segment in transcript.segments]
-    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]}\n"
+    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]"
+    if with_sounds:
+        sounds = [msgspec.json.encode(sound) for sound in transcript.sounds]
+        body += b',"sounds":[' + b",\n".join(sounds) + b"]"
+    body += b"}\n"
     return Document(_TYPES["json"], body)
 
 

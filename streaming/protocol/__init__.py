@@ -76,6 +76,7 @@ from streaming.protocol.requests import (
     decode_client,
     encode_client,
 )
+from streaming.protocol.sounds import is_music, is_speech
 
 __all__ = [
     "AFTER_PARAMETER",
@@ -141,6 +142,8 @@ __all__ = [
     "encode",
     "encode_bytes",
     "encode_client",
+    "is_music",
     "is_pattern",
+    "is_speech",
     "ms_of",
 ]

@@ -61,6 +61,23 @@ def test_what_begins_without_a_space_goes_on() -> None:
     assert [(word.text, word.is_continuation) for word in words] == [("-source", True), ("day", False)]
 
 
+@pytest.mark.parametrize(
+    ("text", "language", "behind"),
+    [
+        (" the day.", "en", ["", "."]),
+        (' "day," he', "en", [',"', ""]),
+        (" open-source day", "en", ["", ""]),
+        (" 3.5 day", "en", ["", ""]),
+        ("中文。文", "zh", ["", "。", ""]),
+    ],
+)
+def test_punctuation_behind_a_word_is_told_apart(text: str, language: str, behind: list[str]) -> None:
+    """Inside a word it is spoken with it, and what is nothing but punctuation is a word of its own."""
+    ids = VOCABULARY.encode(text)
+    words = split_words(VOCABULARY, ids, language)
+    assert [VOCABULARY.decode(ids[word.spoken : word.last]) for word in words] == behind
+
+
 def test_chinese_characters_are_words() -> None:
     """Each with the punctuation after it; in a spaced language they stay together."""
     assert split("中文。文", "zh") == ["中", "文。", "文"]
@@ -78,7 +95,7 @@ def test_a_character_of_several_tokens_is_one_piece() -> None:
 def test_an_incomplete_character_at_the_end_belongs_to_the_last_word() -> None:
     """It is not shown, and its tokens are not lost."""
     ids = VOCABULARY.encode(" day") + VOCABULARY.encode("好")[:2]
-    assert split_words(VOCABULARY, ids, "en") == [TokenWord("day", 0, len(ids), False)]
+    assert split_words(VOCABULARY, ids, "en") == [TokenWord("day", 0, len(ids), False, 1)]
 
 
 def test_an_invalid_byte_does_not_swallow_the_words_after_it() -> None:
