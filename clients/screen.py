@@ -66,7 +66,8 @@ class Screen:
             row.rstrip()
         blank = " " * min(indent, self._width - width)
         return [
-            self._cut((Text(blank) if n else line.head.copy()).append_text(row)) for n, row in enumerate(rows)
+            self._cut(Text().append_text(Text(blank) if n else line.head).append_text(row))
+            for n, row in enumerate(rows)
         ]
 
     @property
