@@ -300,8 +300,8 @@ def parse_config(text: str, source: str = "config") -> Config:
     """
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{source}: no TOML: {exc}") from exc
+    except (ValueError, RecursionError) as exc:  # of deep arrays, and of numbers of thousands of digits
+        raise ConfigError(f"{source}: no TOML: {exc}"[:500]) from exc
     try:
         return Config.model_validate(values)
     except ValidationError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,26 @@ class Vocabulary:
         if token_id is None:
             raise ValueError(f"the tokenizer has no {token}: it is not Whisper's")
         return int(token_id)
+
+
+def with_missing_merges(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, with the merges of those tokens of two symbols that none of its merges makes.
+
+    The list of merges of OpenAI's multilingual vocabulary has no title line, and converters that skip
+    one drop its first merge, of the blank and "t": " the" becomes the tokens " " and "the". The model
+    never read text like that. Given it as agreed words it writes so itself, and half words follow.
+    A token's number is its merge's rank, so it is known where a missing merge belongs.
+    """
+    settings = json.loads(tokenizer.to_str())
+    ids: dict[str, int] = settings["model"]["vocab"]
+    merges: list[list[str]] = settings["model"]["merges"]
+    special = {token["content"] for token in settings["added_tokens"]}
+    made = {first + second for first, second in merges}
+    missing = [token for token in ids if len(token) == 2 and token not in made | special]
+    if not missing:
+        return tokenizer
+    settings["model"]["merges"] = sorted([*merges, *map(list, missing)], key=lambda pair: ids["".join(pair)])
+    return Tokenizer.from_str(json.dumps(settings))
 
 
 @dataclass(frozen=True, slots=True)

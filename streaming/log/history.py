@@ -23,11 +23,12 @@ from streaming.errors import BadQuery
 from streaming.log.directory import Stream
 from streaming.log.log import Log
 from streaming.log.row import Row
-from streaming.log.store import Query, Store, StreamRow
+from streaming.log.store import Query, SessionRow, Store, StreamRow
 from streaming.log.subtitles import Cue, Sound, Spoken, are_apart, cues_of, subrip, webvtt
 from streaming.protocol import (
     HISTORY_PATH,
     MAX_SEQ,
+    MAX_SESSION_CHARS,
     MESSAGE_TYPES,
     STREAM_NAME,
     EventEnded,
@@ -63,8 +64,24 @@ _TYPES = {
 }
 
 
+_SessionId = Annotated[str, Meta(min_length=1, max_length=MAX_SESSION_CHARS)]
+
+
 class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of pages that take no parameters."""
+
+
+class SessionQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which session of a stream is wanted."""
+
+    session: _SessionId | None = None  # None: the newest
+
+
+class SessionsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which sessions of a stream are listed: the newest ones."""
+
+    before: _SessionId | None = None  # of those that began before this one; None: of all
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
 
 
 class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,13 +90,15 @@ class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after: Annotated[int, Meta(ge=0, le=MAX_SEQ)] = 0
     types: tuple[str, ...] = ()
     limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
+    session: _SessionId | None = None  # None: all of them
 
 
 class TranscriptQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a transcript shows beside words."""
+    """Which session a transcript is of, and what it shows beside words."""
 
     sounds: Literal["0", "1"] = "0"
     speakers: Literal["0", "1"] = "0"  # in cues; JSON always has them
+    session: _SessionId | None = None  # None: the newest
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -88,7 +107,7 @@ class TranscriptQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UnknownStream(LookupError):
-    """The log keeps no stream of this name, or there is no such page of it."""
+    """The log keeps no stream of this name, no such session, or there is no such page of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +140,7 @@ class SoundSpan(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was said, and what else was heard, in the newest session of a stream, or at its end."""
+    """What was said, and what else was heard, in a session of a stream, or at its end."""
 
     created: SessionCreated | None  # None: it left the log
     closed: SessionClosed | None
@@ -180,21 +199,48 @@ class History:
         page = path.removeprefix(f"{HISTORY_PATH}/{name}/")
         if page in _MESSAGES:
             return await self._messages(row, page, read(query, MessagesQuery, MAX_PARAMETERS))
-        if page == "live.vtt":
-            wanted = read(query, TranscriptQuery, MAX_PARAMETERS)
-            return await self._log.reader.ask(partial(self._newest_captions, row=row, wanted=wanted))
+        if page == "sessions":
+            return await self._sessions(row, read(query, SessionsQuery, MAX_PARAMETERS))
         stem, _, ending = page.partition(".")
-        if stem == "transcript" and ending in _TYPES:
-            if ending == "txt":
-                read(query, NoQuery, MAX_PARAMETERS)
-            wanted = read(query, TranscriptQuery, MAX_PARAMETERS)
-            rows = await self._log.reader.of_session(row, wanted.types, MAX_SPOKEN)
-            return await self._log.reader.apart(
-                lambda: _document(row, transcript_of(_read(rows)), ending, wanted)
-            )
-        read(query, NoQuery, MAX_PARAMETERS)
-        pages = f"messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
-        raise UnknownStream(f"no such page; expected {pages}")
+        if page != "live.vtt" and (stem != "transcript" or ending not in _TYPES):
+            read(query, NoQuery, MAX_PARAMETERS)
+            pages = f"sessions, messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
+            raise UnknownStream(f"no such page; expected {pages}")
+        if ending == "txt":
+            read(query, SessionQuery, MAX_PARAMETERS)
+        wanted = read(query, TranscriptQuery, MAX_PARAMETERS)
+        session = await self._session(row, wanted.session or row.session_id)
+        if page == "live.vtt":
+            read_newest = partial(self._newest_captions, row=row, session=session, wanted=wanted)
+            return await self._log.reader.ask(read_newest)
+        rows = await self._log.reader.of_session(row, wanted.types, MAX_SPOKEN, session.number)
+        return await self._log.reader.apart(
+            lambda: _document(row, session, transcript_of(_read(rows)), ending, wanted)
+        )
+
+    async def _session(self, row: StreamRow, session_id: str) -> SessionRow:
+        """One session of a stream.
+
+        Raises:
+            UnknownStream: it is not kept.
+            LogError: the log cannot be read.
+        """
+        if session_id == row.session_id:  # which may not be on the disk yet
+            return _newest_session(row)
+        found = await self._log.reader.session(row.name, session_id)
+        if found is None:
+            raise UnknownStream(f"no session {session_id!r} of {row.name} is kept")
+        return found
+
+    async def _sessions(self, row: StreamRow, wanted: SessionsQuery) -> Document:
+        """The newest sessions of a stream, newest first."""
+        before = row.session + 1
+        if wanted.before is not None:
+            before = (await self._session(row, wanted.before)).number
+        found = await self._log.reader.ask(lambda store: store.sessions(row.id, before, wanted.limit))
+        sessions = [_session_summary(session) for session in found]
+        head = {"stream": row.name, "log": self._log.id, "n_sessions": row.session}
+        return _json(head | {"sessions": sessions})
 
     async def _streams(self) -> Document:
         """The newest streams, live ones first."""
@@ -207,19 +253,30 @@ class History:
         for name in wanted.types:
             if name not in MESSAGE_TYPES:
                 raise BadQuery(f"types: {name[:80]!r} is no message type")
-        query = Query(0, self._log.published, (row.id,), wanted.types, wanted.after)
+        after, upto = wanted.after, MAX_SEQ
+        if wanted.session is not None:
+            session = await self._session(row, wanted.session)
+            after = max(after, session.first_seq - 1)
+            upto = MAX_SEQ if session.number == row.session else session.last_seq
+        query = Query(0, self._log.published, (row.id,), wanted.types, after, upto)
         found = await self._log.reader.page(query, wanted.limit)
         # What is in the log is JSON already.
-        head = f'{{"stream": {json.dumps(row.name)}, "last_seq": {row.last_seq}, "{page}": ['
+        head = (
+            f'{{"stream": {json.dumps(row.name)}, "log": "{self._log.id}", "last_seq": {row.last_seq}, '
+            f'"{page}": ['
+        )
         body = b",\n".join(message.frame for message in found.rows)
         return Document(_TYPES["json"], head.encode() + body + b"]}\n")
 
-    def _newest_captions(self, store: Store, *, row: StreamRow, wanted: TranscriptQuery) -> Document:
+    def _newest_captions(
+        self, store: Store, *, row: StreamRow, session: SessionRow, wanted: TranscriptQuery
+    ) -> Document:
         """The captions of the last minute: made once for each `seq`, however many players ask."""
-        key = row.session, store.last_seq(row.id)
+        last_seq = store.last_seq(row.id) if session.number == row.session else session.last_seq
+        key = session.number, last_seq
         made_at, document = self._live.pop((row.id, wanted), (None, None))
         if document is None or made_at != key:
-            document = _captions(transcript_of(_newest(store, row, wanted.types)), wanted)
+            document = _captions(transcript_of(_newest(store, row.id, session.number, wanted.types)), wanted)
         self._live[row.id, wanted] = key, document
         if len(self._live) > MAX_LIVE:
             self._live.popitem(last=False)
@@ -271,12 +328,12 @@ def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
     return 0
 
 
-def _newest(store: Store, row: StreamRow, types: tuple[str, ...]) -> list[Message]:
-    """The last messages of a stream that hold all segments of its last minute whole."""
+def _newest(store: Store, stream: int, session: int, types: tuple[str, ...]) -> list[Message]:
+    """The last messages of a session that hold all segments of its last minute whole."""
     found: list[Message] = []
     before = MAX_SEQ + 1
     while len(found) < MAX_LIVE_ROWS and not _goes_back(found):
-        rows = store.of_session(row.id, row.session, types, LIVE_ROWS, before)
+        rows = store.of_session(stream, session, types, LIVE_ROWS, before)
         found = [*_read(rows), *found]
         if len(rows) < LIVE_ROWS:
             break
@@ -308,26 +365,31 @@ def _captions(transcript: Transcript, wanted: TranscriptQuery) -> Document:
     return Document(_TYPES["vtt"], webvtt(cue for cue in cues if cue.end_ms > begin).encode())
 
 
-def _document(row: StreamRow, transcript: Transcript, ending: str, wanted: TranscriptQuery) -> Document:
+def _document(
+    row: StreamRow, session: SessionRow, transcript: Transcript, ending: str, wanted: TranscriptQuery
+) -> Document:
     match ending:
         case "txt":
             text = "".join(f"{segment.text}\n" for segment in transcript.segments)
         case "json":
-            return _details(row, transcript, with_sounds=wanted.sounds == "1")
+            return _details(row, session, transcript, with_sounds=wanted.sounds == "1")
         case _:
             cues = transcript.cues(with_speakers=wanted.speakers == "1")
             text = webvtt(cues) if ending == "vtt" else subrip(cues)
     return Document(_TYPES[ending], text.encode())
 
 
-def _details(row: StreamRow, transcript: Transcript, *, with_sounds: bool) -> Document:
+def _details(row: StreamRow, session: SessionRow, transcript: Transcript, *, with_sounds: bool) -> Document:
     created, closed = transcript.created, transcript.closed
-    head = _summary(row) | {
-        "model": None if created is None else created.model,
-        "epoch_ms": None if created is None else created.epoch_ms,
-        "duration_ms": None if closed is None else closed.duration_ms,
-        "text": join_words(segment.text for segment in transcript.segments),
-    }
+    head = (
+        _summary(row)
+        | _session_summary(session)
+        | {
+            "model": None if created is None else created.model,
+            "duration_ms": None if closed is None else closed.duration_ms,
+            "text": join_words(segment.text for segment in transcript.segments),
+        }
+    )
     # In a loop of Python's: one call that encoded all of them would keep the other threads from running.
     segments = [msgspec.json.encode(segment) for segment in transcript.segments]
     body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]"
@@ -350,7 +412,37 @@ def _summary(row: StreamRow) -> dict[str, Any]:
         "n_sessions": row.session,
         "opened_ms": row.opened_ms,
         "closed_ms": row.closed_ms,
+        "session": row.session_id,
+        "epoch_ms": row.epoch_ms,
     }
+
+
+def _session_summary(session: SessionRow) -> dict[str, Any]:
+    return {
+        "session": session.id,
+        "number": session.number,
+        "is_live": bool(session.is_live),
+        "epoch_ms": session.epoch_ms,
+        "opened_ms": session.opened_ms,
+        "closed_ms": session.closed_ms,
+        "reason": session.reason,
+        "first_seq": session.first_seq,
+        "last_seq": session.last_seq,
+    }
+
+
+def _newest_session(row: StreamRow) -> SessionRow:
+    return SessionRow(
+        row.session,
+        row.session_id,
+        row.opened_ms,
+        row.epoch_ms,
+        row.closed_ms,
+        row.closed_reason,
+        row.first_seq,
+        row.last_seq,
+        row.is_live,
+    )
 
 
 def _json(value: object) -> Document:

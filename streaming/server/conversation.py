@@ -156,7 +156,7 @@ class Conversation:
         attachment: Attachment,
         limits: ProducerLimits,
         *,
-        last_seq: Callable[[str], int],
+        envelope: Callable[[str, Message], Envelope],
         stopping: asyncio.Event,
     ) -> None:
         """Speak for a stream whose slot is free.
@@ -166,7 +166,7 @@ class Conversation:
             dialect: That is spoken.
             attachment: To the stream.
             limits: What the connection goes by.
-            last_seq: Of a stream, by its name.
+            envelope: Of a message of a stream, by its name, that is not logged.
             stopping: Set when the server stops.
         """
         self.limits = limits
@@ -176,7 +176,7 @@ class Conversation:
         self._live = attachment.live
         self._claim = attachment.claim
         self._reader = attachment.reader
-        self._last_seq = last_seq
+        self._enveloped = envelope
         self._stopping = stopping
         self._sending = asyncio.Lock()  # what one message becomes is not cut in two
         self._spool = Spool(limits.spool_folder, limits.spool_bytes)
@@ -308,7 +308,7 @@ class Conversation:
         return None, "closed"
 
     def _envelope(self, message: Message) -> Envelope:
-        return Envelope(self._live.name, self._last_seq(self._live.name), message)
+        return self._enveloped(self._live.name, message)
 
     async def _receive(self) -> None:
         """Take frames until the client asks to end.

@@ -177,7 +177,9 @@ class Producers:
                 claim = live.slot.claim()
                 await aio.race(live.slot.wait_free(claim), live.wait_over())
             with self._hub.subscription() as reader:
-                self._hub.subscribe(reader, Subscribe((name,), after=resumption.after))
+                # Its own session alone: what was said before under this name may be others'.
+                wanted = Subscribe((name,), after=resumption.after)
+                self._hub.subscribe(reader, wanted, self._log.directory.span(name))
                 if live is None or live.is_over:
                     await self._recite(connection, dialect, reader, resumption.after)
                     return
@@ -189,10 +191,10 @@ class Producers:
             await connection.close(over.close_code, str(over))
 
     async def _converse(self, connection: ServerConnection, dialect: Dialect, attachment: Attachment) -> None:
-        last_seq = self._log.directory.last_seq
+        envelope = self._log.directory.envelope
         limits, stopping = self._limits(), self._stopping
         await Conversation(
-            connection, dialect, attachment, limits, last_seq=last_seq, stopping=stopping
+            connection, dialect, attachment, limits, envelope=envelope, stopping=stopping
         ).run()
 
     async def _recite(

@@ -128,7 +128,7 @@ async def test_messages_are_those_that_were_sent() -> None:
         ("/v1/streams/talk/transcript.vtt?sounds=yes", 400, "sounds is 'yes'; expected one of 0, 1"),
         ("/v1/streams/talk/live.vtt?speakers=2", 400, "speakers is '2'; expected one of 0, 1"),
         ("/v1/streams/talk/transcript.srt?sound=1", 400, "expected one of sounds, speakers"),
-        ("/v1/streams/talk/transcript.txt?sounds=1", 400, "expected none"),
+        ("/v1/streams/talk/transcript.txt?sounds=1", 400, "expected one of session"),
     ],
 )
 async def test_what_there_is_not_is_said(path: str, status: int, text: str) -> None:
