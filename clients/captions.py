@@ -6,6 +6,8 @@ there is one, `PlainCaptions` prints lines elsewhere. Neither uses a socket.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +61,9 @@ class Captions(Protocol):
 
     def show(self, envelope: Envelope) -> None:
         """Apply one message and show what it changes."""
+
+    def say(self, text: str) -> None:
+        """Show a line of the client's own."""
 
 
 def clock(time_ms: int) -> str:
@@ -170,6 +175,10 @@ class LiveCaptions:
                     self._screen.settle(Line(Text(), Text(line, "magenta")))
         self._screen.draw(self._block())
 
+    def say(self, text: str) -> None:
+        """Write it above the open segment."""
+        self._screen.settle(Line(Text(), Text(text, "dim")))
+
     def _block(self) -> list[Text]:
         """The open segment's newest rows, and a row about the stream."""
         state = self._state
@@ -222,6 +231,19 @@ class PlainCaptions:
         if line:
             # As it is: no markup, no wrapping, nothing coloured.
             self._console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+    def say(self, text: str) -> None:
+        """Print it as a line among the others."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+class LastingConsole(Console):
+    """Writes on into nothing when nobody reads it any more: a stream does not end with its captions."""
+
+    def on_broken_pipe(self) -> None:
+        """Be quiet from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class EmotionChanges:
