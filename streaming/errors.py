@@ -46,6 +46,10 @@ class LogError(MossLiveError):
 class LogFull(LogError):
     """The log could not be written for now: no room, or another program holds the file."""
 
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason  # in a few words, for whoever asks why
+
 
 class StreamFault(MossLiveError):
     """A fault of the server's ended this stream; it was logged where it happened."""

@@ -43,7 +43,7 @@ class Refusal(enum.Enum):
     TOO_MANY_READERS_OF_TOKEN = Reply(HttpStatus.TOO_MANY, "this token has all the subscribers it may have")
     ENGINE_NOT_READY = Reply(HttpStatus.UNAVAILABLE, "the engine is not ready")
     NO_SLOT = Reply(HttpStatus.UNAVAILABLE, "every slot is taken")
-    LOG_FULL = Reply(HttpStatus.UNAVAILABLE, "the log's disk is full")
+    LOG_FULL = Reply(HttpStatus.UNAVAILABLE, "the log cannot be written")
     TOO_BIG = Reply(CloseCode.TOO_BIG, "a message is larger than the server takes")
     BAD_MESSAGE = Reply(CloseCode.BAD_MESSAGE, "too many messages that could not be read")
     BAD_AUDIO = Reply(CloseCode.BAD_AUDIO, "audio that cannot be what the stream declared")

@@ -132,6 +132,8 @@ class Server:
         self._producers.stop()
         sockets.close(close_connections=False)
         self._guard.drop_half_open()
+        # Where the log cannot be written, streams wait for it in vain, and longer helps little.
+        giving_up = asyncio.get_running_loop().call_later(self._config.stop_timeout_s / 2, self._log.give_up)
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
@@ -142,6 +144,7 @@ class Server:
                 connection.transport.abort()
             await sockets.wait_closed()
         await self._streams.ended()
+        giving_up.cancel()
 
     # --- one request, from its path to its end ---------------------------------------------
 

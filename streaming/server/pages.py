@@ -53,8 +53,8 @@ class Pages:
 
     async def _ready(self, _: Handshake) -> Response:
         """Streams can be begun."""
-        if self._log.is_full:
-            return text_response(HttpStatus.UNAVAILABLE, "log: its disk is full")
+        if self._log.blocked:
+            return text_response(HttpStatus.UNAVAILABLE, f"log: {self._log.blocked}")
         if not self._engine.is_ready:
             return text_response(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}")
         return text_response(HttpStatus.OK, "ready")

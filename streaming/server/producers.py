@@ -122,8 +122,8 @@ class Producers:
         name, ready = dialect.name, self._engine.ready
         if ready is None or not self._engine.is_ready:
             raise Refused(Refusal.ENGINE_NOT_READY, self._engine.state.value)
-        if self._log.is_full:
-            raise Refused(Refusal.LOG_FULL)
+        if self._log.blocked:
+            raise Refused(Refusal.LOG_FULL, self._log.blocked)
         if name in self._live:
             raise Refused(Refusal.NAME_TAKEN)
         if self.n_live >= ready.n_slots:
