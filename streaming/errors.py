@@ -6,6 +6,7 @@ MossLiveError
 │   └── LogFull           there is no room on its disk; everything waits until there is
 ├── StreamFault       a fault of the server's ended a stream; its connection closes with 1011
 ├── EngineFault       the engine exited, hung or broke its protocol; it is restarted
+│   └── EngineUnfit       its settings or its model cannot be used; a first start ends the server
 └── ConnectionOver    ends one connection; each kind knows its close code
     ├── BadAudio          4401, the stream ends with "bad_input"
     ├── BadMessages       4400, "bad_input"
@@ -37,6 +38,10 @@ class BadQuery(MossLiveError):
 
 class EngineFault(MossLiveError):
     """The engine process cannot be used any more; says why."""
+
+
+class EngineUnfit(EngineFault):
+    """The engine cannot work with these settings or this model: says which, and what was expected."""
 
 
 class LogError(MossLiveError):

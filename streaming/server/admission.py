@@ -136,6 +136,16 @@ class Guard:
         else:
             logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
 
+    def reload(self) -> None:
+        """Read the tokens file again.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens before stay in force.
+        """
+        if self._tokens is not None:
+            self._tokens.reload()
+            logger.info("tokens read again: %d", self._tokens.n_tokens)
+
     @property
     def handshake_timeout_s(self) -> float:
         """How long a whole request may take, and its answer where that is short."""
@@ -254,7 +264,7 @@ class Guard:
         if grant is None:
             raise Refused(Refusal.UNKNOWN_TOKEN)
         if not need.is_met(grant):
-            raise Refused(Refusal.BAD_SCOPE, f"{need.scope} is needed here")
+            raise Refused(Refusal.BAD_SCOPE, need.text)
         return digest_of(token), grant
 
     # --- as long as a connection is open -------------------------------------------------

@@ -17,7 +17,7 @@ from websockets.http11 import Request, Response
 from websockets.protocol import State
 
 from streaming import aio
-from streaming.config import ServerConfig
+from streaming.config import ConfigError, ServerConfig
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.log import Log
 from streaming.logging_setup import socket_logger, where_raised
@@ -29,6 +29,7 @@ from streaming.server.connection import GuardedConnection
 from streaming.server.http import split_target, text_response
 from streaming.server.producers import Producers
 from streaming.server.routes import PageRoute, Routes, SocketRoute
+from streaming.server.tls import renew
 from streaming.stream.registry import Streams
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,29 @@ class Server:
             self._producers.restore()
             async with aio.background(self._guard.watch_tokens(), "tokens"), self._serving() as port:
                 yield port
+
+    def reload(self, config: ServerConfig) -> None:
+        """Read tokens and certificate again, each for itself: one that cannot be used stays as it was.
+
+        Args:
+            config: Names the files of the certificate.
+
+        Raises:
+            ExceptionGroup: of the `ConfigError` of each that cannot be used.
+        """
+        problems: list[ConfigError] = []
+        try:
+            self._guard.reload()
+        except ConfigError as exc:
+            problems.append(exc)
+        try:
+            if self._tls is not None and config.tls_cert:
+                renew(self._tls, config.tls_cert, config.tls_key)
+                logger.info("certificate read again: %s", config.tls_cert)
+        except ConfigError as exc:
+            problems.append(exc)
+        if problems:
+            raise ExceptionGroup("reload", problems)
 
     async def fault(self) -> None:
         """Raise what makes serving impossible, when it happens.
