@@ -20,7 +20,7 @@ from streaming.protocol import SAMPLE_RATE_HZ
 REACH = 6 * SAMPLE_RATE_HZ  # of the newest audio, in which an estimate is made and pauses are looked for
 SPEECH_AT_TICK = 2 * SAMPLE_RATE_HZ  # an estimate needs so much while speech goes on ...
 SPEECH_AT_STOP = SAMPLE_RATE_HZ  # ... and so much where it has ended: more will not come
-LIMIT = 2.5  # evidence that changes the language: about 12 to 1
+LIMIT = 2.0  # evidence that changes the language: about 7 to 1
 FADING = 0.7  # of the evidence before, at each estimate
 LARGEST = 4.0  # evidence of one estimate at most
 LEAST_SCORE = 0.01  # a lower probability counts as this one
@@ -48,7 +48,7 @@ def weigh(language: str | None, doubt: LanguageDoubt | None, estimate: LanguageE
     if not others or (doubt is not None and estimate.end - doubt.weighed_to < NEW_AUDIO):
         return Verdict(language, doubt)
     stays = UNKNOWN_SCORE if language is None else max(scores.get(language, 0.0), LEAST_SCORE)
-    weight = (1.0 - estimate.no_speech) * min(1.0, (estimate.end - estimate.start) / FULL_WEIGHT)
+    weight = (1.0 - estimate.no_speech) ** 2 * min(1.0, (estimate.end - estimate.start) / FULL_WEIGHT)
 
     def gain(code: str) -> float:
         ratio = math.log(max(scores.get(code, 0.0), LEAST_SCORE) / stays)
