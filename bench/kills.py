@@ -200,7 +200,7 @@ async def sound(audio: bytes | None, seconds: float) -> AsyncIterator[bytes]:
 
 async def read(server: str, found: Found) -> None:
     """Everything a subscriber gets from the beginning of the stream to its end."""
-    async for envelope in subscribe(server, "kills", after=0, wait_s=60, backoff=QUICK):
+    async for envelope in subscribe(server, "kills", after=0, follow=False, wait_s=60, backoff=QUICK):
         found.envelopes.append(envelope)
 
 

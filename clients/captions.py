@@ -20,6 +20,7 @@ from streaming.protocol import (
     Ack,
     AnswerDelta,
     AnswerFinal,
+    AudioGap,
     Degraded,
     EmotionUpdate,
     Envelope,
@@ -33,9 +34,11 @@ from streaming.protocol import (
     SessionCreated,
     SpeechStarted,
     SpeechStopped,
+    Subscribed,
     TranscriptDelta,
     TranscriptFinal,
     TranscriptInterim,
+    is_speech,
 )
 
 REDRAWS_PER_S = 8
@@ -88,6 +91,9 @@ class CaptionState:
         """Take in one message."""
         self.heard_ms = max(self.heard_ms, getattr(message, "end_ms", 0))
         match message:
+            case SessionCreated():  # its times begin anew
+                self.heard_ms, self.lag_s = 0, None
+                self.committed, self.interim, self.start_ms = "", "", None
             case TranscriptDelta():
                 self._open(message.start_ms)
                 between = message.separator if self.committed else ""
@@ -107,7 +113,7 @@ class CaptionState:
                 self.is_speech, self.emotion = False, None
             case EmotionUpdate():
                 self.emotion = message.label if self.is_speech else None
-            case EventStarted():
+            case EventStarted() if not is_speech(message.label):
                 self.open_events[message.id] = message.label
             case EventEnded():
                 self.open_events.pop(message.id, None)
@@ -234,6 +240,8 @@ def describe(message: Message) -> str | None:
                 f"-- stream closed ({message.reason}): {message.duration_ms / 1000:.1f} s, "
                 f"{message.n_words} words in {message.n_segments} segments"
             )
+        case EventStarted() | EventEnded() if is_speech(message.label):
+            return None  # words say that somebody speaks
         case EventStarted():
             line = f"{clock(message.start_ms)} ♪ {message.label} begins ({message.score:.2f})"
         case EventEnded():
@@ -252,7 +260,9 @@ def describe(message: Message) -> str | None:
             line = f"! {message.n_waiting} messages wait for this reader"
         case Error():
             line = f"! {message.code}: {message.message}"
-        case Ack() | Flushed() | AnswerDelta() | SpeechStarted() | SpeechStopped():
+        case AudioGap():
+            line = f"{clock(message.start_ms)}-{clock(message.end_ms)} no audio"
+        case Ack() | Flushed() | AnswerDelta() | SpeechStarted() | SpeechStopped() | Subscribed():
             return None
         case TranscriptInterim() | TranscriptDelta() | TranscriptFinal():
             return None
@@ -273,10 +283,13 @@ class WallPosition:
     def __init__(self) -> None:
         self._epoch_ms: int | None = None
 
-    def see(self, message: Message) -> None:
-        """Take the epoch from `session.created`."""
+    def see(self, envelope: Envelope) -> None:
+        """Take the epoch of the message's session, where the server gives it."""
+        message = envelope.message
         if isinstance(message, SessionCreated):
             self._epoch_ms = message.epoch_ms
+        elif envelope.epoch_ms is not None:
+            self._epoch_ms = envelope.epoch_ms
 
     def __call__(self) -> float | None:
         """Seconds since the stream's first sample."""

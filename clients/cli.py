@@ -6,6 +6,8 @@ import io
 import os
 import sys
 
+from clients.extras import how_to_install
+
 TOKEN_OPTION, TOKEN_ENV = "--token", "MOSS_LIVE_TOKEN"
 
 
@@ -18,7 +20,7 @@ def main() -> None:
     try:
         from clients.commands import group
     except ModuleNotFoundError as exc:
-        sys.exit(f"moss-live needs {exc.name}: pip install 'moss-live[clients]' (or [server])")
+        sys.exit(f"moss-live needs {exc.name}: {how_to_install('clients')} (or [server])")
     group(prog_name="moss-live")
 
 

@@ -24,9 +24,17 @@ SCHEMA_PATH = DOCS / "protocol.schema.json"
 PAGE_PATH = DOCS / "protocol.md"
 MARKERS = re.compile(r"(<!-- begin generated: (?P<name>[a-z ]+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
+# Of every server message. Logs of servers before 0.2 lack the last two.
+FRAME = {
+    "stream": {"type": "string"},
+    "seq": {"type": "integer", "minimum": 0},
+    "session": {"type": "string"},
+    "epoch_ms": {"type": "integer"},
+}
 LIMITS = {
     "MAX_ID_CHARS": "characters of the `id` of a `flush` or `ask`",
     "MAX_QUESTION_CHARS": "characters of the question of an `ask`",
+    "MAX_GAP_MS": "milliseconds of one `gap`; a longer one is refused, and may be sent as several",
     "MAX_TEXT_CHARS": "characters of a client's text frame; a longer frame of a subscriber closes with 1009",
     "MAX_SUBSCRIBED_STREAMS": "names and patterns in one `subscribe`",
     "MAX_CHANNELS": "channels of a stream's audio, mixed to one",
@@ -95,15 +103,16 @@ def definitions() -> dict[str, dict[str, Any]]:
 
 
 def _message(cls: type[Any], made: Mapping[str, Any], *, is_server: bool) -> dict[str, Any]:
-    """What msgspec makes of a message, with the stream and `seq` that frame it."""
-    properties = {"type": {"const": cls.type}}
+    """What msgspec makes of a message, with what frames it."""
+    properties: dict[str, Any] = {"type": {"const": cls.type}}
     required = ["type"]
     if is_server:
-        properties |= {"stream": {"type": "string"}, "seq": {"type": "integer", "minimum": 0}}
+        properties |= FRAME
         required += ["stream", "seq"]
     for field in msgspec.structs.fields(cls):
         about = dict(made["properties"][field.encode_name])
         about.pop("default", None)
+        properties.pop(field.encode_name, None)
         properties[field.encode_name] = about
         if not may_be_missing(cls, field):
             required.append(field.encode_name)
@@ -171,7 +180,7 @@ def _section(kind: str, definition: Mapping[str, Any]) -> list[str]:
             about.get("description", ""),
         )
         for name, about in definition["properties"].items()
-        if name not in ("type", "stream", "seq")
+        if name != "type" and about is not FRAME.get(name)
     ]
     return [*lines, "", *(_table(("field", "type", "meaning"), rows) if rows else ["No fields."]), ""]
 

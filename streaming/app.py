@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from streaming import adaptors
 from streaming.aio import race, until
@@ -83,7 +84,14 @@ def build(config: Config, engine_command: Sequence[str] = ENGINE_COMMAND) -> tup
         clock_ms=_unix_ms,
         release=lambda name: producers.release(name),
     )
-    settings = ProducerSettings(config.server, config.limits, config.ingest, config.vad, config.model)
+    settings = ProducerSettings(
+        config.server,
+        config.limits,
+        config.ingest,
+        config.vad,
+        config.model,
+        spool_folder=Path(config.log.path).parent,
+    )
     producers = Producers(settings, engine, log, hub, streams, guard)
     subscribers = Subscribers(config.server, log, hub, guard, producers.finalised)
     pages = Pages(engine, log, hub, guard, producers, metrics)

@@ -118,6 +118,7 @@ class IngestConfig(_Section):
     ring_s: Annotated[float, Field(ge=45, le=600)] = 90.0
     max_ahead_s: Annotated[float, Field(ge=3, le=60)] = 10.0
     ack_interval_s: Annotated[float, Field(gt=0, le=1)] = 0.5
+    spool_mib: Annotated[int, Field(ge=1, le=65_536)] = 128
 
 
 class VadConfig(_Section):
@@ -299,8 +300,8 @@ def parse_config(text: str, source: str = "config") -> Config:
     """
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{source}: no TOML: {exc}") from exc
+    except (ValueError, RecursionError) as exc:  # of deep arrays, and of numbers of thousands of digits
+        raise ConfigError(f"{source}: no TOML: {exc}"[:500]) from exc
     try:
         return Config.model_validate(values)
     except ValidationError as exc:

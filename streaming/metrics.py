@@ -6,7 +6,7 @@ closed set of values: no name, address, token or text of a client is ever in her
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from streaming.protocol import (
     MESSAGE_TYPES,
     SAMPLE_RATE_HZ,
+    EventStarted,
     Message,
     TranscriptDelta,
 )
@@ -46,6 +47,8 @@ class Observed:
     n_subscribers: int
     queue_depths: Sequence[int]  # messages that wait for each reader, producers among them
 
+
+OTHER_SOUND = "other"  # the label of sounds that a model named in its own words
 
 _GAUGES = {
     "streams": "Streams that are live.",
@@ -107,6 +110,10 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self._sounds_total = Counter(
+            "moss_live_sounds_total", "Sound events that began, by label.", ["label"], registry=registry
+        )
+        self._sounds = {OTHER_SOUND: self._sounds_total.labels(OTHER_SOUND)}
         # Every child now, so that a series is there, at 0, before anything happened.
         self._messages = {kind: messages_total.labels(kind) for kind in MESSAGE_TYPES}
         self._refused = {refusal: refused.labels(refusal.label) for refusal in Refusal}
@@ -150,6 +157,13 @@ class Metrics:
     def published(self, message: Message) -> None:
         """A message went on a stream's timeline."""
         self._messages[message.type].inc()
+        if isinstance(message, EventStarted):
+            self._sounds.get(message.label, self._sounds[OTHER_SOUND]).inc()
+
+    def watch_sounds(self, labels: Iterable[str]) -> None:
+        """The engine is ready and scores these sounds: the closed set of labels, each at 0 from now on."""
+        for label in labels:
+            self._sounds[label] = self._sounds_total.labels(label)
 
     def committed(self, delta: TranscriptDelta, heard_ms: int) -> None:
         """Words of a stream in real time were committed when so much of its audio had come."""

@@ -53,6 +53,7 @@ class Refusal(enum.Enum):
     TOO_SLOW = Reply(CloseCode.TOO_SLOW, "the reader could not keep up")
     TOO_FAST = Reply(CloseCode.TOO_FAST, "audio came too far ahead of real time")
     NO_HANDSHAKE = Reply(None, "no whole request came in time, or it was no HTTP")
+    UNREAD = Reply(None, "the client did not read the answers to its pings")
     HALF_OPEN = Reply(None, "too many connections were waiting with an unfinished request")
 
     @property

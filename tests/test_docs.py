@@ -112,22 +112,6 @@ def test_every_metric_on_the_page_exists_and_every_one_is_on_it() -> None:
     assert families() <= named
 
 
-def test_every_query_is_whole() -> None:
-    """Brackets pair, functions are Prometheus', and the labels are those that there are."""
-    blocks = re.findall(r"```promql\n(.*?)```", read("operate.md"), re.DOTALL)
-    queries = [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
-    assert len(queries) > 10
-    reasons = {refusal.label for refusal in Refusal}
-    for query in queries:
-        for opening, closing in ("()", "[]", "{}"):
-            assert query.count(opening) == query.count(closing), query
-        functions = set(re.findall(r"([a-z_]+) ?\(", query))
-        assert functions <= {"rate", "increase", "histogram_quantile", "sum", "le", "by"}, query
-        for label, matched in re.findall(r"([a-z_]+)=~?\"([^\"]*)\"", query):
-            assert label == "reason", query
-            assert set(matched.split("|")) <= reasons, query
-
-
 def test_every_setting_on_the_pages_exists() -> None:
     """`section.key`, as in config.toml."""
     sections = Config().model_dump()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +71,26 @@ class Vocabulary:
         return int(token_id)
 
 
+def with_missing_merges(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, with the merges of those tokens of two symbols that none of its merges makes.
+
+    The list of merges of OpenAI's multilingual vocabulary has no title line, and converters that skip
+    one drop its first merge, of the blank and "t": " the" becomes the tokens " " and "the". The model
+    never read text like that. Given it as agreed words it writes so itself, and half words follow.
+    A token's number is its merge's rank, so it is known where a missing merge belongs.
+    """
+    settings = json.loads(tokenizer.to_str())
+    ids: dict[str, int] = settings["model"]["vocab"]
+    merges: list[list[str]] = settings["model"]["merges"]
+    special = {token["content"] for token in settings["added_tokens"]}
+    made = {first + second for first, second in merges}
+    missing = [token for token in ids if len(token) == 2 and token not in made | special]
+    if not missing:
+        return tokenizer
+    settings["model"]["merges"] = sorted([*merges, *map(list, missing)], key=lambda pair: ids["".join(pair)])
+    return Tokenizer.from_str(json.dumps(settings))
+
+
 @dataclass(frozen=True, slots=True)
 class TokenWord:
     """A word as tokens [first, last) of a row."""
@@ -77,6 +99,7 @@ class TokenWord:
     first: int
     last: int
     is_continuation: bool  # hangs on what came before the row, without a space
+    spoken: int  # tokens [spoken, last) are punctuation behind the word, if anything of it is spoken
 
 
 def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None) -> list[TokenWord]:
@@ -99,10 +122,11 @@ def split_words(vocabulary: Vocabulary, ids: Sequence[int], language: str | None
         begins = text.startswith(" ") or (is_unspaced and not is_punctuation(text))
         if words and not begins:
             before = words[-1]
-            words[-1] = TokenWord(before.text + text, before.first, last, before.is_continuation)
+            spoken = before.spoken if is_punctuation(text) else last
+            words[-1] = TokenWord(before.text + text, before.first, last, before.is_continuation, spoken)
         else:
-            words.append(TokenWord(text, first, last, is_continuation=not begins))
-    return [TokenWord(w.text.strip(), w.first, w.last, w.is_continuation) for w in words]
+            words.append(TokenWord(text, first, last, is_continuation=not begins, spoken=last))
+    return [dataclasses.replace(word, text=word.text.strip()) for word in words]
 
 
 def is_punctuation(text: str) -> bool:

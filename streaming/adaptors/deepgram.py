@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 from uuid import uuid4
 
-from streaming.adaptors.base import Adaptor, Event
+from streaming.adaptors.base import Adaptor, Event, check_text
 from streaming.adaptors.container_input import ContainerInput
 from streaming.adaptors.deepgram_query import MIN_ENDPOINTING_MS, Options, parse_options
 from streaming.adaptors.deepgram_results import Results
@@ -109,7 +109,7 @@ class Deepgram(Adaptor):
             self._sha256.update(frame)
             self._n_bytes += len(frame)
             await talk.feed(self.audio, frame)
-            return bool(frame)  # an empty one asks for the end, as it does at Deepgram
+            return bool(frame) or await self._finish()  # an empty one asks for the end, as at Deepgram
         match read_message(frame):
             case "KeepAlive":
                 return True
@@ -117,10 +117,16 @@ class Deepgram(Adaptor):
                 await self._finalize(talk)
                 return True
             case "CloseStream":
-                return False
+                return await self._finish()
             case _:
                 await self.say(talk, lambda: [self._configure_failure()])
                 return True
+
+    async def _finish(self) -> bool:
+        """The client's end: what a container still holds is heard, or is an error."""
+        if isinstance(self._audio, ContainerInput):
+            await self._audio.finish()
+        return False
 
     async def _finalize(self, talk: Conversation) -> None:
         await self.audio.flush()
@@ -164,6 +170,7 @@ def read_message(frame: str) -> str:
         BadMessage: it is none of Deepgram's.
     """
     try:
+        check_text(frame, max_parts=0)
         message = json.loads(frame)
     except (ValueError, RecursionError) as exc:
         raise BadMessage(f"no JSON: {exc}"[:200], "SchemaError") from exc

@@ -171,6 +171,7 @@ class EngineClient:
                 ready.warm_up_s,
             )
             self.ready = ready
+            self._metrics.watch_sounds(sound.name for sound in ready.sounds)
             self._writer = pipe.writer
             self._sent_at = None
             try:

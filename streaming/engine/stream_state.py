@@ -19,6 +19,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from streaming.engine.contract import Findings, Hypothesis, LanguageDoubt, Pcm, TimedWord
@@ -221,7 +222,8 @@ def has_lost_its_place(stream: Stream, at: int, kind: PointKind) -> bool:
 def words_after(stream: Stream, hypothesis: Hypothesis) -> tuple[TimedWord, ...]:
     """The hypothesis' words, none of them before what is committed or before anybody spoke.
 
-    What a model hears after a pause it likes to begin inside the pause: endpointing knows better.
+    None reaches over the next. What a model hears after a pause it likes to begin inside the pause:
+    endpointing knows better.
     """
     floor = max(stream.window_start, stream.speech_start)
     if stream.committed:
@@ -229,6 +231,8 @@ def words_after(stream: Stream, hypothesis: Hypothesis) -> tuple[TimedWord, ...]
     words: list[TimedWord] = []
     for word in hypothesis.words:
         start = max(word.start, floor)
+        if words and words[-1].end > start:
+            words[-1] = msgspec.structs.replace(words[-1], end=start)
         words.append(TimedWord(word.text, start, max(word.end, start), word.confidence))
         floor = start
     return tuple(words)

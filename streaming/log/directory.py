@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from streaming.log.store import Saved, StreamRow
+from streaming.protocol import Envelope, Message
 
 
 class StateSource(Protocol):
@@ -14,6 +16,20 @@ class StateSource(Protocol):
 
     def save(self, stream: int) -> Saved:
         """What it resumes from, and the audio that came since the last call."""
+
+
+def new_session_id(opened_ms: int) -> str:
+    """An id that no other session has; ids are in the order of time."""
+    return f"{opened_ms:011x}{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The messages of one session, by their `seq`, both inclusive."""
+
+    session: str
+    first_seq: int
+    last_seq: int | None  # None: it is live
 
 
 @dataclass(slots=True)
@@ -31,13 +47,58 @@ class Stream:
     closed_ms: int | None = None
     source: StateSource | None = None
     n_waiting: int = 0  # messages not delivered yet
+    session_id: str = ""
+    first_seq: int = 1  # of the newest session
+    delivered_seq: int = 0  # of the newest message that readers have
+    epoch_ms: int | None = None  # Unix time of the newest session's first sample; None: none came yet
+    closed_reason: str | None = None  # of the newest session
+
+    def begin(
+        self, now_ms: int, source: StateSource | None, resume_digest: bytes, session_id: str | None
+    ) -> None:
+        """Another session begins; the log's `open` says what each of these is."""
+        assert not self.is_open, self.name
+        self.session += 1
+        self.session_id = session_id or new_session_id(now_ms)
+        self.first_seq = self.last_seq + 1
+        self.is_open = True
+        self.source = source
+        self.resume_digest = resume_digest
+        self.opened_ms, self.epoch_ms = now_ms, None
+        self.closed_ms, self.closed_reason = None, None
 
     @property
     def row(self) -> StreamRow:
         """What others may know of it."""
         return StreamRow(
-            self.id, self.name, self.session, self.last_seq, self.is_open, self.opened_ms, self.closed_ms, b""
+            self.id,
+            self.name,
+            self.session,
+            self.last_seq,
+            self.is_open,
+            self.opened_ms,
+            self.closed_ms,
+            b"",
+            self.session_id,
+            self.first_seq,
+            self.epoch_ms,
+            self.closed_reason,
         )
+
+    @property
+    def is_live(self) -> bool:
+        """Whether readers have not seen the end of its newest session yet."""
+        return self.is_open or self.is_live_on_disk or self.n_waiting > 0
+
+    @property
+    def span(self) -> Span:
+        """Of the newest session."""
+        return Span(self.session_id, self.first_seq, None if self.is_live else self.last_seq)
+
+    def envelope(self, message: Message, seq: int | None = None) -> Envelope:
+        """A message of the newest session; one that is not logged has the `seq` of the one before it."""
+        at = self.last_seq if seq is None else seq
+        return Envelope(self.name, at, message, self.session_id, self.epoch_ms)
 
 
 class Directory:
@@ -58,6 +119,25 @@ class Directory:
     def has(self, name: str) -> bool:
         """Whether anything is known of a stream, live or closed."""
         return name in self._streams
+
+    def is_live(self, name: str) -> bool:
+        """Whether readers of the stream have not seen the end of its newest session yet."""
+        stream = self._streams.get(name)
+        return stream is not None and stream.is_live
+
+    def span(self, name: str) -> Span | None:
+        """The newest session of a name; None where nothing is known of it."""
+        stream = self._streams.get(name)
+        return None if stream is None else stream.span
+
+    def delivered_seq(self, name: str) -> int:
+        """The `seq` of the newest message that readers have; 0 where there is none."""
+        stream = self._streams.get(name)
+        return 0 if stream is None else stream.delivered_seq
+
+    def envelope(self, name: str, message: Message) -> Envelope:
+        """A message that is not logged, for one reader of a stream that is known."""
+        return self._streams[name].envelope(message)
 
     def is_open(self, name: str) -> bool:
         """Whether the stream is live."""
@@ -99,6 +179,11 @@ class Directory:
                 is_live_on_disk=bool(row.is_live),
                 opened_ms=row.opened_ms,
                 closed_ms=row.closed_ms,
+                session_id=row.session_id,
+                first_seq=row.first_seq,
+                delivered_seq=row.last_seq,
+                epoch_ms=row.epoch_ms,
+                closed_reason=row.closed_reason,
             )
             self._next_id = max(self._next_id, row.id + 1)
 

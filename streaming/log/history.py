@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
-from typing import Annotated, Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -22,13 +23,16 @@ from streaming.errors import BadQuery
 from streaming.log.directory import Stream
 from streaming.log.log import Log
 from streaming.log.row import Row
-from streaming.log.store import Query, Store, StreamRow
-from streaming.log.subtitles import cues_of, subrip, webvtt
+from streaming.log.store import Query, SessionRow, Store, StreamRow
+from streaming.log.subtitles import Cue, Sound, Spoken, are_apart, cues_of, subrip, webvtt
 from streaming.protocol import (
     HISTORY_PATH,
     MAX_SEQ,
+    MAX_SESSION_CHARS,
     MESSAGE_TYPES,
     STREAM_NAME,
+    EventEnded,
+    EventStarted,
     Message,
     SessionClosed,
     SessionCreated,
@@ -36,6 +40,7 @@ from streaming.protocol import (
     TranscriptFinal,
     Word,
     decode,
+    is_speech,
 )
 from streaming.query import read
 from streaming.text import join_words
@@ -47,7 +52,8 @@ MAX_SPOKEN = 50_000  # messages a transcript is made of: of a longer stream, the
 LIVE_MS = 60_000  # that live.vtt looks back
 LIVE_ROWS = 256  # messages read at a time for it
 MAX_LIVE_ROWS = 16 * LIVE_ROWS
-MAX_LIVE = 64  # streams whose newest live.vtt is kept
+MAX_LIVE = 64  # of streams, the newest live.vtt is kept
+_SOUNDS = (EventStarted.type, EventEnded.type)
 _SPOKEN = (SessionCreated.type, TranscriptDelta.type, TranscriptFinal.type, SessionClosed.type)
 _MESSAGES = ("messages", "events")  # pages; the second is the old name of the first
 _TYPES = {
@@ -58,8 +64,24 @@ _TYPES = {
 }
 
 
+_SessionId = Annotated[str, Meta(min_length=1, max_length=MAX_SESSION_CHARS)]
+
+
 class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of pages that take no parameters."""
+
+
+class SessionQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which session of a stream is wanted."""
+
+    session: _SessionId | None = None  # None: the newest
+
+
+class SessionsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which sessions of a stream are listed: the newest ones."""
+
+    before: _SessionId | None = None  # of those that began before this one; None: of all
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
 
 
 class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,10 +90,24 @@ class MessagesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after: Annotated[int, Meta(ge=0, le=MAX_SEQ)] = 0
     types: tuple[str, ...] = ()
     limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
+    session: _SessionId | None = None  # None: all of them
+
+
+class TranscriptQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which session a transcript is of, and what it shows beside words."""
+
+    sounds: Literal["0", "1"] = "0"
+    speakers: Literal["0", "1"] = "0"  # in cues; JSON always has them
+    session: _SessionId | None = None  # None: the newest
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The messages it is made of."""
+        return (*_SPOKEN, *_SOUNDS) if self.sounds == "1" else _SPOKEN
 
 
 class UnknownStream(LookupError):
-    """The log keeps no stream of this name, or there is no such page of it."""
+    """The log keeps no stream of this name, no such session, or there is no such page of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +128,44 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     is_final: bool  # False: committed, but the segment is not closed yet
 
 
+class SoundSpan(msgspec.Struct, frozen=True, gc=False):
+    """A sound that is no speech."""
+
+    id: str
+    label: str
+    start_ms: int
+    end_ms: int | None  # None: it goes on
+    score: float
+
+
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was said in the newest session of a stream, or at its end."""
+    """What was said, and what else was heard, in a session of a stream, or at its end."""
 
     created: SessionCreated | None  # None: it left the log
     closed: SessionClosed | None
     segments: tuple[Segment, ...]
+    sounds: tuple[SoundSpan, ...] = ()  # in the order they began
 
     @property
     def end_ms(self) -> int:
-        """Where the last word ends."""
-        return max((segment.words[-1].end_ms for segment in self.segments if segment.words), default=0)
+        """Where the last word ends, or the last sound that is known to."""
+        ends = [segment.words[-1].end_ms for segment in self.segments if segment.words]
+        return max([*ends, *(sound.end_ms or sound.start_ms for sound in self.sounds)], default=0)
+
+    def cues(self, *, with_speakers: bool) -> list[Cue]:
+        """As it is shown."""
+        said = [
+            Spoken(segment.words, segment.speaker if with_speakers else None)
+            for segment in self.segments
+            if segment.words
+        ]
+        end_ms = self.end_ms
+        sounds = [
+            Sound(sound.label, sound.start_ms, end_ms if sound.end_ms is None else sound.end_ms)
+            for sound in self.sounds
+        ]
+        return cues_of(said, sounds)
 
 
 def stream_of(path: str) -> str | None:
@@ -116,8 +178,8 @@ class History:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        # By id: session and `seq` that it was made at. Belongs to the log's reading thread.
-        self._live: OrderedDict[int, tuple[tuple[int, int], Document]] = OrderedDict()
+        # By id and what is wanted: session and `seq` that it was made at. Of the log's reading thread.
+        self._live: OrderedDict[tuple[int, TranscriptQuery], tuple[tuple[int, int], Document]] = OrderedDict()
 
     async def answer(self, path: str, query: str) -> Document:
         """What a path shows.
@@ -137,15 +199,48 @@ class History:
         page = path.removeprefix(f"{HISTORY_PATH}/{name}/")
         if page in _MESSAGES:
             return await self._messages(row, page, read(query, MessagesQuery, MAX_PARAMETERS))
-        read(query, NoQuery, MAX_PARAMETERS)
-        if page == "live.vtt":
-            return await self._log.reader.ask(partial(self._newest_captions, row=row))
+        if page == "sessions":
+            return await self._sessions(row, read(query, SessionsQuery, MAX_PARAMETERS))
         stem, _, ending = page.partition(".")
-        if stem == "transcript" and ending in _TYPES:
-            rows = await self._log.reader.of_session(row, _SPOKEN, MAX_SPOKEN)
-            return await self._log.reader.apart(lambda: _document(row, transcript_of(_read(rows)), ending))
-        pages = f"messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
-        raise UnknownStream(f"no such page; expected {pages}")
+        if page != "live.vtt" and (stem != "transcript" or ending not in _TYPES):
+            read(query, NoQuery, MAX_PARAMETERS)
+            pages = f"sessions, messages, live.vtt or transcript.{{{','.join(_TYPES)}}}"
+            raise UnknownStream(f"no such page; expected {pages}")
+        if ending == "txt":
+            read(query, SessionQuery, MAX_PARAMETERS)
+        wanted = read(query, TranscriptQuery, MAX_PARAMETERS)
+        session = await self._session(row, wanted.session or row.session_id)
+        if page == "live.vtt":
+            read_newest = partial(self._newest_captions, row=row, session=session, wanted=wanted)
+            return await self._log.reader.ask(read_newest)
+        rows = await self._log.reader.of_session(row, wanted.types, MAX_SPOKEN, session.number)
+        return await self._log.reader.apart(
+            lambda: _document(row, session, transcript_of(_read(rows)), ending, wanted)
+        )
+
+    async def _session(self, row: StreamRow, session_id: str) -> SessionRow:
+        """One session of a stream.
+
+        Raises:
+            UnknownStream: it is not kept.
+            LogError: the log cannot be read.
+        """
+        if session_id == row.session_id:  # which may not be on the disk yet
+            return _newest_session(row)
+        found = await self._log.reader.session(row.name, session_id)
+        if found is None:
+            raise UnknownStream(f"no session {session_id!r} of {row.name} is kept")
+        return found
+
+    async def _sessions(self, row: StreamRow, wanted: SessionsQuery) -> Document:
+        """The newest sessions of a stream, newest first."""
+        before = row.session + 1
+        if wanted.before is not None:
+            before = (await self._session(row, wanted.before)).number
+        found = await self._log.reader.ask(lambda store: store.sessions(row.id, before, wanted.limit))
+        sessions = [_session_summary(session) for session in found]
+        head = {"stream": row.name, "log": self._log.id, "n_sessions": row.session}
+        return _json(head | {"sessions": sessions})
 
     async def _streams(self) -> Document:
         """The newest streams, live ones first."""
@@ -158,20 +253,31 @@ class History:
         for name in wanted.types:
             if name not in MESSAGE_TYPES:
                 raise BadQuery(f"types: {name[:80]!r} is no message type")
-        query = Query(0, self._log.published, (row.id,), wanted.types, wanted.after)
+        after, upto = wanted.after, MAX_SEQ
+        if wanted.session is not None:
+            session = await self._session(row, wanted.session)
+            after = max(after, session.first_seq - 1)
+            upto = MAX_SEQ if session.number == row.session else session.last_seq
+        query = Query(0, self._log.published, (row.id,), wanted.types, after, upto)
         found = await self._log.reader.page(query, wanted.limit)
         # What is in the log is JSON already.
-        head = f'{{"stream": {json.dumps(row.name)}, "last_seq": {row.last_seq}, "{page}": ['
+        head = (
+            f'{{"stream": {json.dumps(row.name)}, "log": "{self._log.id}", "last_seq": {row.last_seq}, '
+            f'"{page}": ['
+        )
         body = b",\n".join(message.frame for message in found.rows)
         return Document(_TYPES["json"], head.encode() + body + b"]}\n")
 
-    def _newest_captions(self, store: Store, *, row: StreamRow) -> Document:
+    def _newest_captions(
+        self, store: Store, *, row: StreamRow, session: SessionRow, wanted: TranscriptQuery
+    ) -> Document:
         """The captions of the last minute: made once for each `seq`, however many players ask."""
-        key = row.session, store.last_seq(row.id)
-        made_at, document = self._live.pop(row.id, (None, None))
+        last_seq = store.last_seq(row.id) if session.number == row.session else session.last_seq
+        key = session.number, last_seq
+        made_at, document = self._live.pop((row.id, wanted), (None, None))
         if document is None or made_at != key:
-            document = _captions(transcript_of(_newest(store, row)))
-        self._live[row.id] = key, document
+            document = _captions(transcript_of(_newest(store, row.id, session.number, wanted.types)), wanted)
+        self._live[row.id, wanted] = key, document
         if len(self._live) > MAX_LIVE:
             self._live.popitem(last=False)
         return document
@@ -187,6 +293,7 @@ def transcript_of(messages: Iterable[Message]) -> Transcript:
     closed: SessionClosed | None = None
     segments: list[Segment] = []
     spoken: list[Word] = []  # committed, in no closed segment yet
+    sounds: dict[str, SoundSpan] = {}  # by id: what ends replaces what began
     for message in messages:
         match message:
             case SessionCreated() as created:
@@ -200,12 +307,17 @@ def transcript_of(messages: Iterable[Message]) -> Transcript:
                 segments.append(
                     Segment(final.words, final.text, final.language, final.speaker, is_final=True)
                 )
+            case EventStarted(id=id_, label=label) if not is_speech(label):
+                sounds[id_] = SoundSpan(id_, label, message.start_ms, None, message.score)
+            case EventEnded(id=id_, label=label) if not is_speech(label):
+                sounds[id_] = SoundSpan(id_, label, message.start_ms, message.end_ms, message.score)
             case _:
                 pass
     if spoken:
         text = join_words(word.text for word in spoken)
         segments.append(Segment(tuple(spoken), text, None, None, is_final=False))
-    return Transcript(created, closed, tuple(segments))
+    heard = sorted(sounds.values(), key=lambda sound: sound.start_ms)
+    return Transcript(created, closed, tuple(segments), tuple(heard))
 
 
 def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
@@ -216,12 +328,12 @@ def _n_shared(closed: Sequence[Word], spoken: Sequence[Word]) -> int:
     return 0
 
 
-def _newest(store: Store, row: StreamRow) -> list[Message]:
-    """The last messages of a stream that hold all segments of its last minute whole."""
+def _newest(store: Store, stream: int, session: int, types: tuple[str, ...]) -> list[Message]:
+    """The last messages of a session that hold all segments of its last minute whole."""
     found: list[Message] = []
     before = MAX_SEQ + 1
     while len(found) < MAX_LIVE_ROWS and not _goes_back(found):
-        rows = store.of_session(row.id, row.session, _SPOKEN, LIVE_ROWS, before)
+        rows = store.of_session(stream, session, types, LIVE_ROWS, before)
         found = [*_read(rows), *found]
         if len(rows) < LIVE_ROWS:
             break
@@ -230,46 +342,61 @@ def _newest(store: Store, row: StreamRow) -> list[Message]:
 
 
 def _goes_back(messages: Sequence[Message]) -> bool:
-    """Whether a segment was closed before the last minute, and every word after it is here."""
+    """Whether a segment whose cues stand alone began before the last minute, and every word after is here."""
     said = [message for message in messages if isinstance(message, TranscriptDelta)]
     begin = max((delta.end_ms for delta in said), default=0) - LIVE_MS
-    ends = [message.end_ms for message in messages if isinstance(message, TranscriptFinal)]
-    return bool(said) and any(said[0].start_ms <= end <= begin for end in ends)
+    finals = [message for message in messages if isinstance(message, TranscriptFinal) and message.words]
+    return any(
+        said[0].start_ms <= after.end_ms
+        and after.start_ms <= begin
+        and are_apart(Spoken(before.words), Spoken(after.words))
+        for before, after in pairwise(finals)
+        if said
+    )
 
 
 def _read(rows: Iterable[Row]) -> Iterable[Message]:
     return (decode(row.frame).message for row in rows)
 
 
-def _captions(transcript: Transcript) -> Document:
-    cues = cues_of(segment.words for segment in transcript.segments)
+def _captions(transcript: Transcript, wanted: TranscriptQuery) -> Document:
+    cues = transcript.cues(with_speakers=wanted.speakers == "1")
     begin = transcript.end_ms - LIVE_MS
     return Document(_TYPES["vtt"], webvtt(cue for cue in cues if cue.end_ms > begin).encode())
 
 
-def _document(row: StreamRow, transcript: Transcript, ending: str) -> Document:
+def _document(
+    row: StreamRow, session: SessionRow, transcript: Transcript, ending: str, wanted: TranscriptQuery
+) -> Document:
     match ending:
         case "txt":
             text = "".join(f"{segment.text}\n" for segment in transcript.segments)
         case "json":
-            return _details(row, transcript)
+            return _details(row, session, transcript, with_sounds=wanted.sounds == "1")
         case _:
-            cues = cues_of(segment.words for segment in transcript.segments)
+            cues = transcript.cues(with_speakers=wanted.speakers == "1")
             text = webvtt(cues) if ending == "vtt" else subrip(cues)
     return Document(_TYPES[ending], text.encode())
 
 
-def _details(row: StreamRow, transcript: Transcript) -> Document:
+def _details(row: StreamRow, session: SessionRow, transcript: Transcript, *, with_sounds: bool) -> Document:
     created, closed = transcript.created, transcript.closed
-    head = _summary(row) | {
-        "model": None if created is None else created.model,
-        "epoch_ms": None if created is None else created.epoch_ms,
-        "duration_ms": None if closed is None else closed.duration_ms,
-        "text": join_words(segment.text for segment in transcript.segments),
-    }
+    head = (
+        _summary(row)
+        | _session_summary(session)
+        | {
+            "model": None if created is None else created.model,
+            "duration_ms": None if closed is None else closed.duration_ms,
+            "text": join_words(segment.text for segment in transcript.segments),
+        }
+    )
     # In a loop of Python's: one call that encoded all of them would keep the other threads from running.
     segments = [msgspec.json.encode(segment) for segment in transcript.segments]
-    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]}\n"
+    body = msgspec.json.encode(head)[:-1] + b',"segments":[' + b",\n".join(segments) + b"]"
+    if with_sounds:
+        sounds = [msgspec.json.encode(sound) for sound in transcript.sounds]
+        body += b',"sounds":[' + b",\n".join(sounds) + b"]"
+    body += b"}\n"
     return Document(_TYPES["json"], body)
 
 
@@ -285,7 +412,37 @@ def _summary(row: StreamRow) -> dict[str, Any]:
         "n_sessions": row.session,
         "opened_ms": row.opened_ms,
         "closed_ms": row.closed_ms,
+        "session": row.session_id,
+        "epoch_ms": row.epoch_ms,
     }
+
+
+def _session_summary(session: SessionRow) -> dict[str, Any]:
+    return {
+        "session": session.id,
+        "number": session.number,
+        "is_live": bool(session.is_live),
+        "epoch_ms": session.epoch_ms,
+        "opened_ms": session.opened_ms,
+        "closed_ms": session.closed_ms,
+        "reason": session.reason,
+        "first_seq": session.first_seq,
+        "last_seq": session.last_seq,
+    }
+
+
+def _newest_session(row: StreamRow) -> SessionRow:
+    return SessionRow(
+        row.session,
+        row.session_id,
+        row.opened_ms,
+        row.epoch_ms,
+        row.closed_ms,
+        row.closed_reason,
+        row.first_seq,
+        row.last_seq,
+        row.is_live,
+    )
 
 
 def _json(value: object) -> Document:

@@ -28,9 +28,9 @@ from streaming.errors import LogError, LogFull
 from streaming.log.directory import Directory, StateSource, Stream
 from streaming.log.reader import Reader, in_thread
 from streaming.log.row import Row, row_of
-from streaming.log.store import Closed, Logged, Op, Opened, Store, Unsaved
+from streaming.log.store import Began, Closed, Logged, Op, Opened, Store, Unsaved
 from streaming.logging_setup import where_raised
-from streaming.protocol import UNLOGGED, Envelope, Message
+from streaming.protocol import UNLOGGED, Envelope, Message, SessionClosed
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,24 @@ class _Waiting:
     stream: Stream
     op: Op | None
     deliver: Callable[[], None] | None = None
+
+
+class _Recent:
+    """The newest messages, whose ids are numbered without a hole."""
+
+    def __init__(self, n_kept: int) -> None:
+        self._kept: deque[tuple[int, Row]] = deque(maxlen=n_kept)
+
+    def append(self, number: int, row: Row) -> None:
+        """One more; the oldest goes where there is no room."""
+        self._kept.append((number, row))
+
+    def after(self, number: int) -> list[tuple[int, Row]] | None:
+        """Those after an id; None where memory does not go back so far."""
+        if not self._kept or self._kept[0][0] > number + 1:
+            return None
+        n_skipped = max(0, number + 1 - self._kept[0][0])
+        return [self._kept[i] for i in range(n_skipped, len(self._kept))]
 
 
 def _ignore(_: object) -> None:
@@ -78,6 +96,7 @@ class Log:
                 no more, and has to end.
             n_recent: Newest messages kept in memory.
         """
+        self.id = ""  # of the file's log; another one has another
         self.directory = Directory()
         self.reader = Reader(self.directory)
         self._config = config
@@ -95,7 +114,7 @@ class Log:
         self._progress = Changed()  # of the writer
         self._failure: LogError | None = None
         self._is_closing = False
-        self._recent: deque[tuple[int, Row]] = deque(maxlen=n_recent)
+        self._recent = _Recent(n_recent)
         self.published = 0  # id of the message up to which everything was delivered
         self.trimmed = 0  # id of the newest message that retention took
         self.n_messages = 0  # that are kept
@@ -115,6 +134,7 @@ class Log:
         store = await in_thread(self._writing, lambda: Store(Path(self._config.path)))
         try:
             self.reader.open(store)
+            self.id = store.id
             await self._load()
             writer = asyncio.create_task(self._write(store), name="log")
             writer.add_done_callback(self._on_writer_end)
@@ -139,23 +159,32 @@ class Log:
 
     # --- what streams say ----------------------------------------------------------------
 
-    def open(self, name: str, source: StateSource | None = None, resume_digest: bytes = b"") -> None:
-        """A stream of this name begins, or begins again: its `seq` goes on.
+    def open(
+        self,
+        name: str,
+        source: StateSource | None = None,
+        resume_digest: bytes = b"",
+        session_id: str | None = None,
+    ) -> None:
+        """A stream of this name begins, or begins again: its `seq` goes on, in another session.
 
         Args:
             name: Of no open stream.
             source: Saved with everything it says; None: it is over when the server is killed.
             resume_digest: Of the token its producer may resume it with.
+            session_id: As `new_session_id` gives it; None: a new one.
         """
         stream = self.directory.get_or_add(name)
-        assert not stream.is_open, name
-        stream.session += 1
-        stream.is_open = True
-        stream.source = source
-        stream.resume_digest = resume_digest
-        stream.opened_ms, stream.closed_ms = self._clock_ms(), None
-        opened = Opened(stream.id, name, stream.session, stream.last_seq, stream.opened_ms, resume_digest)
+        stream.begin(self._clock_ms(), source, resume_digest, session_id)
+        number, last_seq, at_ms = stream.session, stream.last_seq, stream.opened_ms
+        opened = Opened(stream.id, name, number, last_seq, at_ms, resume_digest, stream.session_id)
         self._wait(_Waiting(stream, opened))
+
+    def began(self, name: str, epoch_ms: int) -> None:
+        """The first sample of an open stream came at a Unix time: messages from here on say so."""
+        stream = self.directory[name]
+        stream.epoch_ms = epoch_ms
+        self._wait(_Waiting(stream, Began(stream.id, stream.session, epoch_ms)))
 
     def reopen(self, name: str, source: StateSource | None) -> None:
         """Go on with a stream that a killed server left behind."""
@@ -173,25 +202,26 @@ class Log:
         stream = self.directory[name]
         assert stream.is_open, name
         if message.type in UNLOGGED:
-            row = row_of(Envelope(name, stream.last_seq, message))
+            row = row_of(stream.envelope(message))
             if stream.n_waiting:
                 self._wait(_Waiting(stream, None, partial(self._deliver, row)))
             else:
                 self._deliver(row)
             return
-        row = row_of(Envelope(name, stream.last_seq + 1, message))
         stream.last_seq += 1
+        row = row_of(stream.envelope(message))
+        if isinstance(message, SessionClosed):
+            stream.closed_reason = message.reason
         logged = Logged(
             self._next_id, stream.id, stream.session, row.seq, row.type, self._clock_ms(), row.frame
         )
         self._next_id += 1
-        self._wait(_Waiting(stream, logged, partial(self._publish, logged.id, row)))
+        self._wait(_Waiting(stream, logged, partial(self._publish, stream, logged.id, row)))
 
     def confirm(self, name: str, message: Message, deliver: Callable[[Envelope], None]) -> None:
         """Deliver a message that is not logged, once everything the stream was given is on the disk."""
         stream = self.directory[name]
-        envelope = Envelope(name, stream.last_seq, message)
-        self._wait(_Waiting(stream, None, partial(deliver, envelope)))
+        self._wait(_Waiting(stream, None, partial(deliver, stream.envelope(message))))
 
     def close(self, name: str) -> None:
         """Nothing follows on this stream; it is kept among the closed ones."""
@@ -199,7 +229,7 @@ class Log:
         stream.is_open = False
         stream.source = None
         stream.closed_ms = self._clock_ms()
-        closed = Closed(stream.id, stream.closed_ms)
+        closed = Closed(stream.id, stream.closed_ms, stream.closed_reason)
         self._wait(_Waiting(stream, closed, partial(self._on_closed, name)))
 
     async def room(self, name: str) -> None:
@@ -232,12 +262,7 @@ class Log:
 
     def recent(self, after_id: int) -> list[tuple[int, Row]] | None:
         """What was delivered after an id; None where memory does not go back so far."""
-        if after_id >= self.published:
-            return []
-        if not self._recent or self._recent[0][0] > after_id + 1:
-            return None
-        n_skipped = max(0, after_id + 1 - self._recent[0][0])  # ids are numbered without a hole
-        return [self._recent[i] for i in range(n_skipped, len(self._recent))]
+        return [] if after_id >= self.published else self._recent.after(after_id)
 
     # --- inside --------------------------------------------------------------------------
 
@@ -310,9 +335,10 @@ class Log:
         asyncio.get_running_loop().call_soon(self._on_unsaved, stream.name)
         return Unsaved(stream.id)
 
-    def _publish(self, number: int, row: Row) -> None:
+    def _publish(self, stream: Stream, number: int, row: Row) -> None:
         """A logged message is on the disk."""
-        self._recent.append((number, row))
+        stream.delivered_seq = row.seq
+        self._recent.append(number, row)
         self.published = number
         self.n_messages += 1
         self._deliver(row)

@@ -7,15 +7,15 @@ made of many questions and others come in between. What is then made of the rows
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from streaming.log.directory import Directory
+from streaming.log.directory import Directory, Span
 from streaming.log.row import Row
-from streaming.log.store import Page, Query, Store, StreamRow
+from streaming.log.store import Page, Query, SessionRow, Store, StreamRow
 from streaming.patterns import Patterns
 from streaming.protocol import MAX_SEQ
 
@@ -92,17 +92,64 @@ class Reader:
         stream = self._directory[name].id
         return await self.ask(lambda store: store.id_of(stream, seq))
 
-    async def of_session(self, row: StreamRow, types: Sequence[str], limit: int) -> list[Row]:
-        """The newest messages of some types in a stream's newest session, oldest first.
+    async def before(self, positions: Mapping[str, int]) -> int | None:
+        """The id before the first message after a `seq` of any of some streams; None: there is none.
 
         Raises:
             LogError: as `ask`.
         """
+        known = self._directory
+        pairs = [(known[name].id, seq) for name, seq in positions.items() if known.has(name)]
+        ids = await self.ask(lambda store: [store.first_id(stream, seq) for stream, seq in pairs])
+        found = [number for number in ids if number is not None]
+        return min(found) - 1 if found else None
+
+    async def session(self, name: str, session_id: str) -> SessionRow | None:
+        """One session of a stream; None where it is not kept.
+
+        Raises:
+            LogError: as `ask`.
+        """
+        if not self._directory.has(name):
+            return None
+        stream = self._directory[name].id
+        return await self.ask(lambda store: store.session(stream, session_id))
+
+    async def span(self, name: str, session_id: str) -> Span | None:
+        """The messages of one session of a stream; None where it is not kept.
+
+        Raises:
+            LogError: as `ask`.
+        """
+        newest = self._directory.span(name)
+        if newest is not None and newest.session == session_id:
+            return newest
+        row = await self.session(name, session_id)
+        return None if row is None else Span(row.id, row.first_seq, row.last_seq)
+
+    async def of_session(
+        self, row: StreamRow, types: Sequence[str], limit: int, session: int | None = None
+    ) -> list[Row]:
+        """The newest messages of some types in one session of a stream, oldest first.
+
+        Args:
+            row: The stream.
+            types: Of messages.
+            limit: Messages at most.
+            session: Its number; None: the newest.
+
+        Raises:
+            LogError: as `ask`.
+        """
+        number = row.session if session is None else session
         pages: list[list[Row]] = []  # newest first
         n_left, before = limit, MAX_SEQ + 1
         while n_left:
             n = min(n_left, READ_ROWS)
-            page = await self.ask(partial(_of_session, row=row, types=types, limit=n, before_seq=before))
+            read = partial(
+                _of_session, stream=row.id, session=number, types=types, limit=n, before_seq=before
+            )
+            page = await self.ask(read)
             pages.append(page)
             if len(page) < n:
                 break
@@ -125,6 +172,6 @@ async def in_thread(executor: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
 
 
 def _of_session(
-    store: Store, *, row: StreamRow, types: Sequence[str], limit: int, before_seq: int
+    store: Store, *, stream: int, session: int, types: Sequence[str], limit: int, before_seq: int
 ) -> list[Row]:
-    return store.of_session(row.id, row.session, types, limit, before_seq)
+    return store.of_session(stream, session, types, limit, before_seq)

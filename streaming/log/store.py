@@ -8,54 +8,23 @@ that neither a killed process nor a power cut takes it back.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from streaming.errors import LogError, LogFull
+from streaming.log.file import locked, prepare
 from streaming.log.row import Row
+from streaming.protocol import MAX_SEQ
 
-APPLICATION_ID = 0x6D6F7373  # "moss"
-VERSION = 1  # of the schema; a file of another one is refused
 BUSY_TIMEOUT_S = 5.0  # for a lock of a foreign reader, such as a backup
 SCAN = 20_000  # rows one read of many streams looks at
 TRIM_ROWS = 2_000  # rows one step of retention deletes, so that commits in between wait little
 KEPT_LIVE = 1_000  # newest messages of a live stream, which retention by size leaves alone
-CHECK_BYTES = 256 * 1024 * 1024  # a larger file is not read whole at each start
 
-_SCHEMA = """
-CREATE TABLE streams(
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    session INTEGER NOT NULL,  -- how many times a stream of this name began
-    last_seq INTEGER NOT NULL,
-    is_live INTEGER NOT NULL,
-    opened_ms INTEGER NOT NULL,  -- Unix time, as every *_ms here
-    closed_ms INTEGER,
-    resume_digest BLOB NOT NULL  -- SHA-256 of the token its producer resumes with; empty: it cannot
-);
-CREATE INDEX closed ON streams(closed_ms) WHERE NOT is_live;
-CREATE TABLE messages(
-    id INTEGER PRIMARY KEY,  -- the order of the whole log
-    stream INTEGER NOT NULL,
-    session INTEGER NOT NULL,
-    seq INTEGER NOT NULL,
-    type TEXT NOT NULL,
-    at_ms INTEGER NOT NULL,
-    frame TEXT NOT NULL  -- as it is sent
-);
-CREATE UNIQUE INDEX of_stream ON messages(stream, seq);
--- Of live streams: what a restarted server goes on from, and the audio that takes.
-CREATE TABLE states(stream INTEGER PRIMARY KEY, body BLOB NOT NULL);
-CREATE TABLE audio(stream INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, pcm BLOB NOT NULL);
-CREATE INDEX audio_of_stream ON audio(stream, stop);
-"""
 # The columns of a `Row`. The cast gives the bytes of the text, which nobody needs as a str.
 _ROW = "name, seq, type, CAST(frame AS BLOB)"
 _FROM = "FROM messages AS m CROSS JOIN streams AS s ON s.id = m.stream"  # in the order of messages
@@ -71,6 +40,16 @@ class Opened:
     last_seq: int
     at_ms: int
     resume_digest: bytes
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The first sample of a stream's session came."""
+
+    stream: int
+    session: int
+    epoch_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +71,7 @@ class Closed:
 
     stream: int
     at_ms: int
+    reason: str | None = None  # of its `session.closed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +93,7 @@ class Saved:
     keep_from: int  # audio before this sample is not needed any more
 
 
-Op = Opened | Logged | Closed | Saved | Unsaved
+Op = Opened | Began | Logged | Closed | Saved | Unsaved
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +108,25 @@ class StreamRow:
     opened_ms: int
     closed_ms: int | None
     resume_digest: bytes
+    session_id: str = ""
+    first_seq: int = 1  # of its newest session
+    epoch_ms: int | None = None  # Unix time of its first sample; None: none came yet
+    closed_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """What the file knows of one session of a stream."""
+
+    number: int
+    id: str
+    opened_ms: int
+    epoch_ms: int | None
+    closed_ms: int | None
+    reason: str | None
+    first_seq: int
+    last_seq: int
+    is_live: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +138,7 @@ class Query:
     streams: tuple[int, ...]
     types: tuple[str, ...]  # empty: all
     after_seq: int  # of each stream
+    upto_seq: int = MAX_SEQ  # of each stream, inclusive
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +169,10 @@ class Store:
             LogError: it is in use, corrupt, no log, or a log of another version; says what to do.
         """
         self._path = path
-        self._lock = _locked(path)
+        self._lock = locked(path)
         try:
             self._writer = _connect(path)
-            self._check()
+            self.id = prepare(self._writer, path)  # of this log, and of no other one
             self._reader = _connect(path)
             self._reader.execute("PRAGMA query_only = ON")
         except sqlite3.Error as exc:
@@ -243,8 +243,22 @@ class Store:
                     "INSERT OR REPLACE INTO streams VALUES(?, ?, ?, ?, 1, ?, NULL, ?)",
                     (op.stream, op.name, op.session, op.last_seq, op.at_ms, op.resume_digest),
                 )
+                run(
+                    "INSERT INTO sessions VALUES(?, ?, ?, ?, NULL, NULL, NULL, ?, NULL)",
+                    (op.stream, op.session, op.session_id, op.at_ms, op.last_seq + 1),
+                )
+            case Began():
+                run(
+                    "UPDATE sessions SET epoch_ms = ? WHERE stream = ? AND number = ?",
+                    (op.epoch_ms, op.stream, op.session),
+                )
             case Closed():
                 run("UPDATE streams SET is_live = 0, closed_ms = ? WHERE id = ?", (op.at_ms, op.stream))
+                run(
+                    "UPDATE sessions SET closed_ms = ?, reason = ?, last_seq = s.last_seq FROM streams AS s"
+                    " WHERE s.id = ? AND sessions.stream = s.id AND sessions.number = s.session",
+                    (op.at_ms, op.reason, op.stream),
+                )
                 self._forget(op.stream)
             case Unsaved():
                 self._forget(op.stream)
@@ -267,6 +281,7 @@ class Store:
             if len(gone) == TRIM_ROWS:  # there may be more
                 return Trimmed(len(gone), gone[-1], (), is_done=False)
             self._writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
+            self._writer.execute("DELETE FROM sessions WHERE stream = ?", oldest[:1])
             return Trimmed(len(gone), gone[-1] if gone else 0, (oldest[1],), is_done=False)
         # Of live streams the oldest of all: where the log is too large, or those that are too old.
         if is_large:
@@ -280,8 +295,15 @@ class Store:
 
     def _delete(self, where: str, value: int) -> list[int]:
         """Delete the first messages that a condition with a value finds; their ids, in its order."""
-        gone = self._writer.execute(f"SELECT m.id {_FROM} {where}", (value, TRIM_ROWS)).fetchall()
-        self._writer.executemany("DELETE FROM messages WHERE id = ?", gone)
+        gone = self._writer.execute(f"SELECT m.id, m.stream {_FROM} {where}", (value, TRIM_ROWS)).fetchall()
+        self._writer.executemany("DELETE FROM messages WHERE id = ?", [row[:1] for row in gone])
+        # With its last message a session goes, unless it is the newest of its stream.
+        self._writer.executemany(
+            "DELETE FROM sessions WHERE stream = ?1 AND number < coalesce("
+            "(SELECT session FROM messages WHERE stream = ?1 ORDER BY seq LIMIT 1),"
+            " (SELECT session FROM streams WHERE id = ?1))",
+            {row[1:] for row in gone},
+        )
         return [int(row[0]) for row in gone]
 
     def _one(self, sql: str) -> int:
@@ -314,10 +336,30 @@ class Store:
     def streams(self) -> list[StreamRow]:
         """Every stream, in the order in which they first began."""
         rows = self._read(
-            "SELECT id, name, session, last_seq, is_live, opened_ms, closed_ms, resume_digest"
-            " FROM streams ORDER BY id"
+            "SELECT s.id, name, session, s.last_seq, is_live, s.opened_ms, s.closed_ms, resume_digest,"
+            " n.id, n.first_seq, n.epoch_ms, n.reason"
+            " FROM streams AS s JOIN sessions AS n ON n.stream = s.id AND n.number = s.session ORDER BY s.id"
         )
         return [StreamRow(*row) for row in rows]
+
+    def sessions(self, stream: int, before: int, limit: int) -> list[SessionRow]:
+        """The newest sessions of a stream before the one of a number, newest first."""
+        return self._sessions("n.number < ? ORDER BY n.number DESC LIMIT ?", stream, before, limit)
+
+    def session(self, stream: int, session_id: str) -> SessionRow | None:
+        """One session of a stream; None where it is not kept."""
+        rows = self._sessions("n.id = ? LIMIT 1", stream, session_id)
+        return rows[0] if rows else None
+
+    def _sessions(self, where: str, *values: object) -> list[SessionRow]:
+        """Sessions of a stream, which is the first value, that a condition finds."""
+        rows = self._read(
+            "SELECT n.number, n.id, n.opened_ms, n.epoch_ms, n.closed_ms, n.reason, n.first_seq,"
+            " coalesce(n.last_seq, s.last_seq), s.is_live AND n.number = s.session"
+            f" FROM sessions AS n JOIN streams AS s ON s.id = n.stream WHERE n.stream = ? AND {where}",
+            *values,
+        )
+        return [SessionRow(*row) for row in rows]
 
     def n_messages(self) -> int:
         """How many messages are kept."""
@@ -345,10 +387,17 @@ class Store:
         rows = self._read("SELECT id FROM messages WHERE stream = ? AND seq = ?", stream, seq)
         return int(rows[0][0]) if rows else None
 
+    def first_id(self, stream: int, after_seq: int) -> int | None:
+        """The id of the first message of a stream after a `seq`; None where there is none."""
+        rows = self._read(
+            "SELECT id FROM messages WHERE stream = ? AND seq > ? ORDER BY seq LIMIT 1", stream, after_seq
+        )
+        return int(rows[0][0]) if rows else None
+
     def messages(self, query: Query, limit: int) -> Page:
         """The oldest messages of a query, at most `limit`; of many streams, from a part of the log."""
-        where = "m.id > ? AND m.id <= ? AND seq > ?"
-        values: list[int | str] = [query.after_id, query.upto_id, query.after_seq]
+        where = "m.id > ? AND m.id <= ? AND seq > ? AND seq <= ?"
+        values: list[int | str] = [query.after_id, query.upto_id, query.after_seq, query.upto_seq]
         if len(query.streams) == 1:
             where, order, upto = f"stream = ? AND {where}", "seq", query.upto_id
             values.insert(0, query.streams[0])
@@ -388,33 +437,6 @@ class Store:
         except sqlite3.Error as exc:
             raise LogError(f"log {self._path}: cannot be read: {exc}") from exc
 
-    # --- opening -------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        """Create the tables in a new file; refuse one that is not ours or not whole.
-
-        Raises:
-            LogError: what is wrong, and what to do.
-        """
-        application, version = self._one("PRAGMA application_id"), self._one("PRAGMA user_version")
-        if not self._one("SELECT count(*) FROM sqlite_master"):
-            self._writer.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table
-            marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
-            self._writer.executescript(f"BEGIN; {_SCHEMA} {marks} COMMIT")
-        elif application != APPLICATION_ID:
-            raise LogError(f"log {self._path}: is another program's database; set [log] path to another file")
-        elif version != VERSION:
-            raise LogError(
-                f"log {self._path}: has schema version {version}; expected {VERSION}; "
-                "move it away or set [log] path to another file"
-            )
-        elif self._path.stat().st_size <= CHECK_BYTES:
-            found = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise LogError(f"log {self._path}: is corrupt: {found}; move it away or set [log] path")
-        self._writer.execute("PRAGMA journal_mode = WAL").fetchall()
-        self._writer.execute("PRAGMA synchronous = FULL")
-
 
 # What passes: no room, or a foreign reader's lock. The rest means that the file or the disk is broken.
 _PASSING = frozenset(
@@ -424,24 +446,3 @@ _PASSING = frozenset(
 
 def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """The lock that keeps other servers away, for as long as it is open.
-
-    Raises:
-        LogError: another server has it, or the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what was said is its owner's business
-        lock = path.with_name(path.name + ".lock").open("ab")
-    except OSError as exc:
-        raise LogError(f"log {path}: cannot be opened: {exc}") from exc
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        lock.close()
-        why = "is another server's; give this one a [log] path of its own"
-        raise LogError(f"log {path}: {why if exc.errno == errno.EWOULDBLOCK else exc}") from exc
-    return lock

@@ -18,9 +18,12 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
 MAX_CHANNELS = 8  # of a stream's audio, mixed to one
 MAX_ID_CHARS = 64  # of a client's `flush` and `ask`
 MAX_QUESTION_CHARS = 2_000  # of an `ask`
+MAX_GAP_MS = 24 * 3600 * 1000  # of one `gap`
 MAX_TEXT_CHARS = 65_536  # of a client's text frame; a subscriber's frame of more bytes closes with 1009
 MAX_SUBSCRIBED_STREAMS = 64  # names and patterns in one `subscribe`
 MAX_SEQ = 2**53  # what JavaScript can count to
+MAX_SESSION_CHARS = 64  # of the id of a session or of a log
+AFTER_LIVE = "live"  # of a `subscribe`: from the beginning of the sessions that are live
 
 STREAM_PATH = "/v1/stream/"
 SUBSCRIBE_PATH = "/v1/subscribe"
@@ -51,7 +54,7 @@ class _Code(enum.IntEnum):
 class CloseCode(_Code):
     """Why the server closed a WebSocket connection."""
 
-    NORMAL = 1000, "the client closed, or every subscribed stream ended"
+    NORMAL = 1000, "the client closed, or what was asked for has ended"
     GOING_AWAY = 1001, "the server is stopping; every message so far was sent"
     TOO_BIG = 1009, "a message is larger than the server accepts"
     INTERNAL = 1011, "an internal error"

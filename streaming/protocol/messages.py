@@ -39,7 +39,9 @@ SEPARATOR = "goes between the committed text so far and `text`: a space or nothi
 StartMs = Annotated[int, Meta(description="start, in stream time")]
 EndMs = Annotated[int, Meta(description="end, in stream time")]
 Words = Annotated[tuple["Word", ...], Meta(description="the words of `text` with their times")]
-EventId = Annotated[str, Meta(description="the same in an event's two messages, unique in its stream")]
+EventId = Annotated[
+    str, Meta(description="the same in an event's two messages, and of no other event of any session")
+]
 EventLabel = Annotated[str, Meta(description="what kind of sound")]
 AskId = Annotated[str, Meta(description="the `id` of the `ask`")]
 
@@ -54,7 +56,7 @@ class Word(msgspec.Struct, frozen=True, gc=False):
 
 
 class SessionCreated(Tagged, frozen=True):
-    """The stream began. The only message with wall-clock time."""
+    """A session of the stream began; its audio may come much later."""
 
     model: Annotated[str, Meta(description="the name of the loaded model")]
     tasks: Annotated[
@@ -62,7 +64,9 @@ class SessionCreated(Tagged, frozen=True):
         Meta(description='what the model can do: "transcript", "events", "emotion", "answer"'),
     ]
     languages: Annotated[tuple[str, ...], Meta(description="codes that `language` accepts beside `auto`")]
-    epoch_ms: Annotated[int, Meta(description="Unix time of the stream's first sample")]
+    epoch_ms: Annotated[
+        int, Meta(description="Unix time of the opening, which may lie before the first sample")
+    ]
     sample_rate_hz: Annotated[
         int, Meta(description="of the sample clock behind every time; not the client's own rate")
     ] = SAMPLE_RATE_HZ
@@ -76,13 +80,17 @@ class SessionResumed(Tagged, frozen=True):
     """The producer's connection is resumed: send audio from sample `n_samples` on."""
 
     n_samples: Annotated[
-        int, Meta(description="samples that the server has: per channel, at the client's own rate")
+        int,
+        Meta(
+            description="samples that the server has, those of gaps included: per channel, at the client's "
+            "own rate"
+        ),
     ]
     end_ms: EndMs
 
 
 class SessionClosed(Tagged, frozen=True):
-    """The stream ended; nothing follows."""
+    """The session ended; what follows under the stream's name is of another session."""
 
     reason: Annotated[
         str,
@@ -91,18 +99,37 @@ class SessionClosed(Tagged, frozen=True):
             '"internal", "server_lost": the server crashed and the stream could not be resumed'
         ),
     ]
-    duration_ms: Annotated[int, Meta(description="of the audio that arrived")]
+    duration_ms: Annotated[int, Meta(description="of the audio that arrived, and of the gaps in it")]
     n_words: Annotated[int, Meta(description="committed words")]
     n_segments: Annotated[int, Meta(description="closed segments: `transcript.final` messages")]
+
+
+class AudioGap(Tagged, frozen=True):
+    """The producer has no audio of this span and said so: silence stands for it."""
+
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class Ack(Tagged, frozen=True):
     """All audio up to here has arrived and is on the server's disk."""
 
     n_samples: Annotated[
-        int, Meta(description="samples since the stream began: per channel, at the client's own rate")
+        int,
+        Meta(
+            description="samples since the stream began, those of gaps included: per channel, at the "
+            "client's own rate"
+        ),
     ]
     end_ms: EndMs
+    wall_ms: Annotated[
+        int | None,
+        Meta(
+            description="Unix time at which the newest of this audio came; null where that was before the "
+            "server's start",
+            extra=SINCE_0_2,
+        ),
+    ] = None
 
 
 class SpeechStarted(Tagged, frozen=True):
@@ -208,6 +235,15 @@ class AnswerFinal(Tagged, frozen=True):
     ] = ""
 
 
+class Subscribed(Tagged, frozen=True):
+    """Answers a `subscribe` with `confirm`: of a single stream, the messages after this `seq` follow."""
+
+    log: Annotated[str, Meta(description="the id of the server's log: another one counts `seq` anew")]
+    live: Annotated[
+        tuple[str, ...], Meta(description="the streams among those subscribed to that are live now")
+    ]
+
+
 class Lag(Tagged, frozen=True):
     """The reader is too slow; its connection is closed next."""
 
@@ -248,6 +284,7 @@ Message = (
     SessionCreated
     | SessionResumed
     | SessionClosed
+    | AudioGap
     | Ack
     | SpeechStarted
     | SpeechStopped
@@ -259,6 +296,7 @@ Message = (
     | EmotionUpdate
     | AnswerDelta
     | AnswerFinal
+    | Subscribed
     | Lag
     | Degraded
     | Flushed
@@ -269,7 +307,7 @@ MESSAGE_TYPES: Mapping[str, type[Message]] = {cls.type: cls for cls in get_args(
 
 # Not logged: the next interim replaces an interim, the others concern one connection.
 UNLOGGED: frozenset[str] = frozenset(
-    {TranscriptInterim.type, SessionResumed.type, Ack.type, Lag.type, Error.type}
+    {TranscriptInterim.type, SessionResumed.type, Ack.type, Subscribed.type, Lag.type, Error.type}
 )
 
 
@@ -282,14 +320,18 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     stream: str
     seq: int
     message: Message
+    session: str = ""  # id of the stream's session; empty: a message of a connection, or an older server's
+    epoch_ms: int | None = None  # Unix time of stream time 0; None: not known
 
 
-class _Head(msgspec.Struct, frozen=True, gc=False):
-    """The first fields of every server message."""
+class _Head(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The first fields of every server message, which all but `session` and `epoch_ms` have had always."""
 
     type: str
     stream: str
     seq: int
+    session: str | None = None
+    epoch_ms: int | None = None
 
 
 _ENCODER = msgspec.json.Encoder()
@@ -305,7 +347,11 @@ def encode(envelope: Envelope) -> str:
 def encode_bytes(envelope: Envelope) -> bytes:
     """The text frame of one server message in UTF-8: its head, then the fields of the message."""
     message = envelope.message
-    head = _ENCODER.encode(_Head(message.type, envelope.stream, envelope.seq))
+    # `session.created` has the time as a field of its own.
+    epoch_ms = None if isinstance(message, SessionCreated) else envelope.epoch_ms
+    head = _ENCODER.encode(
+        _Head(message.type, envelope.stream, envelope.seq, envelope.session or None, epoch_ms)
+    )
     fields = _ENCODER.encode(message)[len('{"type":""') + len(message.type) :]
     return head[:-1] + fields
 
@@ -322,7 +368,9 @@ def decode(text: str | bytes) -> Envelope:
         head = _HEAD.decode(text)
         if head.type not in _DECODERS:
             raise ProtocolError("bad_message", f"unknown message type {shown(head.type)}")
-        return Envelope(head.stream, head.seq, _DECODERS[head.type].decode(text))
+        message = _DECODERS[head.type].decode(text)
+        epoch_ms = None if isinstance(message, SessionCreated) else head.epoch_ms
+        return Envelope(head.stream, head.seq, message, head.session or "", epoch_ms)
     except msgspec.ValidationError as exc:
         raise ProtocolError("bad_message", f"a message that cannot be read: {exc}"[:200]) from exc
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:

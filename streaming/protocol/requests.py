@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from streaming.protocol.codes import (
+    AFTER_LIVE,
+    MAX_GAP_MS,
     MAX_ID_CHARS,
     MAX_QUESTION_CHARS,
     MAX_SEQ,
+    MAX_SESSION_CHARS,
     MAX_SUBSCRIBED_STREAMS,
     MAX_TEXT_CHARS,
     STREAM_NAME,
     STREAM_PATTERN,
     ProtocolError,
+    is_pattern,
     shown,
 )
 from streaming.protocol.messages import MESSAGE_TYPES, Tagged
@@ -82,6 +86,17 @@ class Ask(_Request, frozen=True):
     last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000, "how much of the newest audio it is about")]
 
 
+class Gap(_Request, frozen=True):
+    """There is no audio here: the sample clock goes on by this duration, as through silence.
+
+    Its place is behind the audio sent before. It is taken whole or not at all, and counts in `n_samples`
+    as `duration_ms * rate / 1000` samples, rounded down; so a producer that resumes knows whether to send
+    it again.
+    """
+
+    duration_ms: Annotated[int, _integer(1, MAX_GAP_MS, "of the audio that is missing")]
+
+
 class Close(_Request, frozen=True):
     """No more audio: finalise the stream, send `session.closed`, close the connection."""
 
@@ -89,14 +104,16 @@ class Close(_Request, frozen=True):
 class Subscribe(_Request, frozen=True):
     """Receive messages of streams. Replaces the subscription before it.
 
-    In a pattern `*` stands for any characters. A pattern also matches streams that begin later, so
-    its subscription does not end by itself. `after` requests logged messages first, oldest first:
+    In a pattern `*` stands for any characters. A pattern also matches streams that begin later.
+    A subscription goes on from one session of a name to the next and does not end by itself, unless
+    `session` or `follow` says otherwise. `after` requests logged messages first, oldest first:
 
-    - a number: of each stream, those after this `seq`; 0 for all that the log keeps;
+    - a number: of each stream, those after this `seq`; 0 for all that the log keeps, of all sessions;
     - an object with one name and `seq`: the last logged message received, of whichever stream.
       Replays what the log took after that message, of all the streams, so that a subscription of
       many streams resumes without a gap. Replays everything where the log no longer has that
       message;
+    - "live": of each name that is live, its session from the beginning; of the others nothing;
     - None: begins with the next message.
     """
 
@@ -107,16 +124,38 @@ class Subscribe(_Request, frozen=True):
         tuple[_MessageType, ...], _texts(0, len(MESSAGE_TYPES), "types of messages to receive; empty for all")
     ] = ()
     after: Annotated[
-        Annotated[int, _A_SEQ] | _Position | None,
+        Annotated[int, _A_SEQ] | _Position | Literal["live"] | None,
         Meta(
             description="where a replay begins, see above; null for none",
-            extra={"expected": f"a number, or an object with one stream's name and its seq up to {MAX_SEQ}"},
+            extra={
+                "expected": "a number, or an object with one stream's name and its seq "
+                f'up to {MAX_SEQ}, or "live"'
+            },
         ),
     ] = None
+    session: Annotated[
+        Annotated[str, _text(MAX_SESSION_CHARS)] | None,
+        Meta(description="this session of a single stream and no other; ends with it"),
+    ] = None
+    follow: Annotated[
+        bool,
+        Meta(
+            description="false: ends when all of it was sent and no subscribed stream is live",
+            extra={"expected": "true or false"},
+        ),
+    ] = True
+    log: Annotated[
+        Annotated[str, _text(MAX_SESSION_CHARS)] | None,
+        Meta(description="the log that `after` is of, as `subscribed` said; of another one all is replayed"),
+    ] = None
+    confirm: Annotated[
+        bool,
+        Meta(description="answer with `subscribed` first", extra={"expected": "true or false"}),
+    ] = False
 
 
-ClientMessage = SessionUpdate | Flush | Ask | Close | Subscribe
-STREAM_MESSAGES: tuple[type[ClientMessage], ...] = (SessionUpdate, Flush, Ask, Close)
+ClientMessage = SessionUpdate | Flush | Ask | Gap | Close | Subscribe
+STREAM_MESSAGES: tuple[type[ClientMessage], ...] = (SessionUpdate, Flush, Ask, Gap, Close)
 SUBSCRIBER_MESSAGES: tuple[type[ClientMessage], ...] = (Subscribe, Close)
 
 
@@ -142,9 +181,21 @@ def decode_client(text: str | bytes, allowed: Sequence[type[ClientMessage]]) -> 
     if cls is None:
         raise ProtocolError("bad_message", f"type is {shown(kind)}; expected one of {sorted(names)}")
     try:
-        return msgspec.convert(body, cls)
+        message = msgspec.convert(body, cls)
     except msgspec.ValidationError as exc:
         raise _complaint(cls, body, str(exc)) from exc
+    if isinstance(message, Subscribe):
+        _check_names(message)
+    return message
+
+
+def _check_names(wanted: Subscribe) -> None:
+    """Raises `ProtocolError` where a field goes with names alone."""
+    n_names = len(set(wanted.streams))
+    if wanted.session is not None and (n_names > 1 or is_pattern(wanted.streams[0])):
+        raise ProtocolError("bad_message", "subscribe.session with several streams; expected one name")
+    if wanted.after == AFTER_LIVE and any(map(is_pattern, wanted.streams)):
+        raise ProtocolError("bad_message", 'subscribe.after is "live" with a pattern; expected names')
 
 
 def _complaint(cls: type[ClientMessage], body: Mapping[str, Any], found: str) -> ProtocolError:

@@ -5,6 +5,7 @@ Every refusal is one of `refusals.Refusal`, raised as `Refused`, answered as it 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
+from websockets.frames import DATA_OPCODES, Frame
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from streaming.config import AccessConfig, ConfigError, LimitsConfig, ServerConfig, is_loopback
 from streaming.metrics import Metrics
@@ -32,12 +35,16 @@ from streaming.server.auth import (
 )
 from streaming.server.http import split_target, text_response
 from streaming.server.limits import Attempts, Places, network_of
+from streaming.tokens import digest_of
 
 logger = logging.getLogger(__name__)
 
 _CLOSES = {
     int(refusal.value.code): refusal for refusal in Refusal if isinstance(refusal.value.code, CloseCode)
 }
+REVOKED_AFTER_S = 5.0  # at most, a connection outlives its token, and its part of the closing handshake
+MAX_UNSENT_BYTES = 1024 * 1024  # of an open connection: what it does not read of pongs and messages
+MAX_FRAGMENTS = 4096  # of one message: an empty one costs memory too, and counts as no bytes
 _FORWARDED = ("X-Forwarded-For", "Forwarded")
 
 
@@ -82,6 +89,8 @@ class GuardedConnection(ServerConnection):
         self.grant: Grant | None = None  # what its token allows, once its request was let in
         self.address = ""  # the client's, behind a trusted proxy too
         self.admitted: Admitted | None = None  # until it is served
+        self.digest: bytes | None = None  # of the token that it has its grant by
+        self._n_fragments = 0  # of the message that is not whole yet
 
     @property
     def granted(self) -> Grant:
@@ -98,6 +107,21 @@ class GuardedConnection(ServerConnection):
         """A transport's callback: bytes came."""
         self.guard.metrics.received(len(data))
         super().data_received(data)
+        # Messages wait until it reads. Pongs cannot: they are made where its pings are read.
+        if self.state is State.OPEN and self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self.guard.metrics.refused(Refusal.UNREAD)
+            self.transport.abort()
+
+    def process_event(self, event: Any) -> None:
+        """A frame came, or a request."""
+        if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
+            self._n_fragments = 0 if event.fin else self._n_fragments + 1
+            if self._n_fragments > MAX_FRAGMENTS:
+                if self.state is State.OPEN:
+                    self.protocol.fail(CloseCode.TOO_BIG, "too many fragments")
+                    self.send_data()
+                return
+        super().process_event(event)
 
     async def send(self, message: Any, *, text: bool | None = None) -> None:
         """Send a message, and count it."""
@@ -241,7 +265,10 @@ class Guard:
                 return
             if self._tokens is None:
                 raise Refused(Refusal.BAD_SCOPE, "it is for this machine alone")
-        connection.grant = EVERYTHING if self._tokens is None else self._grant(self._tokens, request, need)
+        if self._tokens is None:
+            connection.grant = EVERYTHING
+        else:
+            connection.digest, connection.grant = self._grant(self._tokens, request, need)
 
     def _check_origin(self, request: Request) -> None:
         """Refuse what pages of other origins ask for."""
@@ -257,8 +284,8 @@ class Guard:
         ):
             raise Refused(Refusal.BAD_ORIGIN)
 
-    def _grant(self, tokens: Tokens, request: Request, need: Need) -> Grant:
-        """What a request's token allows, where that is enough."""
+    def _grant(self, tokens: Tokens, request: Request, need: Need) -> tuple[bytes, Grant]:
+        """The digest of a request's token, and what it allows, where that is enough."""
         _, query = split_target(request)
         token = presented(request.headers.get_all("Authorization"), query)
         if token is None:
@@ -268,7 +295,28 @@ class Guard:
             raise Refused(Refusal.UNKNOWN_TOKEN)
         if not need.is_met(grant):
             raise Refused(Refusal.BAD_SCOPE, f"{need.scope} is needed here")
-        return grant
+        return digest_of(token), grant
+
+    # --- as long as a connection is open -------------------------------------------------
+
+    def granted_now(self, connection: GuardedConnection) -> Grant | None:
+        """What the token of an open connection allows; None: it lost something since it was let in."""
+        if self._tokens is None or connection.digest is None:
+            return connection.grant
+        grant = self._tokens.still(connection.digest, self._today())
+        return grant if grant is not None and grant.allows_all_of(connection.granted) else None
+
+    async def watch_tokens(self) -> None:
+        """Close the connections of tokens that are revoked, expire or lose a right."""
+        closing: set[asyncio.Task[None]] = set()
+        while True:
+            await asyncio.sleep(REVOKED_AFTER_S)
+            for connection in self._places:
+                if connection.state is State.OPEN and self.granted_now(connection) is None:
+                    logger.info("a connection of %s ends: its token allows less now", connection.granted.name)
+                    close = connection.close(CloseCode.FORBIDDEN, "the token was revoked, or has expired")
+                    closing.add(task := asyncio.create_task(close, name="revoked"))
+                    task.add_done_callback(closing.discard)
 
     # --- with a handshake that succeeded: what it takes is given back when the connection is lost ------
 

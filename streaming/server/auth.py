@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKEN_CHARS = 512  # a longer one is not looked at
 MAX_TOKENS = 10_000  # entries of one file
+MAX_FILE_BYTES = 16 * 1024 * 1024
 TOKEN_BYTES = 32  # of randomness in a token that is made here
 HASH_PREFIX = "sha256:"
 # Names and `*` alone, so that one pattern can be seen to lie within another: see `Grant.covers`.
@@ -69,6 +70,11 @@ class Grant:
         A `*` in `wanted` is only matched by a `*` here, which matches whatever stands for it too.
         """
         return self.has(scope) and Patterns(self.patterns).match(wanted)
+
+    def allows_all_of(self, other: Grant) -> bool:
+        """Whether nothing that another grant allows is missing here."""
+        has_scopes = Scope.ADMIN in self.scopes or other.scopes <= self.scopes
+        return has_scopes and all(Patterns(self.patterns).match(pattern) for pattern in other.patterns)
 
 
 EVERYTHING = Grant("", frozenset(Scope))  # where no tokens are asked for
@@ -130,11 +136,13 @@ class Tokens:
 
         What the time of the look-up tells is about the digest, from which no token can be guessed.
         """
+        return self.still(digest_of(token), now)
+
+    def still(self, digest: bytes, now: datetime) -> Grant | None:
+        """As `grant`, for a token that was presented before; by its digest."""
         self._refresh()
-        found = self._entries.get(digest_of(token))
-        if found is None or (found.expires is not None and found.expires <= now):
-            return None
-        return found.grant
+        found = self._entries.get(digest)
+        return None if found is None or found.is_over(now) else found.grant
 
     def _refresh(self) -> None:
         """Take a changed file; one that cannot be used changes nothing, and that is said once."""
@@ -155,6 +163,10 @@ class _Entry:
     expires: datetime | None
     grant: Grant
 
+    def is_over(self, now: datetime) -> bool:
+        """Whether the token has expired."""
+        return self.expires is not None and self.expires <= now
+
 
 _Signature = tuple[int, int, int] | None  # None: the file cannot be looked at
 
@@ -171,7 +183,10 @@ def _load(path: Path) -> tuple[dict[bytes, _Entry], _Signature]:
     """The entries by digest, and what the file looked like before it was read."""
     signature = _signature(path)  # before the text: a change in between is read next time
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        mode = status.st_mode
+        if not stat.S_ISREG(mode) or status.st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"access.tokens: {path}: expected a file of at most {MAX_FILE_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"access.tokens: {path}: cannot be read: {exc}") from exc
@@ -194,10 +209,10 @@ def parse_tokens(text: str, source: str = "tokens") -> tuple[TokenEntry, ...]:
     """
     try:
         entries = _TokensFile.model_validate(tomllib.loads(text)).token
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{source}: no TOML: {exc}") from exc
     except ValidationError as exc:
         raise ConfigError(problems(source, exc, is_secret=True)) from exc
+    except (ValueError, RecursionError) as exc:  # of deep arrays, and of numbers of thousands of digits
+        raise ConfigError(f"{source}: no TOML: {exc}"[:500]) from exc
     for kind in ("name", "hash"):
         counts = Counter(getattr(entry, kind) for entry in entries)
         for entry in entries:

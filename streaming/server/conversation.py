@@ -30,6 +30,7 @@ from streaming.log.row import Row, row_of
 from streaming.protocol import CloseCode, Envelope, Error, Message
 from streaming.server import ws
 from streaming.server.limits import ProducerLimits
+from streaming.server.spool import Inbox, Spool
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.lifetime import LiveStream, ResumableStream, Resumption
 from streaming.stream.registry import Streams
@@ -155,7 +156,7 @@ class Conversation:
         attachment: Attachment,
         limits: ProducerLimits,
         *,
-        last_seq: Callable[[str], int],
+        envelope: Callable[[str, Message], Envelope],
         stopping: asyncio.Event,
     ) -> None:
         """Speak for a stream whose slot is free.
@@ -165,7 +166,7 @@ class Conversation:
             dialect: That is spoken.
             attachment: To the stream.
             limits: What the connection goes by.
-            last_seq: Of a stream, by its name.
+            envelope: Of a message of a stream, by its name, that is not logged.
             stopping: Set when the server stops.
         """
         self.limits = limits
@@ -175,9 +176,11 @@ class Conversation:
         self._live = attachment.live
         self._claim = attachment.claim
         self._reader = attachment.reader
-        self._last_seq = last_seq
+        self._enveloped = envelope
         self._stopping = stopping
         self._sending = asyncio.Lock()  # what one message becomes is not cut in two
+        self._spool = Spool(limits.spool_folder, limits.spool_bytes)
+        self._inbox = Inbox(connection, self._spool)
         self._has_begun = asyncio.Event()  # the stream's first message was sent
         self._complaints = ws.Complaints(limits.server.max_bad_messages)
         self._pace = limits.new_pace(asyncio.get_running_loop().time())
@@ -214,7 +217,7 @@ class Conversation:
         now = asyncio.get_running_loop().time()
         read_at = now + self._pace.take(audio_s, now)
         yield
-        await aio.sleep_until(read_at)  # and the socket is not read meanwhile
+        await aio.sleep_until(read_at)  # and what comes meanwhile waits in the spool
 
     async def send(self, make: Callable[[], Iterable[Frame]]) -> None:
         """Send frames that are made when it is their turn; nothing goes before the first message.
@@ -263,6 +266,7 @@ class Conversation:
                 await self._live.wait_over()
             slot.detach(reader)
             self._dialect.stop()
+            self._spool.close()
 
     async def _send_all(self) -> None:
         async for row in self._reader:
@@ -279,6 +283,7 @@ class Conversation:
         name, is_resumable = self._live.name, self._is_resumable
         try:
             await aio.race(
+                self._inbox.fill(),
                 self._receive(),
                 self._dialect.work(self),
                 ws.failed(sender),
@@ -303,7 +308,7 @@ class Conversation:
         return None, "closed"
 
     def _envelope(self, message: Message) -> Envelope:
-        return Envelope(self._live.name, self._last_seq(self._live.name), message)
+        return self._enveloped(self._live.name, message)
 
     async def _receive(self) -> None:
         """Take frames until the client asks to end.
@@ -328,7 +333,7 @@ class Conversation:
         while (now := loop.time()) < idle_at:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(min(now + self.limits.ack_interval_s, idle_at)):
-                    return await self._connection.recv()
+                    return await self._inbox.get()
             await self._dialect.idle(self)
         raise IdleConnection(f"nothing came for {idle_timeout_s} s")
 

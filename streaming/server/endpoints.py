@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
+from streaming import aio
 from streaming.config import ServerConfig
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.log import Log
@@ -85,7 +86,7 @@ class Server:
         """
         async with self._log.running():
             self._producers.restore()
-            async with self._serving() as port:
+            async with aio.background(self._guard.watch_tokens(), "tokens"), self._serving() as port:
                 yield port
 
     async def fault(self) -> None:

@@ -9,6 +9,7 @@ import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
 
 from streaming.config import LimitsConfig, ServerConfig
 from streaming.errors import TooFast
@@ -79,7 +80,7 @@ class AudioPace:
     """How far one stream's audio is ahead of the speed it may have.
 
     The audio may come `speed` times as fast as it was spoken, and `burst_s` seconds of it at once.
-    Whoever is further ahead is not read until it is not; whoever is further ahead than `ahead_s`,
+    Audio of whoever is further ahead waits until it is not; whoever is further ahead than `ahead_s`,
     which takes single frames of minutes, is refused.
     """
 
@@ -116,6 +117,8 @@ class ProducerLimits:
     languages: tuple[str, ...]  # codes the model can be set to
     language: str | None  # the server's setting, where a client asks for none; None: detect
     tasks: tuple[str, ...]  # what the model does
+    spool_folder: Path  # where frames wait that a stream has not taken yet
+    spool_bytes: int  # of them, of one connection
 
     def new_pace(self, now_s: float) -> AudioPace:
         """What holds back a client whose audio comes too fast, from now on."""

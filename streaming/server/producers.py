@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from websockets.asyncio.server import ServerConnection
 
@@ -40,6 +41,7 @@ class ProducerSettings:
     ingest: IngestConfig
     vad: VadConfig
     model: ModelConfig
+    spool_folder: Path  # on the disk of the log
 
 
 class Producers:
@@ -111,7 +113,7 @@ class Producers:
             admitted = self._admit_resumed(connection, dialect, dialect.resumption)
         else:
             admitted = self._admit_new(connection, dialect, language)
-        # A pong would wait behind the audio while the ring is full; `idle_timeout_s` finds the dead.
+        # A pong would wait behind the audio while the spool is full; `idle_timeout_s` finds the dead.
         connection.ping_timeout = None
         return admitted
 
@@ -175,7 +177,9 @@ class Producers:
                 claim = live.slot.claim()
                 await aio.race(live.slot.wait_free(claim), live.wait_over())
             with self._hub.subscription() as reader:
-                self._hub.subscribe(reader, Subscribe((name,), after=resumption.after))
+                # Its own session alone: what was said before under this name may be others'.
+                wanted = Subscribe((name,), after=resumption.after)
+                self._hub.subscribe(reader, wanted, self._log.directory.span(name))
                 if live is None or live.is_over:
                     await self._recite(connection, dialect, reader, resumption.after)
                     return
@@ -187,10 +191,10 @@ class Producers:
             await connection.close(over.close_code, str(over))
 
     async def _converse(self, connection: ServerConnection, dialect: Dialect, attachment: Attachment) -> None:
-        last_seq = self._log.directory.last_seq
+        envelope = self._log.directory.envelope
         limits, stopping = self._limits(), self._stopping
         await Conversation(
-            connection, dialect, attachment, limits, last_seq=last_seq, stopping=stopping
+            connection, dialect, attachment, limits, envelope=envelope, stopping=stopping
         ).run()
 
     async def _recite(
@@ -216,4 +220,6 @@ class Producers:
             ready.languages,
             None if settings.model.language == "auto" else settings.model.language,
             ready.tasks,
+            settings.spool_folder,
+            settings.ingest.spool_mib * 1024 * 1024,
         )

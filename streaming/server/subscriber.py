@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 
+import msgspec
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
@@ -17,6 +20,7 @@ from streaming.errors import (
     ServerStopping,
     SlowReader,
 )
+from streaming.log.directory import Span
 from streaming.log.hub import Hub, Subscription
 from streaming.log.log import Log
 from streaming.protocol import (
@@ -27,8 +31,6 @@ from streaming.protocol import (
     Envelope,
     Error,
     ProtocolError,
-    SessionClosed,
-    SessionCreated,
     Subscribe,
     decode_client,
     encode,
@@ -80,7 +82,12 @@ class Subscribers:
         # It sends no audio, and what half a message holds is memory.
         connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.max_message_bytes)
         subscriber = Subscriber(
-            connection, self._hub, self._log, self._config, self._finalised, connection.granted
+            connection,
+            self._hub,
+            self._log,
+            self._config,
+            self._finalised,
+            partial(self._guard.granted_now, connection),
         )
         return Admitted("a subscriber", subscriber.run)
 
@@ -88,8 +95,8 @@ class Subscribers:
 class Subscriber:
     """One subscriber's conversation.
 
-    It ends when the client closes, and when all streams it reads were live or replayed and are over;
-    with a pattern among them there may always be another.
+    It goes on from one session of a stream to the next, until the client closes; where it asked for one
+    session, or not to follow on, until all of that was sent and is over.
     A name that the server does not know is answered with a non-fatal `unknown_stream` and stays
     subscribed: its messages come when such a stream begins.
     """
@@ -101,15 +108,14 @@ class Subscriber:
         log: Log,
         config: ServerConfig,
         finalised: asyncio.Event,
-        grant: Grant,
+        granted_now: Callable[[], Grant | None],
     ) -> None:
         self._connection = connection
         self._hub = hub
-        self._known = log.directory
+        self._log = log
         self._config = config
         self._finalised = finalised  # the server is stopping, and no stream is live any more
-        self._grant = grant
-        self._over: set[str] = set()  # streams of which `session.closed` was sent
+        self._granted_now = granted_now
         self._complaints = ws.Complaints(config.max_bad_messages)
         self._subscriptions = Attempts(SUBSCRIBES_PER_S, SUBSCRIBES_BURST)
 
@@ -144,15 +150,9 @@ class Subscriber:
         return None
 
     async def _send(self, reader: Subscription) -> None:
-        """Send until every stream that is read is over."""
+        """Send until what was asked for is over; a subscription that follows on never is."""
         async for row in reader:
             await self._connection.send(row.frame, text=True)
-            if row.type == SessionCreated.type:
-                self._over.discard(row.stream)
-            if row.type == SessionClosed.type and not self._known.is_open(row.stream):
-                self._over.add(row.stream)
-                if self._over.issuperset(reader.streams):
-                    return
 
     async def _receive(self, reader: Subscription) -> None:
         """Take messages until the client asks to close.
@@ -173,12 +173,33 @@ class Subscriber:
                 return
             self._check(message)
             await self._subscribe_slowly()
-            self._over.clear()
-            self._hub.subscribe(reader, message)
-            unknown = [name for name in reader.streams if not (is_pattern(name) or self._known.has(name))]
-            if unknown:
-                text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
-                reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))
+            if message.session is None:
+                self._subscribe(reader, message)
+            else:
+                await self._subscribe_session(reader, message, message.session)
+
+    def _subscribe(self, reader: Subscription, wanted: Subscribe) -> None:
+        """Read streams, from session to session."""
+        known = self._log.directory
+        self._hub.subscribe(reader, wanted)
+        unknown = [name for name in reader.streams if not (is_pattern(name) or known.has(name))]
+        if unknown:
+            text = f"no stream yet: {', '.join(unknown)}; messages come when it begins"
+            reader.put(Envelope(unknown[0], 0, Error("unknown_stream", text, fatal=False)))
+
+    async def _subscribe_session(self, reader: Subscription, wanted: Subscribe, session: str) -> None:
+        """Read one session of a stream, up to its end.
+
+        Raises:
+            LogError: the log cannot be read.
+        """
+        name = wanted.streams[0]
+        span = await self._log.reader.span(name, session)
+        nothing = Span(session, 1, 0)
+        self._hub.subscribe(reader, msgspec.structs.replace(wanted, follow=False), span or nothing)
+        if span is None:
+            text = f"no session {session!r} of {name} is kept"
+            reader.put(Envelope(name, 0, Error("unknown_stream", text, fatal=False)))
 
     async def _subscribe_slowly(self) -> None:
         """Wait while subscriptions come too fast: each looks at every stream that the log keeps."""
@@ -188,8 +209,11 @@ class Subscriber:
 
     def _check(self, wanted: Subscribe) -> None:
         """Raises `Forbidden` where the token does not cover every stream that is asked for."""
+        grant = self._granted_now()
+        if grant is None:
+            raise Forbidden("the token was revoked, or has expired")
         for name in wanted.streams:
-            if not self._grant.covers(Scope.SUBSCRIBE, name):
+            if not grant.covers(Scope.SUBSCRIBE, name):
                 raise Forbidden(f"the token does not allow to subscribe to {name}")
 
     async def _next_frame(self, *, is_listening: bool) -> str | bytes:

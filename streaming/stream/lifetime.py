@@ -54,6 +54,7 @@ class ProducerSlot:
         self.changed = Changed()  # who has the slot, and whatever else its stream waits for
         self._reader: Subscription | None = None
         self._n_claims = 0
+        self._n_attached = 0  # the newest claim that had the slot
         self._log = log
         self._name = name
         self._for_next: list[Message] = []
@@ -62,6 +63,11 @@ class ProducerSlot:
     def is_taken(self) -> bool:
         """Whether a connection has the slot."""
         return self._reader is not None
+
+    @property
+    def was_left(self) -> bool:
+        """Whether a connection had the slot, and none has it or is about to take it."""
+        return self._reader is None and 0 < self._n_attached == self._n_claims
 
     def claim(self) -> int:
         """The newest claim on the slot, before which every other one gives way."""
@@ -86,7 +92,7 @@ class ProducerSlot:
         """
         self._check(claim)
         assert self._reader is None, self._name
-        self._reader = reader
+        self._reader, self._n_attached = reader, claim
         self.changed.notify()
         kept, self._for_next = self._for_next, []
         for message in kept:
@@ -112,7 +118,7 @@ class ProducerSlot:
         if isinstance(message, Ack):
             self._log.confirm(self._name, message, self._put)
         else:
-            self._put(Envelope(self._name, self._log.directory.last_seq(self._name), message))
+            self._put(self._log.directory.envelope(self._name, message))
 
     def tell_next(self, message: Message) -> None:
         """Keep a message for the next producer. Only a restart does so, once for each lost question."""
@@ -265,10 +271,17 @@ class LiveStream:
                 await self._changed.wait_for(lambda: self._is_ending or not self.slot.is_taken)
             elif self._is_server_stopping:
                 self.end("server_stopping")
+            elif self.slot.was_left and not self._has_audio:
+                self.end("disconnected")  # nothing would be lost: the name is free at once
             else:
                 await self._wait_for_producer()
         if self._fault is not None:
             raise self._fault
+
+    @property
+    def _has_audio(self) -> bool:
+        """Whether any audio came."""
+        return self.session.n_samples > 0
 
     @property
     def _is_ending(self) -> bool:
@@ -314,6 +327,11 @@ class ResumableStream(LiveStream):
             session, slot, log, end_audio=audio.end, grace_s=grace_s, stop_timeout_s=stop_timeout_s
         )
         self.audio = audio
+
+    @property
+    def _has_audio(self) -> bool:
+        """Also less than the session gets at once."""
+        return self.audio.n_samples > 0
 
     def save(self, stream: int) -> Saved:
         """What the stream continues from after the server's death, and its audio since the last call."""

@@ -21,12 +21,14 @@ from streaming.config import EngineSettings, IngestConfig, ServerConfig, VadConf
 from streaming.engine.client import EngineClient
 from streaming.engine.contract import Pcm
 from streaming.errors import LogError
+from streaming.log.directory import new_session_id
 from streaming.log.log import Log
 from streaming.log.reader import Left
 from streaming.logging_setup import where_raised
 from streaming.metrics import Metrics
 from streaming.protocol import SAMPLE_RATE_HZ, Error, Message, SessionClosed
 from streaming.stream.audio_input import AudioInput
+from streaming.stream.clock import StreamClock
 from streaming.stream.feed import Feed
 from streaming.stream.lifetime import TOKEN_BYTES, LiveStream, ProducerSlot, ResumableStream
 from streaming.stream.recovery import Recovery
@@ -95,10 +97,11 @@ class Streams:
         """A new stream, and the token that it is resumed with."""
         token = new_token(TOKEN_BYTES)
         slot = ProducerSlot(self._log, name)
-        live = self._resumable(self._session(name, language, slot.tell), audio_format, slot)
-        self._log.open(name, live, digest_of(token))
-        live.session.open(self._clock_ms())
-        self._keep(live)
+        session_id = new_session_id(self._clock_ms())
+        session = self._session(name, language, slot.tell, event_prefix=f"{session_id}-")
+        live = self._resumable(session, audio_format, slot)
+        self._log.open(name, live, digest_of(token), session_id)
+        self._open(live)
         return live, token
 
     def begin_unsaved(
@@ -118,14 +121,16 @@ class Streams:
             end_audio: Feeds its session what is still held of the received audio.
         """
         slot = ProducerSlot(self._log, name)
-        session = self._session(name, language, slot.tell, vad=vad, is_saved=False)
+        session_id = new_session_id(self._clock_ms())
+        session = self._session(
+            name, language, slot.tell, vad=vad, event_prefix=f"{session_id}-", is_saved=False
+        )
         stop_timeout_s = self._settings.server.stop_timeout_s
         live = LiveStream(
             session, slot, self._log, end_audio=end_audio, grace_s=0, stop_timeout_s=stop_timeout_s
         )
-        self._log.open(name)
-        session.open(self._clock_ms())
-        self._keep(live)
+        self._log.open(name, session_id=session_id)
+        self._open(live)
         return live
 
     def publish(self, name: str, message: Message) -> None:
@@ -163,6 +168,11 @@ class Streams:
 
     # --- inside --------------------------------------------------------------------------
 
+    def _open(self, live: LiveStream) -> None:
+        """Announce a stream that the log knows, and let it live."""
+        live.session.open(self._clock_ms())
+        self._keep(live)
+
     def _resume(self, left: Left) -> None:
         """Resume one stream of a dead server.
 
@@ -178,7 +188,7 @@ class Streams:
         feed, unanswered = for_model(saved.session.feed, ready.tasks, ready.languages)
         start = left.audio[0][0] if left.audio else feed.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
-        state = SessionState(feed, saved.session.vad)
+        state = SessionState(feed, saved.session.vad, saved.session.clock)
         if start + len(audio) != feed.ring_end or start > state.needed_from:
             kept = f"its audio from {start} to {start + len(audio)} is kept"
             raise LogError(f"{kept}; expected it from {state.needed_from} to {feed.ring_end}")
@@ -199,6 +209,7 @@ class Streams:
         tell: Callable[[Message], None],
         *,
         vad: VadConfig | None = None,
+        event_prefix: str = "",
         restored: tuple[SessionState, Pcm] | None = None,
         is_saved: bool = True,
     ) -> Session:
@@ -215,7 +226,11 @@ class Streams:
         feed = Feed(
             number,
             new_timeline(
-                self._settings.timeline, ready.tasks, ready.sounds, None if state is None else state.timeline
+                self._settings.timeline,
+                ready.tasks,
+                ready.sounds,
+                None if state is None else state.timeline,
+                event_prefix=event_prefix,
             ),
             language=language,
             ring=int(ingest.ring_s * SAMPLE_RATE_HZ),
@@ -227,11 +242,13 @@ class Streams:
         outlets = Outlets(
             publish=lambda message: self.publish(name, message),
             tell=tell,
+            began=lambda epoch_ms: self._log.began(name, epoch_ms),
             room=lambda: self._log.room(name),
             is_saved=is_saved,
             metrics=self._metrics,
         )
-        return Session(name, number, feed, endpointing, engine=self._engine, outlets=outlets)
+        clock = StreamClock(self._clock_ms, None if restored is None else restored[0].clock)
+        return Session(name, number, feed, endpointing, clock, engine=self._engine, outlets=outlets)
 
     def _resumable(
         self,

@@ -61,8 +61,8 @@ class NamedEvents:
         plain: dict[str, Any] = msgspec.to_builtins(NamedState(self._open, self._ended))
         return plain
 
-    def push(self, events: SoundEvents, n_events: int) -> list[Message]:
-        """Take what was named in a window. Ids go on from the number of events so far, `n_events`."""
+    def push(self, events: SoundEvents, n_events: int, prefix: str = "") -> list[Message]:
+        """Take what was named in a window. Ids begin with a prefix and go on from the number so far."""
         messages: list[Message] = []
         named: set[str] = set()  # ids of open events that were named again and reach the window's end
         for event in _merged(events.events):
@@ -72,8 +72,9 @@ class NamedEvents:
                 item.score = max(item.score, event.score)
             elif self._is_new(event, events):
                 n_events += 1
+                event_id = f"{prefix}e{n_events}"
                 item = NamedEvent(
-                    _key(event.label), event.label, event.start, event.end, event.score, f"e{n_events}"
+                    _key(event.label), event.label, event.start, event.end, event.score, event_id
                 )
                 self._open.append(item)
                 messages.append(_started(item, events.window_end))

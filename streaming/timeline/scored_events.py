@@ -37,6 +37,7 @@ class TrackerState(msgspec.Struct):
     n_events: int = 0
     sounds: dict[str, Occurrence] = {}
     named: dict[str, Any] = {}
+    prefix: str = ""  # of the ids of events
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,11 @@ class EventTracker:
     """
 
     def __init__(
-        self, config: EventsConfig, sounds: Sequence[SoundLabel], state: Mapping[str, Any] | None = None
+        self,
+        config: EventsConfig,
+        sounds: Sequence[SoundLabel],
+        state: Mapping[str, Any] | None = None,
+        prefix: str = "",
     ) -> None:
         """Begin at sample 0, or where another tracker of the same sounds was.
 
@@ -67,6 +72,7 @@ class EventTracker:
             config: Thresholds in it override those of `sounds`.
             sounds: Columns of the scores that will be pushed; empty where the model names events.
             state: What `snapshot` of that tracker gave; sounds it knew and this one does not are dropped.
+            prefix: Of the ids of events, so that no other stream has them; that of a `state` counts.
         """
         self._min_rows = max(1, -(-config.min_ms * SAMPLE_RATE_HZ // (1000 * SOUND_FRAME)))
         self._gap = config.merge_gap_ms * SAMPLE_RATE_HZ // 1000
@@ -74,16 +80,17 @@ class EventTracker:
         columns = {sound.name: column for column, sound in enumerate(sounds)}
         self._kinds = [_kind(sound, columns, sounds, config) for sound in sounds]
         self._off = np.array([kind.off for kind in self._kinds], np.uint8)
-        before = msgspec.convert(state, TrackerState) if state is not None else TrackerState()
+        before = msgspec.convert(state, TrackerState) if state is not None else TrackerState(prefix=prefix)
         self.position = before.position
         self._n_events = before.n_events
+        self._prefix = before.prefix
         self._there = {columns[name]: item for name, item in before.sounds.items() if name in columns}
         self._named = NamedEvents(config.max_open, before.named)
 
     def snapshot(self) -> dict[str, Any]:
         """What the tracker remembers, as plain dicts, lists, numbers and texts."""
         there = {self._kinds[column].name: item for column, item in self._there.items()}
-        state = TrackerState(self.position, self._n_events, there, self._named.snapshot())
+        state = TrackerState(self.position, self._n_events, there, self._named.snapshot(), self._prefix)
         plain: dict[str, Any] = msgspec.to_builtins(state)
         return plain
 
@@ -108,7 +115,7 @@ class EventTracker:
     def named(self, events: SoundEvents) -> list[Message]:
         """Take what a model named in its window, where it names events itself."""
         self.position = max(self.position, events.window_end)
-        messages = self._named.push(events, self._n_events)
+        messages = self._named.push(events, self._n_events, self._prefix)
         self._n_events += sum(isinstance(message, EventStarted) for message in messages)
         return messages
 
@@ -146,7 +153,7 @@ class EventTracker:
 
     def _begin(self, column: int, item: Occurrence) -> list[Message]:
         self._n_events += 1
-        item.id = f"e{self._n_events}"
+        item.id = f"{self._prefix}e{self._n_events}"
         general = [self._there.pop(other, None) for other in self._kinds[column].ancestors]
         name = self._kinds[column].name
         started = EventStarted(item.id, name, round(item.score, 3), ms_of(item.start), ms_of(self.position))

@@ -109,6 +109,8 @@ def new_timeline(
     tasks: Sequence[str],
     sounds: Sequence[SoundLabel],
     state: TimelineState | None = None,
+    *,
+    event_prefix: str = "",
 ) -> Timeline:
     """A timeline with the trackers of what is wanted and what the model does.
 
@@ -117,6 +119,7 @@ def new_timeline(
         tasks: What the model does.
         sounds: Columns of its scores; empty where it names sounds itself or hears none.
         state: Of the timeline that this one goes on from; None: of a new stream.
+        event_prefix: Of the ids of a new stream's events; of another one its own counts.
     """
     state = state or TimelineState()
     emotion = None if state.emotion is None else msgspec.convert(state.emotion, EmotionState)
@@ -124,7 +127,7 @@ def new_timeline(
     has_emotion = settings.emotion.enabled and "emotion" in tasks
     return Timeline(
         settings.transcript,
-        EventTracker(settings.events, sounds, state.sounds) if has_events else None,
+        EventTracker(settings.events, sounds, state.sounds, event_prefix) if has_events else None,
         EmotionTracker(settings.emotion, emotion) if has_emotion else None,
         state,
     )

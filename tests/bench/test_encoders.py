@@ -203,6 +203,7 @@ def command(root: Path) -> list[str]:
     return ["bench", "--manifest", str(root / "manifest.jsonl"), "--root", str(root)]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_part_that_there_is_material_for(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

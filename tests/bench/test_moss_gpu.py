@@ -46,6 +46,7 @@ def test_large_weights_are_not_tried_on_a_cpu(
     assert "needs a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_its_shapes_are_the_official_ones() -> None:
     """10.45 and 18.10 GB."""
     sizes = [memory_need(shapes_of(size), torch.bfloat16).weight_bytes / 1e9 for size in ("4b", "8b")]

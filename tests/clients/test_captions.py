@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -152,3 +153,39 @@ def test_plain_captions_print_brackets_as_they_are() -> None:
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().count("\n") == 1
     assert "[bold]loud[/bold] :smile:" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("label", ["Speech", "Conversation", "Narration, monologue", "male speech"])
+def test_speech_is_no_line(label: str, is_terminal: bool) -> None:
+    """Words say that somebody speaks; other sounds are shown beside it."""
+    heard = (
+        EventStarted("e1", label, 0.9, 1_000, 1_500),
+        EventStarted("e2", "Dog", 0.9, 1_000, 1_500),
+        EventEnded("e1", label, 0.9, 1_000, 2_000),
+        EventStarted("e3", label, 0.9, 3_000, 3_500),
+    )
+    text = shown(Console(file=io.StringIO(), force_terminal=is_terminal, width=80), heard)
+    assert label not in text
+    assert "♪ Dog" in text
+    state = CaptionState()
+    for message in heard:
+        state.apply(message)
+    assert state.open_events == {"e2": "Dog"}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "interim", "line"),
+    [
+        ((("客観的", ""), ("実在の", "")), ("判断", ""), "客観的実在の判断"),
+        ((("Say", ""), ("你好", " "), ("世界", "")), ("now", " "), "Say 你好世界 now"),
+        ((("안녕", ""), ("하세요", " ")), ("여러분", " "), "안녕 하세요 여러분"),
+    ],
+)
+def test_a_terminal_joins_words_as_the_language_is_written(
+    deltas: Sequence[tuple[str, str]], interim: tuple[str, str], line: str
+) -> None:
+    """The open sentence on the screen, committed and interim words."""
+    said = [TranscriptDelta(text, (), i, i + 1, between) for i, (text, between) in enumerate(deltas)]
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    assert line in shown(console, [*said, TranscriptInterim(interim[0], 5, 6, interim[1])])

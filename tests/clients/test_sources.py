@@ -102,6 +102,6 @@ async def test_no_device_and_no_sounddevice_are_one_sentence(monkeypatch: pytest
         async with microphone():
             pass
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    with pytest.raises(SourceError, match="install sounddevice"):
+    with pytest.raises(SourceError, match="sounddevice is missing: pip install"):
         async with microphone():
             pass

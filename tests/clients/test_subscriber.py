@@ -16,20 +16,22 @@ QUICK = Backoff(first_s=0.01, longest_s=0.02, max_attempts=3)
 
 
 async def test_messages_end_with_the_stream() -> None:
-    """Every message is given, and the iteration ends after session.closed."""
+    """Every message is given, and the iteration ends where the server says that this was all."""
     async with running(_whole_stream) as fake:
-        types = [envelope.message.type async for envelope in subscribe(fake.url, "test", after=0)]
+        types = [m.message.type async for m in subscribe(fake.url, "test", after=0, follow=False)]
     assert types == ["session.created", "speech.started", "transcript.interim", "session.closed"]
     assert fake.paths == ["/v1/subscribe"]
-    assert fake.requests == [{"type": "subscribe", "streams": ["test"], "types": [], "after": 0}]
+    (request,) = fake.requests
+    assert request | {"type": "subscribe", "streams": ["test"], "types": [], "after": 0} == request
+    assert (request["follow"], request["confirm"], request["log"]) == (False, True, None)
 
 
-async def test_types_filter_but_the_end_is_always_seen() -> None:
-    """session.closed is asked for and ends the iteration, though the caller did not want it."""
+async def test_types_filter_and_the_end_is_seen() -> None:
+    """The server's close ends the iteration, though no session.closed was asked for."""
     async with running(_whole_stream) as fake:
         messages = [m async for m in subscribe(fake.url, "test", types=["speech.started"], after=0)]
     assert [envelope.message.type for envelope in messages] == ["speech.started"]
-    assert fake.requests[0]["types"] == ["speech.started", "session.closed"]
+    assert fake.requests[0]["types"] == ["speech.started"]
 
 
 async def test_a_lost_connection_is_resumed_after_the_last_seq() -> None:

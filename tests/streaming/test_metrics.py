@@ -12,7 +12,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from streaming.engine import messages
 from streaming.engine.contract import TimedWord
 from streaming.metrics import Metrics, Observed
-from streaming.protocol import Close, SessionClosed, Subscribe, TranscriptDelta, Word, encode_client
+from streaming.protocol import (
+    Close,
+    EventEnded,
+    EventStarted,
+    SessionClosed,
+    Subscribe,
+    TranscriptDelta,
+    Word,
+    encode_client,
+)
 from streaming.refusals import Refusal
 from tests.streaming.server.admission_support import ask
 from tests.streaming.support import Running, receive, receive_until, running_server, s16, utterances
@@ -46,7 +55,7 @@ def test_names_follow_the_rule_and_no_label_is_open() -> None:
         assert family.documentation.endswith(".")
         for sample in family.samples:
             assert (family.type == "counter") == sample.name.endswith("_total"), sample.name
-            assert set(sample.labels) <= {"le", "reason", "type"}
+            assert set(sample.labels) <= {"le", "reason", "type", "label"}
     assert {f"moss_live_refused_total{{reason={r.label}}}" for r in Refusal} <= set(values(text))
 
 
@@ -111,6 +120,22 @@ def test_what_is_observed_is_shown() -> None:
     assert found["moss_live_queued_messages"] == 10
     assert found["moss_live_longest_queue_messages"] == 7
     assert found["moss_live_engine_ready"] == 1
+
+
+def test_sounds_are_counted_by_the_labels_that_the_engine_scores() -> None:
+    """All at 0 before; what a model names in its own words is one label, however many there are."""
+    metrics = Metrics()
+    metrics.watch_sounds(["Siren", "Baby cry, infant cry"])
+    assert read(metrics)["moss_live_sounds_total{label=Siren}"] == 0
+    for label in ("Siren", "a man hums", "a woman hums", "Siren"):
+        metrics.published(EventStarted("e1", label, 0.9, 0, 100))
+    metrics.published(EventEnded("e1", "Siren", 0.9, 0, 200))
+    metrics.watch_sounds(["Siren", "Baby cry, infant cry"])  # the engine restarted
+    found = read(metrics)
+    assert found["moss_live_sounds_total{label=Siren}"] == 2
+    assert found["moss_live_sounds_total{label=Baby cry, infant cry}"] == 0
+    assert found["moss_live_sounds_total{label=other}"] == 2
+    assert sum(name.startswith("moss_live_sounds_total") for name in found) == 3
 
 
 async def metrics_of(running: Running) -> Mapping[str, float]:

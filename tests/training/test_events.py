@@ -53,6 +53,7 @@ def test_only_free_clips_are_trained_on(licence: str, expected: bool) -> None:
     assert is_free(licence) is expected
 
 
+@pytest.mark.slow
 def test_a_scene_is_what_its_seed_says() -> None:
     """The same seed gives the same scene; times lie inside it; the clips it names are those it holds."""
     kinds = set()

@@ -21,6 +21,7 @@ from model.whisper.decoding import Decoded, Decoder, DecodeRequest
 from model.whisper.modeling import FRAMES_PER_POSITION, DecoderCache
 from model.whisper.padding import Padding
 from model.whisper.tokens import Vocabulary, is_punctuation, split_words
+from model.whisper.word_times import loud_positions, word_spans
 from streaming.engine.contract import (
     Capabilities,
     EmotionEstimate,
@@ -369,11 +370,13 @@ class WhisperRunner:
     def _words(self, due: _Due, decoded: Decoded) -> tuple[TimedWord, ...]:
         words = []
         end = due.fork.window_start + due.n_samples
-        for word in split_words(self._vocabulary, decoded.tokens, decoded.language):
+        timed = split_words(self._vocabulary, decoded.tokens, decoded.language)
+        spans = word_spans(timed, decoded.starts, loud_positions(due.frames))
+        for word, (first, last) in zip(timed, spans, strict=True):
             if is_punctuation(word.text):  # what belongs to the prefix came too late to be committed
                 continue
-            start = due.fork.window_start + decoded.starts[word.first] * SAMPLES_PER_POSITION
-            stop = due.fork.window_start + decoded.starts[word.last] * SAMPLES_PER_POSITION
+            start = due.fork.window_start + first * SAMPLES_PER_POSITION
+            stop = due.fork.window_start + last * SAMPLES_PER_POSITION
             score = math.exp(float(np.mean(decoded.log_probabilities[word.first : word.last])))
             text = word.text
             if word.is_continuation:  # "-source" after a committed "open": the hyphen came too late as well

@@ -119,6 +119,7 @@ def test_older_blocks_can_be_left_out() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_answer_that_loops_is_cut() -> None:
     """The random model falls into a loop; the guard ends it and keeps one round."""
     guard = LoopGuard(min_repeats=3, min_tokens=6, max_period=8)

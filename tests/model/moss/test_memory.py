@@ -76,6 +76,7 @@ class Peak(TorchDispatchMode):
             self._now -= n_bytes
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_workspace_is_what_the_largest_calls_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 4B model without memory behind its tensors: at most what is planned, and not a fraction of it.

@@ -121,6 +121,7 @@ def same(a: Sequence[Generation], b: Sequence[Generation]) -> None:
     assert [x.confidence for x in a] == pytest.approx([y.confidence for y in b], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_recorded_steps_answer_as_the_function_does() -> None:
     """Every size captured, then answers of many slots and lanes by replay alone: the same tokens."""
     eager, replayed = make_cache(), make_cache()
@@ -250,6 +251,7 @@ class NoWaiting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "window",
     [

@@ -98,6 +98,7 @@ def check_equals_offline(cache: RollingCache, stream: Stream, pcm: Tensor) -> No
     assert list(answer.tokens) == greedy_uncached(Checkpoint(model, LAYOUT), [*ids, *QUESTION], audio, 6)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     seconds=st.lists(st.floats(0.4, 13.0), min_size=3, max_size=3),

@@ -59,6 +59,7 @@ def head(yamnet: Yamnet, weights: HeadWeights) -> SoundHead:
     return SoundHead(weights, yamnet, ["Speech", "Laughter", "Music", "Bark", "Siren"])
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.lists(st.integers(0, 12_000), max_size=8))
 def test_rows_do_not_depend_on_the_cuts(yamnet: Yamnet, head: SoundHead, cuts: list[int]) -> None:

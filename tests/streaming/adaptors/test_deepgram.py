@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -207,6 +208,27 @@ async def test_a_damaged_container_ends_its_stream_even_if_nothing_more_is_sent(
         events = await rest(connection)
         assert connection.close_code == 1008
     assert "cannot be decoded" in events[0]["description"]
+
+
+@pytest.mark.parametrize("end", [CLOSE, b""])
+@pytest.mark.parametrize(
+    ("container", "codec", "expected"),
+    [("wav", "adpcm_ima_wav", "holds adpcm_ima_wav"), ("mp4", "aac", "cannot be decoded"),
+     ("flac", "flac", "without any audio|cannot be decoded")],
+)  # fmt: skip
+async def test_a_container_that_is_not_heard_is_no_success(
+    container: str, codec: str, expected: str, end: str | bytes
+) -> None:
+    """Though the client ends the stream before the decoder has seen it."""
+    data = encode(TALK, container, codec, 16_000, {})
+    data = data[:60] if container == "flac" else data
+    async with running_server() as running, listen(running, "") as connection:
+        await connection.send(data)
+        await connection.send(end)
+        events = await rest(connection)
+        assert connection.close_code == 1008
+    assert events[0]["type"] == "Error"
+    assert re.search(expected, events[0]["description"])
 
 
 async def test_an_empty_frame_ends_the_stream() -> None:

@@ -26,6 +26,7 @@ from tests.streaming.support import TIMEOUT_S, running_server, s16, silence, utt
 TALK = utterances(1.5, 2.0)
 AUDIO = s16(TALK) + s16(silence(1.0))
 CHUNK = 3_200  # bytes: 100 ms
+IN_SPEECH = 10 * CHUNK
 
 # The package opens its connection in a way that websockets deprecates since 17.1, and imports its
 # legacy client, deprecated since 14.
@@ -44,6 +45,13 @@ def environment(port: int) -> DeepgramClientEnvironment:
 async def test_the_async_client_hears_everything() -> None:
     """Interims, speech events, a finalize, an utterance's end, and Metadata last; then a normal close."""
     found: list[Any] = []
+    has_interim = asyncio.Event()
+
+    def take(message: Any) -> None:
+        found.append(message)
+        if isinstance(message, ListenV1Results) and not message.is_final:
+            has_interim.set()
+
     async with running_server() as running, asyncio.timeout(TIMEOUT_S):
         deepgram = AsyncDeepgramClient(api_key="any", environment=environment(running.port))
         async with deepgram.listen.v1.connect(
@@ -59,12 +67,14 @@ async def test_the_async_client_hears_everything() -> None:
             smart_format=True,
             keyterm=["moss"],
         ) as connection:
-            connection.on(EventType.MESSAGE, found.append)
+            connection.on(EventType.MESSAGE, take)
             connection.on(EventType.ERROR, found.append)
             listening = asyncio.create_task(connection.start_listening())
             await connection.send_keep_alive()
             for at in range(0, len(AUDIO), CHUNK):
                 await connection.send_media(AUDIO[at : at + CHUNK])
+                if at == IN_SPEECH:  # an interim that a final replaces before it was sent is not sent
+                    await has_interim.wait()
             await connection.send_finalize(ListenV1Finalize(type="Finalize"))
             await connection.send_close_stream()
             await listening

@@ -151,3 +151,23 @@ def test_hints_and_unknown_parameters_are_ignored() -> None:
     assert parse_options("language=multi").language == "auto"
     with pytest.raises(BadQuery):
         parse_options("search=a")
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["今", "天、", "天", "气", "很", "好。"], "今天、天气很好。"),
+        (["客", "観", "的", "実", "在"], "客観的実在"),
+        (["我", "用", "python", "写"], "我用 python 写"),
+        (["안녕", "하세요"], "안녕 하세요"),
+    ],
+)
+def test_transcripts_are_joined_as_the_language_is_written(texts: list[str], expected: str) -> None:
+    """Final and interim ones, with punctuation and without; every word stays a word of its own."""
+    words = tuple(Word(text, i * 100, i * 100 + 100, 0.5) for i, text in enumerate(texts))
+    said = TranscriptDelta(expected, words, 0, 1000, "")
+    for query, text in (("punctuate=true", expected), ("", expected.replace("、", "").replace("。", ""))):
+        query += "&interim_results=true"
+        interim, found = translate(results(query), TranscriptInterim(expected, 0, 500), said)
+        assert transcript(interim) == transcript(found) == text
+        assert len(found["channel"]["alternatives"][0]["words"]) == len(texts)

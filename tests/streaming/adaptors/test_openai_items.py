@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from streaming.adaptors.openai import MAX_ITEM_CHARS, OpenAi
 from streaming.config import VadConfig
 from streaming.protocol import (
@@ -120,3 +122,21 @@ def test_what_the_api_has_no_word_for_is_left_out() -> None:
     assert kinds(openai, TranscriptInterim("a", 0, 1), Degraded("overload", "", 0, 1)) == []
     (event,) = translate(openai, Error("engine_lost", "the engine died", fatal=False))
     assert (event["error"]["type"], event["error"]["code"]) == ("server_error", "engine_lost")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [["今天、", "天气", "很好。"], ["客観的", "実在"], ["我用", " Python", " 写"], ["안녕", " 하세요"]],
+)
+def test_deltas_add_up_to_the_transcript_as_the_language_is_written(pieces: list[str]) -> None:
+    """A client concatenates them; a space is in them where one belongs."""
+    openai = adaptor()
+    deltas = [TranscriptDelta(p.strip(), (), 0, 1000, p[: len(p) - len(p.lstrip())]) for p in pieces]
+    events = translate(openai, SpeechStarted(0), *deltas, SpeechStopped(0, 1000), final("".join(pieces)))
+    assert [event["delta"] for event in events if event["type"] == DELTA] == pieces
+    assert [event["transcript"] for event in events if event["type"] == COMPLETED] == ["".join(pieces)]
+
+
+def final(text: str) -> TranscriptFinal:
+    """A closed segment."""
+    return TranscriptFinal(text, (), None, None, 0, 1000)

@@ -85,8 +85,14 @@ async def test_a_stream_that_cannot_be_saved_ends_and_no_other(monkeypatch: pyte
     """Closed as `internal` and its connection with 1011; the server and the other streams go on."""
     begin = Log.open
 
-    def failing(log: Log, name: str, source: StateSource | None = None, resume_digest: bytes = b"") -> None:
-        begin(log, name, Broken() if name == "bad" else source, resume_digest)
+    def failing(
+        log: Log,
+        name: str,
+        source: StateSource | None = None,
+        resume_digest: bytes = b"",
+        session_id: str | None = None,
+    ) -> None:
+        begin(log, name, Broken() if name == "bad" else source, resume_digest, session_id)
 
     monkeypatch.setattr(Log, "open", failing)
     audio = s16(utterances(1.0))

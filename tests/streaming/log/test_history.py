@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streaming.protocol import Close, SessionClosed, TranscriptDelta, TranscriptFinal, encode, encode_client
+from streaming.config import LogConfig
+from streaming.log.history import History
+from streaming.log.log import Log
+from streaming.protocol import (
+    Close,
+    EventEnded,
+    EventStarted,
+    Message,
+    SessionClosed,
+    TranscriptDelta,
+    TranscriptFinal,
+    Word,
+    encode,
+    encode_client,
+)
 from tests.streaming.support import (
     TIMEOUT_S,
     Running,
@@ -107,6 +125,10 @@ async def test_messages_are_those_that_were_sent() -> None:
         ("/v1/streams/talk/messages?types=words", 400, "'words' is no message type"),
         ("/v1/streams/talk/events?from=1", 400, "'from' is no parameter"),
         ("/v1/streams?after=1", 400, "expected none"),
+        ("/v1/streams/talk/transcript.vtt?sounds=yes", 400, "sounds is 'yes'; expected one of 0, 1"),
+        ("/v1/streams/talk/live.vtt?speakers=2", 400, "speakers is '2'; expected one of 0, 1"),
+        ("/v1/streams/talk/transcript.srt?sound=1", 400, "expected one of sounds, speakers"),
+        ("/v1/streams/talk/transcript.txt?sounds=1", 400, "expected one of session"),
     ],
 )
 async def test_what_there_is_not_is_said(path: str, status: int, text: str) -> None:
@@ -117,3 +139,111 @@ async def test_what_there_is_not_is_said(path: str, status: int, text: str) -> N
         found = await get(running, path)
         assert found[0] == status
         assert text in found[2]
+
+
+def sound(id_: str, label: str, start_ms: int, end_ms: int | None = None) -> list[EventStarted | EventEnded]:
+    """The messages of a sound; without an end it goes on."""
+    began = EventStarted(id_, label, 0.8, start_ms, start_ms + 500)
+    return [began] if end_ms is None else [began, EventEnded(id_, label, 0.9, start_ms, end_ms)]
+
+
+@asynccontextmanager
+async def kept(folder: Path, said: Sequence[Message]) -> AsyncIterator[History]:
+    """The history of a live stream in which so much was said and heard."""
+    log = Log(LogConfig(path=str(folder / "log.sqlite")), lambda: 0)
+    async with asyncio.timeout(TIMEOUT_S), log.running():
+        log.open("a")
+        for message in said:
+            log.append("a", message)
+        await log.settled()
+        yield History(log)
+
+
+def final(text: str, start_ms: int, speaker: str | None = None) -> TranscriptFinal:
+    """A closed segment of words of 300 ms."""
+    words = tuple(
+        Word(part, start_ms + i * 300, start_ms + (i + 1) * 300, 0.9) for i, part in enumerate(text.split())
+    )
+    return TranscriptFinal(text, words, "en", speaker, start_ms, words[-1].end_ms)
+
+
+HEARD: Sequence[Message] = (
+    *sound("1", "Speech", 900, 2_000),
+    final("Who is there?", 1_000, "S1"),
+    *sound("2", "Doorbell", 5_000, 6_500),
+    *sound("3", "Music", 10_000, 20_000),
+    final("Turn it down please.", 30_000, "S2"),
+    *sound("4", "Siren", 40_000),
+)
+
+
+async def test_sounds_are_shown_on_request(tmp_path: Path) -> None:
+    """In WebVTT, SubRip and the captions of the last minute; music as a note, speech never."""
+    async with kept(tmp_path, HEARD) as history:
+        for page in ("transcript.vtt", "transcript.srt", "live.vtt"):
+            path = f"/v1/streams/a/{page}"
+            plain = (await history.answer(path, "")).body.decode()
+            assert (await history.answer(path, "sounds=0&speakers=0")).body.decode() == plain
+            assert "[" not in plain
+            found = (await history.answer(path, "sounds=1")).body.decode()
+            texts = [
+                line for line in found.splitlines() if line and not re.match(r"\d+$|WEBVTT|.* --> ", line)
+            ]
+            assert texts == ["Who is there?", "[Doorbell]", "♪", "Turn it down please.", "[Siren]"]
+            assert re.search(r"00:00:05[.,]000 --> 00:00:06[.,]500\n\[Doorbell\]", found)
+            assert re.search(r"00:00:10[.,]000 --> 00:00:17[.,]000\n♪", found)
+
+
+async def test_sounds_are_in_json_on_request(tmp_path: Path) -> None:
+    """With their ids, and without an end while they go on."""
+    async with kept(tmp_path, HEARD) as history:
+        path = "/v1/streams/a/transcript.json"
+        assert "sounds" not in json.loads((await history.answer(path, "")).body)
+        body = json.loads((await history.answer(path, "sounds=1")).body)
+    assert [(s["id"], s["label"], s["start_ms"], s["end_ms"], s["score"]) for s in body["sounds"]] == [
+        ("2", "Doorbell", 5_000, 6_500, 0.9),
+        ("3", "Music", 10_000, 20_000, 0.9),
+        ("4", "Siren", 40_000, None, 0.8),
+    ]
+    assert [segment["speaker"] for segment in body["segments"]] == ["S1", "S2"]
+
+
+async def test_speakers_are_shown_on_request(tmp_path: Path) -> None:
+    """Where they are known; asking for one thing more does not change the page without it."""
+    async with kept(tmp_path, HEARD) as history:
+        for page in ("transcript.vtt", "live.vtt"):
+            found = (await history.answer(f"/v1/streams/a/{page}", "speakers=1")).body.decode()
+            assert "<v S1>Who is there?" in found
+            assert "<v S2>Turn it down please." in found
+            assert "<v" not in (await history.answer(f"/v1/streams/a/{page}", "")).body.decode()
+        found = (await history.answer("/v1/streams/a/transcript.srt", "speakers=1&sounds=1")).body.decode()
+        assert "S1: Who is there?" in found
+        assert "\n[Doorbell]" in found
+
+
+async def test_a_stream_of_sounds_alone_has_captions(tmp_path: Path) -> None:
+    """The last minute is that of what was heard."""
+    heard = [message for i in range(100) for message in sound(str(i), "Dog", i * 10_000, i * 10_000 + 900)]
+    async with kept(tmp_path, heard) as history:
+        live = (await history.answer("/v1/streams/a/live.vtt", "sounds=1")).body.decode()
+        assert re.findall(r"(.*)\.000 --> ", live) == [
+            f"00:{s // 60}:{s % 60:02}" for s in range(930, 1000, 10)
+        ]
+        assert (await history.answer("/v1/streams/a/live.vtt", "")).body.decode() == "WEBVTT\n"
+
+
+@pytest.mark.parametrize(
+    "words", [list("你好世界今天天气很好"), list("客観的実在の判断"), ["안녕", "하세요"]]
+)
+async def test_transcripts_are_joined_as_the_language_is_written(tmp_path: Path, words: list[str]) -> None:
+    """In every kind of file, whether its segment is closed or not."""
+    text = " ".join(words) if "안녕" in words else "".join(words)
+    timed = tuple(Word(word, i * 200, i * 200 + 200, 0.9) for i, word in enumerate(words))
+    end_ms = timed[-1].end_ms
+    delta = TranscriptDelta(text, timed, 0, end_ms, "")
+    for closed in ([], [TranscriptFinal(text, timed, None, None, 0, end_ms)]):
+        async with kept(tmp_path / str(len(closed)), [delta, *closed]) as history:
+            for page in ("transcript.txt", "transcript.vtt", "transcript.srt", "live.vtt"):
+                assert text in (await history.answer(f"/v1/streams/a/{page}", "")).body.decode()
+            body = json.loads((await history.answer("/v1/streams/a/transcript.json", "")).body)
+            assert (body["text"], body["segments"][0]["text"]) == (text, text)

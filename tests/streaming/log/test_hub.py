@@ -154,7 +154,8 @@ async def test_a_slow_reader_is_over_and_delays_nobody() -> None:
             assert slow.is_behind.is_set()
             with pytest.raises(SlowReader):
                 await rest(slow)
-            assert slow.lag() == Envelope("a", 3, Lag(20))
+            session = it.log.directory["a"].session_id
+            assert slow.lag() == Envelope("a", 3, Lag(20), session)
 
 
 async def test_a_replay_longer_than_the_queue_does_not_overflow() -> None:

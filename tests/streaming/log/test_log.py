@@ -263,7 +263,7 @@ def test_many_streams_are_read_in_the_order_of_the_log(tmp_path: Path) -> None:
     [
         ("nonsense", "not a database"),
         ("other", "another program's database"),
-        ("version", "schema version 99; expected 1"),
+        ("version", "schema version 99; expected 2"),
         ("torn", "corrupt|malformed"),
         ("folder", "cannot be opened"),
     ],

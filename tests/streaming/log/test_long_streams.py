@@ -17,7 +17,7 @@ from streaming.log.log import Log
 from streaming.log.reader import READ_ROWS
 from streaming.log.row import Row
 from streaming.log.store import Store
-from streaming.log.subtitles import cues_of, webvtt
+from streaming.log.subtitles import webvtt
 from streaming.protocol import (
     Envelope,
     Flushed,
@@ -56,7 +56,7 @@ def talk(n_deltas: int, rng: random.Random, *, segment_words: int = 30) -> list[
 def last_minute(messages: Sequence[Message]) -> str:
     """The captions of all that was said, cut to the last minute."""
     transcript = transcript_of(messages)
-    cues = cues_of(segment.words for segment in transcript.segments)
+    cues = transcript.cues(with_speakers=False)
     return webvtt(cue for cue in cues if cue.end_ms > transcript.end_ms - LIVE_MS)
 
 
@@ -140,7 +140,7 @@ async def test_a_whole_transcript_is_read_in_parts_and_made_elsewhere(
     n_spoken = sum(not isinstance(message, SpeechStarted) for message in said)
     async with logged(tmp_path, said) as (_, history):
         page = await history.answer("/v1/streams/a/transcript.vtt", "")
-    assert page.body.decode() == webvtt(cues_of(s.words for s in transcript_of(said).segments))
+    assert page.body.decode() == webvtt(transcript_of(said).cues(with_speakers=False))
     assert sum(reads) == n_spoken
     assert max(reads) == READ_ROWS
     assert threads == {"log-work"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streaming.log import subtitles
 from streaming.log.subtitles import (
     CHAR_MS,
     MAX_CHARS,
@@ -16,16 +18,40 @@ from streaming.log.subtitles import (
     MAX_LINES,
     MAX_WORD_MS,
     MIN_CUE_MS,
+    MUSIC,
+    PAUSE_MS,
+    SAME_SOUND_MS,
     Cue,
-    cues_of,
+    Sound,
+    Spoken,
     subrip,
     webvtt,
 )
 from streaming.protocol import Word
 
+
+def cues_of(
+    segments: Sequence[Sequence[Word]], sounds: Sequence[Sound] = (), speakers: Sequence[str | None] = ()
+) -> list[Cue]:
+    """The cues of segments that nobody in particular said, or these speakers."""
+    who = list(speakers) or [None] * len(segments)
+    said = [Spoken(words, speaker) for words, speaker in zip(segments, who, strict=True)]
+    return subtitles.cues_of(said, sounds)
+
+
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
     lambda text: text.split() == [text]
 )
+
+
+labels = st.sampled_from(["Dog", "Telephone bell ringing", "Music", "Speech", "Siren", "x" * 64])
+
+
+@st.composite
+def heard(draw: st.DrawFn) -> list[Sound]:
+    """Sounds anywhere, that may overlap."""
+    starts = draw(st.lists(st.integers(0, 60_000), max_size=8))
+    return [Sound(draw(labels), start, start + draw(st.integers(0, 40_000))) for start in starts]
 
 
 @st.composite
@@ -175,3 +201,107 @@ def test_fast_speech_stays_until_it_can_be_read_where_there_is_room() -> None:
     assert alone.end_ms == CHAR_MS * sum(map(len, alone.lines)) > fast[-1].end_ms
     cue, _ = cues_of([fast, words("Next one.", 1_500)])
     assert cue.end_ms == 1_500
+
+
+@given(spoken(), heard())
+def test_sounds_stand_among_the_words(segments: list[list[Word]], sounds: list[Sound]) -> None:
+    """With them too, cues hold every word once, never overlap, and are of a length that can be read."""
+    cues = cues_of(segments, sounds)
+    shown = "".join(re.sub(r"\[[^\]]*\]", "", " ".join(cue.lines)) for cue in cues).replace(MUSIC, "")
+    assert _letters(shown) == _letters("".join(w.text for words in segments for w in words))
+    assert all(0 <= cue.start_ms < cue.end_ms for cue in cues)
+    assert all(a.end_ms <= b.start_ms for a, b in pairwise(cues))
+    assert all(cue.end_ms - cue.start_ms <= MAX_CUE_MS for cue in cues)
+    assert all(len(cue.lines) <= MAX_LINES for cue in cues)
+    n_words = sum(map(len, segments))
+    said = {sound.label for sound in sounds}
+    text = " ".join(" ".join(cue.lines) for cue in cues)
+    assert "Speech" not in text or n_words
+    assert ("[Dog]" in text) == ("Dog" in said)
+
+
+def _letters(text: str) -> str:
+    """Without what a sound's name is written with."""
+    return "".join(c for c in text if not c.isspace() and c not in "[]" + MUSIC)
+
+
+def test_sounds_are_named_where_they_happened() -> None:
+    """Between sentences for as long as they sound, in a sentence in their place; music as a note."""
+    said = [words("Wait for me.", 10_000), words("Who is it now?", 40_000)]
+    sounds = [
+        Sound("Speech", 9_800, 11_000),
+        Sound("Doorbell", 10_450, 11_400),
+        Sound("Music", 20_000, 39_000),
+        Sound("Telephone bell ringing", 50_000, 53_000),
+    ]
+    assert cues_of(said, sounds) == [
+        Cue(10_000, 11_150, ("Wait for [Doorbell] me.",)),
+        Cue(20_000, 27_000, (MUSIC,)),
+        Cue(40_000, 41_200, ("Who is it now?",)),
+        Cue(50_000, 53_000, ("[Telephone bell ringing]",)),
+    ]
+    assert all("[" not in line for cue in cues_of(said) for line in cue.lines)
+
+
+@pytest.mark.parametrize(
+    ("sounds", "shown"),
+    [
+        # It comes again and again: named once, and again after a pause.
+        ([Sound("Dog", t, t + 500) for t in (0, 2_000, 4_000)], ["[Dog]"]),
+        ([Sound("Dog", 0, 500), Sound("Dog", 500 + SAME_SOUND_MS, 9_000)], ["[Dog]", "[Dog]"]),
+        # Two at once share a cue, so that neither flashes by.
+        ([Sound("Dog", 0, 5_000), Sound("Siren", 400, 9_000)], ["[Dog] [Siren]"]),
+        ([Sound("Singing", 0, 500), Sound("Background music", 100, 900)], [MUSIC]),
+        ([Sound("Conversation", 0, 500), Sound("male speech", 100, 900)], []),
+        ([Sound("a\n\nb --> <i>", 0, 500)], ["[a b --> <i>]"]),
+    ],
+)
+def test_a_sound_is_named_once(sounds: list[Sound], shown: list[str]) -> None:
+    """However often it comes, and never speech."""
+    assert [" ".join(cue.lines) for cue in cues_of([], sounds)] == shown
+
+
+@pytest.mark.parametrize("start_ms", [9_200, 10_100, 10_700, 11_000])
+def test_a_sound_beside_a_sentence_makes_nothing_flash_by(start_ms: int) -> None:
+    """It shares the sentence's cue, or has a second of its own."""
+    cues = cues_of([words("Wait for me now.", 10_000, 200)], [Sound("Dog", start_ms, start_ms + 300)])
+    assert sum("[Dog]" in " ".join(cue.lines) for cue in cues) == 1
+    assert all(cue.end_ms - cue.start_ms >= MIN_CUE_MS for cue in cues)
+
+
+def test_a_sentence_of_one_word_joins_its_neighbour_segment() -> None:
+    """The nearer one, unless a pause or another speaker is between."""
+    first, yes, last = words("I see it.", 0), words("Yes.", 1_700), words("So do I now.", 2_300)
+    assert [cue.lines for cue in cues_of([first, yes, last])] == [("I see it.",), ("Yes. So do I now.",)]
+    assert [cue.lines for cue in cues_of([first, yes])] == [("I see it. Yes.",)]
+    alone = [words("I see it.", 0), words("Yes.", 900 + PAUSE_MS), words("So do I.", 5_000)]
+    assert len(cues_of(alone)) == 3
+    assert len(cues_of([first, yes, last], speakers=["S1", "S2", "S1"])) == 3
+
+
+def test_speakers_are_voices_or_names() -> None:
+    """WebVTT marks each cue, SubRip names who begins to speak; unknown ones are not shown."""
+    said = [words("Good morning everyone.", 0), words("And to you.", 3_000), words("Thank you all.", 6_000)]
+    cues = cues_of(said, speakers=["S1", "a <b>\n--> c", "a <b>\n--> c"])
+    assert [line for line in webvtt(cues).splitlines() if line.startswith("<v")] == [
+        "<v S1>Good morning everyone.",
+        "<v a &lt;b&gt; --&gt; c>And to you.",
+        "<v a &lt;b&gt; --&gt; c>Thank you all.",
+    ]
+    texts_shown = [line for line in subrip(cues).splitlines() if line and "-->" not in line]
+    assert texts_shown[1::2] == ["S1: Good morning everyone.", "a <b> -> c: And to you.", "Thank you all."]
+    assert "<v" not in webvtt(cues_of(said))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("你好世界", ("你好世界",)),
+        ("客観的実在の判断", ("客観的実在の判断",)),
+        ("中" * 50, ("中" * 42, "中" * 8)),
+    ],
+)
+def test_unspaced_scripts_are_joined_as_they_are_written(text: str, lines: tuple[str, ...]) -> None:
+    """Character by character, and broken where a line is full."""
+    (cue,) = cues_of([[Word(char, i * 100, i * 100 + 100, 1.0) for i, char in enumerate(text)]])
+    assert cue.lines == lines

@@ -11,6 +11,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
 from streaming.protocol import (
+    Ack,
     Close,
     SessionClosed,
     SessionCreated,
@@ -116,6 +117,8 @@ async def test_a_stream_keeps_its_tokens_place_while_its_producer_is_away(tokens
     async with running_server(limits) as running:
         first = await opened(running, "/v1/stream/desk-1", tokens.desk)
         resume = await created(first)
+        await first.send(bytes(640))  # one without audio would not be waited for
+        await receive_until(first, Ack)
         await lost(running, first)
         got = await refused(opened(running, "/v1/stream/desk-2", tokens.desk))
         assert is_answer(got, Refusal.TOO_MANY_STREAMS_OF_TOKEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from websockets.asyncio.client import ClientConnection
@@ -107,7 +108,7 @@ async def test_a_disconnected_producer_is_finalised() -> None:
     async with running_server() as running, running.subscribe() as subscriber:
         async with running.stream("talk") as connection:
             await receive(connection)
-            await subscriber.send(encode_client(Subscribe(("talk",), after=0)))
+            await subscriber.send(encode_client(Subscribe(("talk",), after=0, follow=False)))
             await connection.send(AUDIO)
         found = await receive_until(subscriber, SessionClosed)
         closed = found[-1].message
@@ -278,7 +279,11 @@ async def test_acks_come_without_further_audio() -> None:
         running.stream("a", "rate=8000&format=mulaw") as connection,
     ):
         await connection.send(bytes(80))
-        assert (await receive_until(connection, Ack))[-1].message == Ack(80, 10)
+        ack = (await receive_until(connection, Ack))[-1].message
+        assert isinstance(ack, Ack)
+        assert (ack.n_samples, ack.end_ms) == (80, 10)
+        assert ack.wall_ms is not None
+        assert abs(ack.wall_ms / 1000 - time.time()) < TIMEOUT_S
 
 
 async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:
@@ -291,7 +296,7 @@ async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:
         told = logged(whole)
         assert logged(seen) == told
         async with running.subscribe() as late:
-            await late.send(encode_client(Subscribe(("talk",), after=4)))
+            await late.send(encode_client(Subscribe(("talk",), after=4, follow=False)))
             assert await receive_until(late, SessionClosed) == told[4:]
             assert await close_code(late) == CloseCode.NORMAL
 

@@ -242,3 +242,23 @@ def test_a_tracker_goes_on_from_that_of_a_model_that_names_events() -> None:
     names = EventTracker(CONFIG, (), json.loads(json.dumps(events.snapshot())))
     assert said(names.named(heard(5.0, ("rain", 1.0, 5.0)))) == []
     assert said(names.finish(5 * 16_000)) == [("ended", "rain", 1000, 5000)]
+
+
+def test_ids_of_events_are_of_one_session() -> None:
+    """They begin with the session's prefix, also after a restart; an older state has none."""
+    for sounds in (MUSIC, ()):
+        events = EventTracker(CONFIG, sounds, prefix="s1-")
+        for i, at in enumerate((4, 14)):
+            named = events.named(heard(at, ("rain", at - 3.0, float(at)))) if not sounds else []
+            scored = events.push(rows([[0.9, 0.0]] * 6 + [[0.0, 0.0]] * 6, 12 * i)) if sounds else []
+            started, ended = [*named, *scored, *(events.finish(at * 16_000) if not sounds else [])]
+            assert isinstance(started, EventStarted)
+            assert isinstance(ended, EventEnded)
+            assert started.id == ended.id == f"s1-e{i + 1}"
+            events = EventTracker(CONFIG, sounds, json.loads(json.dumps(events.snapshot())), prefix="s2-")
+    older = EventTracker(
+        CONFIG, MUSIC, {"position": 0, "n_events": 6, "sounds": {}, "named": {}}, prefix="s2-"
+    )
+    (started,) = older.push(rows([[0.9, 0.0]] * 4))
+    assert isinstance(started, EventStarted)
+    assert started.id == "e7"

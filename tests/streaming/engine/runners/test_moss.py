@@ -113,6 +113,7 @@ def test_every_task_is_answered_in_the_order_of_the_plan() -> None:
         assert without_scores(result) == without_scores(alone[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("markers", ["absolute", "restart"])
 def test_results_depend_on_no_cut_and_no_neighbour(markers: MarkerMode) -> None:
     """Twenty-three seconds at once, or in pieces beside neighbours who come and go: the same results."""
@@ -408,6 +409,7 @@ def test_the_loader_serves_a_moss_checkpoint() -> None:
     assert result.found.answer is not None
 
 
+@pytest.mark.slow
 def test_replayed_decode_steps_find_the_same() -> None:
     """With every step captured at the start, as on a GPU: the same results as without."""
     plain, replayed = make_runner(2), make_runner(2)
