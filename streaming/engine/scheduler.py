@@ -23,7 +23,6 @@ from streaming.engine.contract import (
     Findings,
     Fork,
     Hypothesis,
-    LanguageSpan,
     Pcm,
     SlotResult,
     SlotStep,
@@ -329,16 +328,13 @@ class Scheduler:
     def _transcript(self, stream: Stream, point: Point) -> Fork:
         last = stream.committed[-1].end if stream.committed else stream.window_start
         open_s = max(0, point.at - last) / SAMPLE_RATE_HZ
-        span: LanguageSpan | None = None
-        n_ticks = 1 if stream.doubt is not None else self._tasks.language_ticks
-        if (
-            self._tasks.language_ticks
-            and stream.is_detecting
-            and not point.is_retry
-            and self._is_due(n_ticks, point)
-        ):
+        n_ticks = self._tasks.language_ticks
+        asks = stream.is_detecting and n_ticks and not point.is_retry
+        if asks and self._is_due(1 if stream.doubt is not None else n_ticks, point):
             end = stream.speech_end if point.kind == "speech_stop" else point.at
             span = span_of(stream.window_start, end, is_tick=point.kind == "tick")
+        else:
+            span = None
         return Fork(
             task="transcript",
             window_start=stream.window_start,

@@ -21,7 +21,7 @@ import msgspec
 
 from streaming.audio.ring import Ring
 from streaming.engine import messages
-from streaming.engine.contract import LanguageDoubt, Pcm
+from streaming.engine.contract import LanguageDoubt, Pcm, TimedWord
 from streaming.engine.messages import SEND_GRID, Mark
 from streaming.errors import EngineFault
 from streaming.protocol import (
@@ -225,21 +225,7 @@ class Feed:
 
     def reopen(self) -> None:
         """A new engine knows nothing of this stream: open it there, where the last one was."""
-        committed, context = self._timeline.window(self._window_start)
-        opening = messages.Open(
-            stream=self._number,
-            language=self._language,
-            start=self._ring.start,
-            consumed=self._consumed,
-            window_start=self._window_start,
-            committed=committed,
-            context=context,
-            is_speech=self._speech_start is not None,
-            speech_start=self._speech_start or 0,
-            last_stop=self._last_stop,
-            settled_language=self._settled_language,
-            doubt=self._doubt,
-        )
+        opening = _opening(self._number, self.snapshot(), *self._timeline.window(self._window_start))
         self._replies = deque([opening])
         self._language_from = None
         self._sent = self._ring.start
@@ -370,6 +356,24 @@ class Feed:
                 self._pending[i] = msgspec.structs.replace(pending, is_announced=True)
                 found += self._timeline.speech_started(pending.mark.boundary)
         return found
+
+
+def _opening(number: int, state: FeedState, committed: tuple[TimedWord, ...], context: str) -> messages.Open:
+    """The message that opens a stream where it is; the committed words are those of its window."""
+    return messages.Open(
+        stream=number,
+        language=state.language,
+        start=state.ring_start,
+        consumed=state.consumed,
+        window_start=state.window_start,
+        committed=committed,
+        context=context,
+        is_speech=state.speech_start is not None,
+        speech_start=state.speech_start or 0,
+        last_stop=state.last_stop,
+        settled_language=state.settled_language,
+        doubt=state.doubt,
+    )
 
 
 def _reply(client_id: str, mark: Mark, result: messages.Result) -> list[Message]:

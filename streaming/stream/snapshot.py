@@ -160,6 +160,8 @@ def for_model(
         doubt = None
     pending = tuple(pending for pending in state.pending if pending not in left_out)
     return (
-        msgspec.structs.replace(state, pending=pending, language=language, settled_language=settled),
+        msgspec.structs.replace(
+            state, pending=pending, language=language, settled_language=settled, doubt=doubt
+        ),
         left_out,
     )
