@@ -170,11 +170,7 @@ class Scheduler:
         assert point is not None, (message.point, message.kind)
         expected = (point.at, point.kind)
         assert expected == (message.point, message.kind), (expected, message.point, message.kind)
-        stream.committed.extend(stream.hypothesis[: message.n_words])
-        stream.hypothesis = ()
-        if stream.language_before is not None:
-            stream.move_window(stream.window_start)  # the words before it become context
-            stream.before, stream.language_before = (), None
+        stream.commit(message.n_words)
         stream.awaiting = None
         stream.answered = point.at
         if point.kind == "speech_stop":

@@ -110,6 +110,14 @@ class Stream:
             reported=message.consumed,
         )
 
+    def commit(self, n_words: int) -> None:
+        """Take the first words of the hypothesis as committed."""
+        self.committed.extend(self.hypothesis[:n_words])
+        self.hypothesis = ()
+        if self.language_before is not None:
+            self.move_window(self.window_start)  # the words before it become context
+            self.before, self.language_before = (), None
+
     def cut_window(self, at: int, wanted: int, longest: int) -> None:
         """Shorten a window that got too long, at the best pause between committed words.
 
