@@ -23,8 +23,9 @@ from streaming.log.log import Log
 from streaming.logging_setup import socket_logger, where_raised
 from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
-from streaming.server.admission import Guard, GuardedConnection, Refused
+from streaming.server.admission import Guard, Refused
 from streaming.server.auth import without_token
+from streaming.server.connection import GuardedConnection
 from streaming.server.http import split_target, text_response
 from streaming.server.producers import Producers
 from streaming.server.routes import PageRoute, Routes, SocketRoute
@@ -138,7 +139,7 @@ class Server:
             ping_timeout=config.ping_interval_s,
             close_timeout=CLOSE_TIMEOUT_S,
             server_header=None,
-            open_timeout=timeout_s,
+            open_timeout=None,  # `GuardedConnection` has it: a long answer takes longer
             logger=socket_logger(),
             ssl=self._tls,
             ssl_handshake_timeout=None if self._tls is None else timeout_s,
@@ -179,6 +180,11 @@ class Server:
         route = self.routes.find(path)
         try:
             self._guard.check(connection, request, None if route is None else route.need(path))
+            if isinstance(route, PageRoute) and route.is_long:
+                with self._guard.answers.counted(connection):
+                    return await connection.answer(
+                        route.answer(route.handshake(path, without_token(query), request.headers))
+                    )
             if isinstance(route, PageRoute):
                 return await route.answer(route.handshake(path, without_token(query), request.headers))
         except (Refused, BadQuery) as exc:

@@ -43,8 +43,8 @@ class Pages:
             PageRoute(HEALTH_PATH, None, answer=self._health),
             PageRoute(READY_PATH, None, answer=self._ready),
             PageRoute(METRICS_PATH, Scope.READ, "*", is_for_this_machine=True, answer=self._numbers),
-            PageRoute(HISTORY_PATH, Scope.READ, "*", answer=self._history),
-            PageRoute(f"{HISTORY_PATH}/", Scope.READ, answer=self._history),
+            PageRoute(HISTORY_PATH, Scope.READ, "*", answer=self._history, is_long=True),
+            PageRoute(f"{HISTORY_PATH}/", Scope.READ, answer=self._history, is_long=True),
         )
 
     async def _health(self, _: Handshake) -> Response:

@@ -22,7 +22,8 @@ from streaming.log.hub import Hub, Subscription
 from streaming.log.log import Log
 from streaming.protocol import CloseCode, Subscribe
 from streaming.refusals import Refusal
-from streaming.server.admission import Admitted, Guard, GuardedConnection, Refused
+from streaming.server.admission import Guard, Refused
+from streaming.server.connection import Admitted, GuardedConnection
 from streaming.server.conversation import Attachment, Conversation, Dialect, ResumableDialect
 from streaming.server.limits import ProducerLimits
 from streaming.server.routes import Handshake, SocketRoute, StreamRoute
