@@ -95,9 +95,8 @@ async def stream_audio(
     Nothing is begun on the server before the source gave its first chunk. A source that fails later
     ends its audio there: what was sent is flushed, the stream is closed, and then the failure raised.
     At the end of the audio, or once `stop` is set, flushes everything sent and closes the stream.
-    Reopens a connection that is lost after `session.created`, even to a server that crashed and
-    restarted: no audio and no logged message is lost or repeated. A server that is stopped finalises
-    what it has; the audio behind that goes on as another session, once there is a server again.
+    Reopens a lost connection, even to a server that crashed and restarted: no audio and no logged message
+    is lost or repeated. What a server that was stopped does not have becomes another session.
 
     Args:
         url: As `stream_url` gives it.
