@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -34,9 +33,6 @@ from streaming.protocol import (
     Subscribed,
     encode,
 )
-
-if TYPE_CHECKING:
-    pass
 
 COMMANDS = "moss_live.commands"
 DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"
