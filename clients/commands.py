@@ -7,6 +7,7 @@ imported when it runs.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -232,21 +233,23 @@ def subscribe(
         async def run() -> None:
             cursor = CursorFile(after, name) if isinstance(after, Path) else None
             position = first_position(cursor, after, session)
+            found = messages(
+                server,
+                name,
+                types=wanted,
+                session=session,
+                follow=follow,
+                position=position,
+                wait_s=wait_s,
+                token=token,
+            )
             with first_signal(signal.SIGTERM):
-                async for envelope in messages(
-                    server,
-                    name,
-                    types=wanted,
-                    session=session,
-                    follow=follow,
-                    position=position,
-                    wait_s=wait_s,
-                    token=token,
-                ):
-                    # Nothing is awaited in between: a signal finds both done or neither.
-                    click.echo(encode(envelope))
-                    if cursor is not None:
-                        cursor.save(position)
+                async with contextlib.aclosing(found):
+                    async for envelope in found:
+                        # Nothing is awaited in between: a signal finds both done or neither.
+                        click.echo(encode(envelope))
+                        if cursor is not None:
+                            cursor.save(position)
 
         run_client(run())
 
@@ -278,17 +281,19 @@ def captions(
         async def run() -> None:
             heard = WallPosition()
             position = first_position(None, "live" if after is None and session is None else after, session)
+            found = messages(
+                server,
+                name,
+                session=session,
+                position=position,
+                on_subscribed=say_what_is_live,
+                wait_s=wait_s,
+                token=token,
+            )
             with captions_for(Console(), heard) as shown:
-                async for envelope in messages(
-                    server,
-                    name,
-                    session=session,
-                    position=position,
-                    on_subscribed=say_what_is_live,
-                    wait_s=wait_s,
-                    token=token,
-                ):
-                    heard.see(envelope)
-                    shown.show(envelope)
+                async with contextlib.aclosing(found):
+                    async for envelope in found:
+                        heard.see(envelope)
+                        shown.show(envelope)
 
         run_client(run())

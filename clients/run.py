@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clients.extras import how_to_install
-from streaming.protocol import AFTER_LIVE, Envelope, Gap, TranscriptDelta
+from streaming.protocol import AFTER_LIVE, Envelope, Gap, TranscriptFinal
 
 if TYPE_CHECKING:
     from clients.cursor import CursorFile, Position
@@ -82,36 +83,60 @@ async def produce(
     stream_name = name or f"{datetime.now(UTC):live-%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     progress = Progress()
     with contextlib.ExitStack() as stack:
-        on_message: Callable[[Envelope], None] = _print_committed
+        on_message: Callable[[Envelope], None] = _Transcript().show
+        say: Callable[[str], None] = _say
         if with_captions:
-            from rich.console import Console
+            from clients.captions import LastingConsole, captions_for
 
-            from clients.captions import captions_for
-
-            on_message = stack.enter_context(captions_for(Console(), lambda: progress.sent_s)).show
+            captions = stack.enter_context(captions_for(LastingConsole(), lambda: progress.sent_s))
+            on_message, say = captions.show, captions.say
         else:
-            click.echo(f"stream {stream_name}; read it with: moss-live captions {stream_name}", err=True)
-        stop = stack.enter_context(_first_interrupt())
+            say(f"stream {stream_name}; read it with: moss-live captions {stream_name}")
+        stop = stack.enter_context(_first_interrupt(say))
         url = stream_url(server, stream_name, language)
         await stream_audio(url, chunks, on_message, paced=paced, progress=progress, stop=stop, token=token)
+    _say(f"transcript: http{server.removeprefix('ws')}/v1/streams/{stream_name}/transcript.txt")
 
 
-def _print_committed(envelope: Envelope) -> None:
-    """The transcript and nothing else on stdout, for pipes."""
-    if isinstance(envelope.message, TranscriptDelta):
-        click.echo(envelope.message.text)
+def _say(text: str) -> None:
+    """A line of the client's own."""
+    click.echo(text, err=True)
+
+
+class _Transcript:
+    """The transcript and nothing else on stdout, a segment a line, for pipes.
+
+    When nobody reads it any more the stream continues without it.
+    """
+
+    def __init__(self) -> None:
+        self._is_read = True
+
+    def show(self, envelope: Envelope) -> None:
+        """Print a segment that was closed."""
+        if self._is_read and isinstance(envelope.message, TranscriptFinal):
+            try:
+                click.echo(envelope.message.text)
+            except BrokenPipeError:
+                self._is_read = False
+                silence_stdout()
+
+
+def silence_stdout() -> None:
+    """Let what is still written to a pipe that nobody reads go nowhere, also at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
-def _first_interrupt() -> Iterator[asyncio.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as ever."""
+def _first_interrupt(say: Callable[[str], None]) -> Iterator[asyncio.Event]:
+    """An event that the first Ctrl-C sets, which says so; the second one interrupts as ever."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def on_interrupt() -> None:
         stop.set()
         loop.remove_signal_handler(signal.SIGINT)
-        click.echo("ending the stream; Ctrl-C again leaves at once", err=True)
+        say("ending the stream; Ctrl-C again leaves at once")
 
     try:
         loop.add_signal_handler(signal.SIGINT, on_interrupt)
@@ -193,5 +218,8 @@ def run_client(work: Coroutine[Any, Any, None]) -> None:
         asyncio.run(work)
     except (ConnectFailed, CursorError, StreamFailed, SourceError, SubscriptionFailed) as exc:
         raise click.ClickException(str(exc)) from exc
+    except BrokenPipeError:  # as after `| head`
+        silence_stdout()
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -41,9 +41,10 @@ class Refusal(enum.Enum):
     TOO_MANY_OF_ADDRESS = Reply(HttpStatus.TOO_MANY, "this address has all the connections it may have")
     TOO_MANY_STREAMS_OF_TOKEN = Reply(HttpStatus.TOO_MANY, "this token has all the streams it may have")
     TOO_MANY_READERS_OF_TOKEN = Reply(HttpStatus.TOO_MANY, "this token has all the subscribers it may have")
+    TOO_MANY_ANSWERS = Reply(HttpStatus.TOO_MANY, "too many answers of history are being read")
     ENGINE_NOT_READY = Reply(HttpStatus.UNAVAILABLE, "the engine is not ready")
     NO_SLOT = Reply(HttpStatus.UNAVAILABLE, "every slot is taken")
-    LOG_FULL = Reply(HttpStatus.UNAVAILABLE, "the log's disk is full")
+    LOG_FULL = Reply(HttpStatus.UNAVAILABLE, "the log cannot be written")
     TOO_BIG = Reply(CloseCode.TOO_BIG, "a message is larger than the server takes")
     BAD_MESSAGE = Reply(CloseCode.BAD_MESSAGE, "too many messages that could not be read")
     BAD_AUDIO = Reply(CloseCode.BAD_AUDIO, "audio that cannot be what the stream declared")
@@ -54,6 +55,7 @@ class Refusal(enum.Enum):
     TOO_FAST = Reply(CloseCode.TOO_FAST, "audio came too far ahead of real time")
     NO_HANDSHAKE = Reply(None, "no whole request came in time, or it was no HTTP")
     UNREAD = Reply(None, "the client did not read the answers to its pings")
+    STALLED = Reply(None, "the client stopped reading an answer")
     HALF_OPEN = Reply(None, "too many connections were waiting with an unfinished request")
 
     @property

@@ -38,6 +38,7 @@ LEAVES = (
     "streaming.errors",
     "streaming.refusals",
     "streaming.query",
+    "streaming.problems",
     "streaming.config",
     "streaming.metrics",
     "streaming.logging_setup",

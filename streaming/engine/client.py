@@ -20,9 +20,9 @@ from typing import Protocol
 import msgspec
 
 from streaming.aio import Changed, backoff_s
-from streaming.config import Config, EngineConfig, EngineSettings, EngineStart
+from streaming.config import Config, ConfigError, EngineConfig, EngineSettings, EngineStart
 from streaming.engine import messages
-from streaming.errors import EngineFault, EngineLost
+from streaming.errors import EngineFault, EngineLost, EngineUnfit
 from streaming.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ class EngineClient:
         """Keep an engine running until cancelled; ends the process in every case.
 
         Raises:
+            ConfigError: its settings or its model cannot be used.
             EngineLost: it never became ready, or died more often than the configuration allows.
         """
         try:
@@ -233,6 +234,8 @@ class EngineClient:
             self._move(EngineState.LOST)
             for owner in list(self._owners.values()):
                 owner.on_engine_lost()
+            if self.ready is None and isinstance(fault, EngineUnfit):
+                raise ConfigError(str(fault)) from fault
             logger.error("engine lost: %s", fault)
             raise EngineLost(f"the engine could not be kept running: {fault}") from fault
         self.n_restarts += 1
@@ -248,14 +251,13 @@ class EngineClient:
 
 
 def engine_settings(config: Config) -> bytes:
-    """The first frame an engine reads: JSON of `EngineStart`. Its log looks as this process' own."""
+    """The first frame an engine reads: JSON of `EngineStart`."""
     sections = {name: getattr(config, name) for name in EngineSettings.model_fields}
-    is_verbose = logging.getLogger().isEnabledFor(logging.DEBUG)
     start = EngineStart(
         **sections,
         max_ahead_s=config.ingest.max_ahead_s,
         log_format=config.server.log_format,
-        is_verbose=is_verbose,
+        log_level=config.server.log_level,
     )
     return start.model_dump_json().encode()
 
@@ -291,6 +293,8 @@ async def _until_ready(frames: _Frames) -> messages.Ready:
         if isinstance(message, messages.Ready):
             return message
         if isinstance(message, messages.Failed):
+            if message.is_unfit:
+                raise EngineUnfit(message.message)
             raise EngineFault(f"failed at start: {message.message}")
 
 

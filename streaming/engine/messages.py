@@ -179,6 +179,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """The engine cannot go on and ends itself after this message."""
 
     message: str
+    is_unfit: bool = False  # its settings or its model cannot be used, and another start would end alike
 
 
 class Tick(msgspec.Struct, frozen=True, tag=True):

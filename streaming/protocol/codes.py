@@ -84,7 +84,7 @@ class HttpStatus(_Code):
     UPGRADE_REQUIRED = 426, "a WebSocket path without an upgrade"
     TOO_MANY = 429, "a limit of connections, streams, subscriptions or attempts is reached"
     HEADERS_TOO_LARGE = 431, "a header is longer than 8 KiB, or there are more than 128"
-    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log's disk is full"
+    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log cannot be written"
 
 
 ERROR_CODES = {

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from websockets.asyncio.server import ServerConnection
-from websockets.frames import DATA_OPCODES, Frame
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
@@ -33,6 +31,7 @@ from streaming.server.auth import (
     presented,
     site_of,
 )
+from streaming.server.connection import GuardedConnection
 from streaming.server.http import split_target, text_response
 from streaming.server.limits import Attempts, Places, network_of
 from streaming.tokens import digest_of
@@ -43,8 +42,7 @@ _CLOSES = {
     int(refusal.value.code): refusal for refusal in Refusal if isinstance(refusal.value.code, CloseCode)
 }
 REVOKED_AFTER_S = 5.0  # at most, a connection outlives its token, and its part of the closing handshake
-MAX_UNSENT_BYTES = 1024 * 1024  # of an open connection: what it does not read of pongs and messages
-MAX_FRAGMENTS = 4096  # of one message: an empty one costs memory too, and counts as no bytes
+MAX_ANSWERS, MAX_ANSWERS_OF_ONE = 16, 4  # answers of history at once; those of one token and address
 _FORWARDED = ("X-Forwarded-For", "Forwarded")
 
 
@@ -57,20 +55,6 @@ class Refused(Exception):
         self.detail = detail  # for the client; nothing secret
 
 
-def _nothing() -> None:
-    return
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A WebSocket that was let in."""
-
-    who: str  # as the log names it
-    serve: Callable[[], Coroutine[Any, Any, None]]  # its conversation, to the end
-    give_back: Callable[[], None] = _nothing  # what else it took, where it is lost before it is served
-    headers: Mapping[str, str] = field(default_factory=dict)  # added to the answer to the handshake
-
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     """What a connection counts as, from its admission to its loss."""
@@ -80,61 +64,31 @@ class _Place:
     is_subscriber: bool
 
 
-class GuardedConnection(ServerConnection):
-    """A connection that is known to the guard from its first byte to its loss."""
+class Answers:
+    """The answers of history that are being made or read: each takes memory until it was read."""
 
-    def __init__(self, *args: Any, guard: Guard, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.guard = guard
-        self.grant: Grant | None = None  # what its token allows, once its request was let in
-        self.address = ""  # the client's, behind a trusted proxy too
-        self.admitted: Admitted | None = None  # until it is served
-        self.digest: bytes | None = None  # of the token that it has its grant by
-        self._n_fragments = 0  # of the message that is not whole yet
+    def __init__(self) -> None:
+        self._places = Places()
 
-    @property
-    def granted(self) -> Grant:
-        """What its token allows; only for a connection that was let in."""
-        assert self.grant is not None, "used before it was checked"
-        return self.grant
+    @contextmanager
+    def counted(self, connection: GuardedConnection) -> Iterator[None]:
+        """Count an answer that takes memory until it is read, as long as the body runs.
 
-    def connection_made(self, transport: Any) -> None:
-        """A transport's callback: there is a connection, encrypted if it is to be."""
-        super().connection_made(transport)
-        self.guard.arrived(self)
-
-    def data_received(self, data: bytes) -> None:
-        """A transport's callback: bytes came."""
-        self.guard.metrics.received(len(data))
-        super().data_received(data)
-        # Messages wait until it reads. Pongs cannot: they are made where its pings are read.
-        if self.state is State.OPEN and self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            self.guard.metrics.refused(Refusal.UNREAD)
-            self.transport.abort()
-
-    def process_event(self, event: Any) -> None:
-        """A frame came, or a request."""
-        if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
-            self._n_fragments = 0 if event.fin else self._n_fragments + 1
-            if self._n_fragments > MAX_FRAGMENTS:
-                if self.state is State.OPEN:
-                    self.protocol.fail(CloseCode.TOO_BIG, "too many fragments")
-                    self.send_data()
-                return
-        super().process_event(event)
-
-    async def send(self, message: Any, *, text: bool | None = None) -> None:
-        """Send a message, and count it."""
-        if isinstance(message, str):
-            message, text = message.encode(), True
-        if isinstance(message, bytes):
-            self.guard.metrics.sent(len(message))
-        await super().send(message, text=text)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """A transport's callback: the connection is gone."""
-        super().connection_lost(exc)
-        self.guard.lost(self)
+        Raises:
+            Refused: too many are under way.
+        """
+        asker = (connection.address, connection.digest)
+        if not (
+            self._places.has_room(None, MAX_ANSWERS) and self._places.has_room(asker, MAX_ANSWERS_OF_ONE)
+        ):
+            raise Refused(Refusal.TOO_MANY_ANSWERS)
+        for holder in (None, asker):
+            self._places.take(holder)
+        try:
+            yield
+        finally:
+            for holder in (None, asker):
+                self._places.give_back(holder)
 
 
 class Guard:
@@ -165,6 +119,7 @@ class Guard:
         self._attempts = Attempts(limits.attempts_per_s, limits.attempts_burst)
         self._of_address = Places()
         self._of_token = Places()
+        self.answers = Answers()
         self._half_open: dict[GuardedConnection, None] = {}  # oldest first
         self._places: dict[GuardedConnection, _Place] = {}
         self._of_stream: dict[str, tuple[str, Scope]] = {}  # whose place a live stream has, by its name
@@ -180,6 +135,21 @@ class Guard:
             logger.info("no access.tokens: everybody on this machine may send and read")
         else:
             logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
+
+    def reload(self) -> None:
+        """Read the tokens file again.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens before stay in force.
+        """
+        if self._tokens is not None:
+            self._tokens.reload()
+            logger.info("tokens read again: %d", self._tokens.n_tokens)
+
+    @property
+    def handshake_timeout_s(self) -> float:
+        """How long a whole request may take, and its answer where that is short."""
+        return self._limits.handshake_timeout_s
 
     @property
     def n_half_open(self) -> int:
@@ -294,7 +264,7 @@ class Guard:
         if grant is None:
             raise Refused(Refusal.UNKNOWN_TOKEN)
         if not need.is_met(grant):
-            raise Refused(Refusal.BAD_SCOPE, f"{need.scope} is needed here")
+            raise Refused(Refusal.BAD_SCOPE, need.text)
         return digest_of(token), grant
 
     # --- as long as a connection is open -------------------------------------------------

@@ -22,8 +22,9 @@ from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from streaming.config import ConfigError, is_loopback, problems
+from streaming.config import ConfigError, is_loopback
 from streaming.patterns import Patterns
+from streaming.problems import problems
 from streaming.protocol import TOKEN_PARAMETER
 from streaming.tokens import digest_of
 from streaming.tokens import new_token as secret_token
@@ -144,6 +145,14 @@ class Tokens:
         found = self._entries.get(digest)
         return None if found is None or found.is_over(now) else found.grant
 
+    def reload(self) -> None:
+        """Read the file again, whether or not it looks changed.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens that were read before stay in force.
+        """
+        self._entries, self._signature = _load(self.path)
+
     def _refresh(self) -> None:
         """Take a changed file; one that cannot be used changes nothing, and that is said once."""
         signature = _signature(self.path)
@@ -258,6 +267,14 @@ class Need:
     scope: Scope | None  # None: it is open to everybody
     stream: str | None = None  # or a pattern; None: which stream it is about is seen later
     is_for_this_machine: bool = False  # which needs no token for it; without tokens nobody else may
+
+    @property
+    def text(self) -> str:
+        """What is needed, for who is refused; a name that no stream can have is not repeated."""
+        if self.stream is None:
+            return f"{self.scope} is needed here"
+        on = self.stream if PATTERN.fullmatch(self.stream) else "this name"
+        return f"{self.scope} on {'every stream' if on == '*' else on} is needed here"
 
     def is_met(self, grant: Grant) -> bool:
         """Whether a grant allows the request."""

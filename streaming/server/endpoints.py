@@ -17,17 +17,19 @@ from websockets.http11 import Request, Response
 from websockets.protocol import State
 
 from streaming import aio
-from streaming.config import ServerConfig
+from streaming.config import ConfigError, ServerConfig
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.log import Log
 from streaming.logging_setup import socket_logger, where_raised
 from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
-from streaming.server.admission import Guard, GuardedConnection, Refused
+from streaming.server.admission import Guard, Refused
 from streaming.server.auth import without_token
+from streaming.server.connection import GuardedConnection
 from streaming.server.http import split_target, text_response
 from streaming.server.producers import Producers
 from streaming.server.routes import PageRoute, Routes, SocketRoute
+from streaming.server.tls import renew
 from streaming.stream.registry import Streams
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,29 @@ class Server:
             async with aio.background(self._guard.watch_tokens(), "tokens"), self._serving() as port:
                 yield port
 
+    def reload(self, config: ServerConfig) -> None:
+        """Read tokens and certificate again, each for itself: one that cannot be used stays as it was.
+
+        Args:
+            config: Names the files of the certificate.
+
+        Raises:
+            ExceptionGroup: of the `ConfigError` of each that cannot be used.
+        """
+        problems: list[ConfigError] = []
+        try:
+            self._guard.reload()
+        except ConfigError as exc:
+            problems.append(exc)
+        try:
+            if self._tls is not None and config.tls_cert:
+                renew(self._tls, config.tls_cert, config.tls_key)
+                logger.info("certificate read again: %s", config.tls_cert)
+        except ConfigError as exc:
+            problems.append(exc)
+        if problems:
+            raise ExceptionGroup("reload", problems)
+
     async def fault(self) -> None:
         """Raise what makes serving impossible, when it happens.
 
@@ -114,7 +139,7 @@ class Server:
             ping_timeout=config.ping_interval_s,
             close_timeout=CLOSE_TIMEOUT_S,
             server_header=None,
-            open_timeout=timeout_s,
+            open_timeout=None,  # `GuardedConnection` has it: a long answer takes longer
             logger=socket_logger(),
             ssl=self._tls,
             ssl_handshake_timeout=None if self._tls is None else timeout_s,
@@ -132,6 +157,8 @@ class Server:
         self._producers.stop()
         sockets.close(close_connections=False)
         self._guard.drop_half_open()
+        # Where the log cannot be written, streams wait for it in vain, and longer helps little.
+        giving_up = asyncio.get_running_loop().call_later(self._config.stop_timeout_s / 2, self._log.give_up)
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
@@ -142,6 +169,7 @@ class Server:
                 connection.transport.abort()
             await sockets.wait_closed()
         await self._streams.ended()
+        giving_up.cancel()
 
     # --- one request, from its path to its end ---------------------------------------------
 
@@ -152,6 +180,11 @@ class Server:
         route = self.routes.find(path)
         try:
             self._guard.check(connection, request, None if route is None else route.need(path))
+            if isinstance(route, PageRoute) and route.is_long:
+                with self._guard.answers.counted(connection):
+                    return await connection.answer(
+                        route.answer(route.handshake(path, without_token(query), request.headers))
+                    )
             if isinstance(route, PageRoute):
                 return await route.answer(route.handshake(path, without_token(query), request.headers))
         except (Refused, BadQuery) as exc:

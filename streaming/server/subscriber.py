@@ -37,8 +37,9 @@ from streaming.protocol import (
     is_pattern,
 )
 from streaming.server import ws
-from streaming.server.admission import Admitted, Guard, GuardedConnection
+from streaming.server.admission import Guard
 from streaming.server.auth import Grant, Scope
+from streaming.server.connection import Admitted, GuardedConnection
 from streaming.server.limits import Attempts
 from streaming.server.routes import Handshake, SocketRoute
 
