@@ -115,16 +115,16 @@ async def test_a_fatal_error_ends_the_stream_with_its_text() -> None:
 
 
 async def test_an_end_the_client_did_not_ask_for_is_a_failure() -> None:
-    """A server that stops, or a connection that breaks, is not a finished stream."""
+    """A server that lost its engine, or a connection that breaks, is not a finished stream."""
 
-    async def stopping(fake: FakeServer, connection: ServerConnection) -> None:
-        await fake.send(connection, 1, SessionClosed("server_stopping", 0, 0, 0))
+    async def ending(fake: FakeServer, connection: ServerConnection) -> None:
+        await fake.send(connection, 1, SessionClosed("engine_lost", 0, 0, 0))
 
     async def breaking(fake: FakeServer, connection: ServerConnection) -> None:
         connection.transport.abort()
 
-    async with running(stopping) as fake:
-        with pytest.raises(StreamFailed, match="server_stopping"):
+    async with running(ending) as fake:
+        with pytest.raises(StreamFailed, match="engine_lost"):
             await stream_audio(stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True)
     async with running(breaking) as fake:
         with pytest.raises(StreamFailed, match="the connection was lost"):
