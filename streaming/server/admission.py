@@ -130,6 +130,16 @@ class Guard:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
         _say_who_is_let_in(self._tokens, is_loopback_only=self._is_loopback_only)
 
+    def reload(self) -> None:
+        """Read the tokens file again.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens before stay in force.
+        """
+        if self._tokens is not None:
+            self._tokens.reload()
+            logger.info("tokens read again: %d", self._tokens.n_tokens)
+
     @property
     def handshake_timeout_s(self) -> float:
         """How long a whole request may take, and its answer where that is short."""
@@ -391,14 +401,3 @@ def _say_who_is_let_in(tokens: Tokens | None, *, is_loopback_only: bool) -> None
         logger.info("no access.tokens: everybody on this machine may send and read")
     else:
         logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
-
-
-def reload(self) -> None:
-    """Read the tokens file again.
-
-    Raises:
-        ConfigError: it cannot be used; the tokens before stay in force.
-    """
-    if tokens is not None:
-        tokens.reload()
-        logger.info("tokens read again: %d", tokens.n_tokens)
