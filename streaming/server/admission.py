@@ -44,6 +44,7 @@ _CLOSES = {
 }
 REVOKED_AFTER_S = 5.0  # at most, a connection outlives its token, and its part of the closing handshake
 MAX_ANSWERS, MAX_ANSWERS_OF_ONE = 16, 4  # answers of history at once; those of one token and address
+_DAY_S = 24 * 3600
 _FORWARDED = ("X-Forwarded-For", "Forwarded")
 
 
@@ -121,6 +122,7 @@ class Guard:
         self._attempts = Attempts(limits.attempts_per_s, limits.attempts_burst)
         self._of_address = Places()
         self._of_token = Places()
+        self._new_streams = Attempts(limits.token_new_streams / _DAY_S, limits.token_new_streams)
         self.answers = Answers()
         self._half_open: dict[GuardedConnection, None] = {}  # oldest first
         self._places: dict[GuardedConnection, _Place] = {}
@@ -128,15 +130,7 @@ class Guard:
         for origin in server.origins:
             if origin not in ("*", NULL_ORIGIN) and site_of(origin) is None:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
-        self._say_who_is_let_in()
-
-    def _say_who_is_let_in(self) -> None:
-        if self._tokens is not None:
-            logger.info("tokens are asked for: %d in %s", self._tokens.n_tokens, self._tokens.path)
-        elif self._is_loopback_only:
-            logger.info("no access.tokens: everybody on this machine may send and read")
-        else:
-            logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
+        _say_who_is_let_in(self._tokens, is_loopback_only=self._is_loopback_only)
 
     def reload(self) -> None:
         """Read the tokens file again.
@@ -326,6 +320,8 @@ class Guard:
         )
         if self._tokens is not None and not self._of_token.has_room(role, limit):
             raise Refused(Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+        if self._tokens is not None and not self._new_streams.take(role[0], self._now_s()):
+            raise Refused(Refusal.TOO_MANY_NEW_STREAMS)  # each pushes an older one out of the log
         self._own(stream, role)
         self._take(connection, None)
 
@@ -405,3 +401,12 @@ def _address_of(connection: GuardedConnection, request: Request, trusted: Sequen
 def _counted_address(connection: GuardedConnection) -> str | None:
     """As what a connection's address is counted; None: it is this machine's own."""
     return None if is_loopback(connection.address) else network_of(connection.address)
+
+
+def _say_who_is_let_in(tokens: Tokens | None, *, is_loopback_only: bool) -> None:
+    if tokens is not None:
+        logger.info("tokens are asked for: %d in %s", tokens.n_tokens, tokens.path)
+    elif is_loopback_only:
+        logger.info("no access.tokens: everybody on this machine may send and read")
+    else:
+        logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
