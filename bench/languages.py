@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speech that changes its language: do the captions follow? The real engine on a virtual clock.
 
-    bench/languages.py --root ../shared/data --part test --out languages.jsonl
+    bench/languages.py --root DATA --part test --out languages.jsonl
 
 Recordings of seven languages are joined in turn, some sentences of one, a pause, some of the next.
 Each is streamed with the language detected, and the same sentences once more, language by language,
