@@ -23,7 +23,7 @@ class Refusal(enum.Enum):
     """Everything the server refuses, once each. The name in small letters is the metric's label."""
 
     BAD_PATH = Reply(HttpStatus.NOT_FOUND, "no such path")
-    BAD_METHOD = Reply(HttpStatus.METHOD_NOT_ALLOWED, "only GET is answered here")
+    BAD_METHOD = Reply(HttpStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered here")
     BAD_QUERY = Reply(HttpStatus.BAD_REQUEST, "a parameter cannot be used")
     NO_TOKEN = Reply(
         HttpStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN"
