@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.whisper.decoding import MAX_LOOP_TOKENS, Decoded, Decoder, DecodeRequest, loop_length
+from model.whisper.decoding import MAX_LOOP_TOKENS, Decoded, Decoder, DecodeRequest, repetition, stalled
 from model.whisper.modeling import DecoderCache
 from model.whisper.tokens import Vocabulary
 from tests.tiny_whisper import LANGUAGES, N_AUDIO_POSITIONS, N_TEXT_POSITIONS, tiny_checkpoint
@@ -196,34 +196,52 @@ def test_a_prompt_longer_than_the_model_reads_ends_nothing(encoded: torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("text", "n_cut"),
+    ("text", "expected"),
     [
-        ("", 0),
-        ("aaaa", 0),
-        ("aaaaa", 4),
-        ("xaaaaa", 4),
-        ("abababab", 0),
-        ("ababababab", 8),
-        ("abcabc", 0),
-        ("abcabcabc", 6),
-        ("abcabcabcd", 0),
-        ("xyabcabcabc", 6),
+        ("", None),
+        ("aaaa", None),
+        ("aaaaa", (1, 5)),
+        ("xaaaaaaa", (1, 7)),
+        ("abababab", None),
+        ("ababababab", (2, 5)),
+        ("abcabc", None),
+        ("abcabcabc", (3, 3)),
+        ("abcabcabcd", None),
+        ("xyabcabcabc", (3, 3)),
+        ("bcabcabcabc", (3, 3)),
     ],
 )
-def test_a_loop_is_cut_to_one(text: str, n_cut: int) -> None:
+def test_a_repeated_phrase_is_found(text: str, expected: tuple[int, int] | None) -> None:
     """Three times in a row, or five of a phrase of one or two tokens, at the end only."""
-    assert loop_length([ord(c) for c in text]) == n_cut
+    assert repetition([ord(c) for c in text]) == expected
 
 
 @given(
     before=st.lists(st.integers(0, 3), max_size=5),
     phrase=st.lists(st.integers(0, 3), min_size=1, max_size=MAX_LOOP_TOKENS),
+    n_times=st.integers(5, 9),
 )
-def test_what_is_left_of_a_loop_is_no_loop(before: list[int], phrase: list[int]) -> None:
-    """Any phrase said five times is found, and once what is cut is cut."""
-    tokens = before + 5 * phrase
-    while n_cut := loop_length(tokens):
-        assert 0 < n_cut < len(tokens)
-        del tokens[-n_cut:]
-    assert tokens[: len(before)] == before[: len(tokens)]
-    assert len(tokens) <= len(before) + 4 * len(phrase)
+def test_what_is_found_is_repeated(before: list[int], phrase: list[int], n_times: int) -> None:
+    """Any phrase said five times, or a shorter one that it is made of; as often as it is there."""
+    tokens = before + n_times * phrase
+    found = repetition(tokens)
+    assert found is not None
+    n, n_found = found
+    assert n <= len(phrase)
+    assert tokens[-n * n_found :] == n_found * tokens[-n:]
+    assert n * n_found >= len(phrase) * (n_times - 1)
+
+
+@pytest.mark.parametrize(
+    ("reached", "expected"),
+    [
+        ([10, 20, 30, 40, 50], 0),  # spoken: the attention moves with every one
+        ([10, 10, 10, 10, 10], 4),  # a loop from the second on
+        ([10, 20, 30, 30, 29, 31], 3),  # spoken three times, then a loop
+        ([10, 20, 19, 30, 40], 0),  # one that does not move is noise
+        ([50, 10, 20, 30], 3),  # what looks back over the same audio again
+    ],
+)
+def test_repetitions_that_do_not_move_on_are_counted(reached: list[int], expected: int) -> None:
+    """From the end, and never the first."""
+    assert stalled(reached, 4) == expected
