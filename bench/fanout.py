@@ -43,7 +43,7 @@ from streaming.protocol import (
     decode,
     encode_client,
 )
-from streaming.server.admission import GuardedConnection
+from streaming.server.connection import GuardedConnection
 from tests.streaming.support import FAKE_ENGINE
 
 ROOT = Path(__file__).resolve().parent.parent

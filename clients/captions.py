@@ -6,20 +6,23 @@ there is one, `PlainCaptions` prints lines elsewhere. Neither uses a socket.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.text import Text
 
+from clients.screen import Line, Screen
 from streaming.protocol import (
     Ack,
     AnswerDelta,
     AnswerFinal,
+    AudioGap,
     Degraded,
     EmotionUpdate,
     Envelope,
@@ -40,7 +43,7 @@ from streaming.protocol import (
     is_speech,
 )
 
-REDRAWS_PER_S = 8
+OPEN_ROWS = 6  # of the open segment on the screen: the newest
 MAX_OPEN_CHARS = 2_000  # of a segment that is not closed: the screen shows its last ones
 
 # Where the audio is now, seconds since the stream's first sample; None where it is not known.
@@ -59,11 +62,15 @@ class Captions(Protocol):
     def show(self, envelope: Envelope) -> None:
         """Apply one message and show what it changes."""
 
+    def say(self, text: str) -> None:
+        """Show a line of the client's own."""
+
 
 def clock(time_ms: int) -> str:
-    """A time as [mm:ss.s]."""
+    """A time as [mm:ss.s], from an hour on as [h:mm:ss.s]."""
     tenths = time_ms // 100
-    return f"[{tenths // 600:02d}:{tenths // 10 % 60:02d}.{tenths % 10}]"
+    hours = f"{tenths // 36_000}:" if tenths >= 36_000 else ""
+    return f"[{hours}{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}]"
 
 
 def printable(text: str) -> str:
@@ -136,46 +143,50 @@ class LiveCaptions:
     def __init__(self, console: Console, position: Position) -> None:
         self._state = CaptionState(position)
         self._emotions = EmotionChanges()
-        self._live = Live(
-            console=console, refresh_per_second=REDRAWS_PER_S, get_renderable=self._render, transient=True
-        )
+        self._screen = Screen(console)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        self._screen.open()
+        self._screen.draw(self._block())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        state = self._state
+        if state.committed and state.start_ms is not None:  # the reader leaves before the segment is closed
+            self._screen.settle(caption(state.start_ms, Text(printable(state.committed))))
+        self._screen.close()
 
     def show(self, envelope: Envelope) -> None:
-        """Take in one message; what is settled is printed above the open segment."""
+        """Take in one message; what is settled is written above the open segment."""
         message = envelope.message
         self._state.apply(message)
         match message:
             case TranscriptFinal(text=text, start_ms=start_ms) if text:
-                self._live.console.print(Text.assemble((clock(start_ms), "cyan"), " ", printable(text)))
+                self._screen.settle(caption(start_ms, Text(printable(text))))
             case Error() | Degraded():
-                self._live.console.print(Text(describe(message) or "", "yellow"))
+                self._screen.settle(Line(Text(), Text(describe(message) or "", "yellow")))
             case EventStarted():
                 pass  # it stands below, until it ends
             case _:
                 line = describe(message) if self._emotions.is_news(message) else None
                 if line:
-                    self._live.console.print(Text(line, "magenta"))
+                    self._screen.settle(Line(Text(), Text(line, "magenta")))
+        self._screen.draw(self._block())
 
-    def _render(self) -> Group:
+    def say(self, text: str) -> None:
+        """Write it above the open segment."""
+        self._screen.settle(Line(Text(), Text(text, "dim")))
+
+    def _block(self) -> list[Text]:
+        """The open segment's newest rows, and a row about the stream."""
         state = self._state
-        caption = Text()
-        if state.start_ms is not None:
-            caption.append(clock(state.start_ms), "cyan")
-        if state.committed:
-            caption.append(" " + printable(state.committed), "bold")
+        words = Text().append(printable(state.committed), "bold")
         if state.interim:
-            between = state.interim_separator if state.committed else " "
-            caption.append(between + printable(state.interim), "grey50")
-        status = Text("● speech " if state.is_speech else "○ silence", "green" if state.is_speech else "dim")
+            between = state.interim_separator if state.committed else ""
+            words.append(between + printable(state.interim), "grey50")
+        status = Text().append(*(("● speech ", "green") if state.is_speech else ("○ silence", "dim")))
         status.append(f"  heard {clock(state.heard_ms)}", "dim")
         if state.lag_s is not None:
             status.append(f"  {state.lag_s:.1f} s behind", "dim")
@@ -183,7 +194,14 @@ class LiveCaptions:
             status.append(f"  ~ {printable(state.emotion)}", "yellow")
         for label in state.open_events.values():
             status.append(f"  ♪ {printable(label)}", "magenta")
-        return Group(caption, status)
+        if state.start_ms is None:
+            return [status]
+        return [*self._screen.rows(caption(state.start_ms, words))[-OPEN_ROWS:], status]
+
+
+def caption(start_ms: int, words: Text) -> Line:
+    """Words behind the time at which they begin."""
+    return Line(Text(clock(start_ms) + " ", "cyan"), words)
 
 
 class PlainCaptions:
@@ -213,6 +231,19 @@ class PlainCaptions:
         if line:
             # As it is: no markup, no wrapping, nothing coloured.
             self._console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+    def say(self, text: str) -> None:
+        """Print it as a line among the others."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+class LastingConsole(Console):
+    """Writes on into nothing when nobody reads it any more: a stream does not end with its captions."""
+
+    def on_broken_pipe(self) -> None:
+        """Be quiet from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class EmotionChanges:
@@ -259,6 +290,8 @@ def describe(message: Message) -> str | None:
             line = f"! {message.n_waiting} messages wait for this reader"
         case Error():
             line = f"! {message.code}: {message.message}"
+        case AudioGap():
+            line = f"{clock(message.start_ms)}-{clock(message.end_ms)} no audio"
         case Ack() | Flushed() | AnswerDelta() | SpeechStarted() | SpeechStopped() | Subscribed():
             return None
         case TranscriptInterim() | TranscriptDelta() | TranscriptFinal():

@@ -7,21 +7,23 @@ imported when it runs.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
-import secrets
 import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from datetime import UTC, datetime
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from clients.extras import how_to_install
+from clients.run import (
+    file_or_url,
+    first_position,
+    first_signal,
+    microphone_of,
+    missing_extra,
+    produce,
+    run_client,
+)
 from streaming.protocol import (
     AFTER_LIVE,
     DEFAULT_PORT,
@@ -29,14 +31,9 @@ from streaming.protocol import (
     MESSAGE_TYPES,
     STREAM_NAME,
     STREAM_PATTERN,
-    Envelope,
     Subscribed,
-    TranscriptDelta,
     encode,
 )
-
-if TYPE_CHECKING:
-    from clients.cursor import CursorFile, Position
 
 COMMANDS = "moss_live.commands"
 DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"
@@ -133,6 +130,9 @@ name_option = click.option("--name", callback=_stream_name, help="The stream's n
 name_argument = click.argument("name", callback=_stream_name)
 language_option = click.option("--language", help="Such as en; by default the server's setting.")
 captions_option = click.option("--captions", "with_captions", is_flag=True, help="Show the captions here.")
+reconnect_option = click.option(
+    "--reconnect", is_flag=True, help="Open a live source again when it fails, and tell the gap."
+)
 session_option = click.option(
     "--session", metavar="ID", help="One session alone, whole unless --after says otherwise; then end."
 )
@@ -150,6 +150,9 @@ wait_option = click.option(
 @language_option
 @captions_option
 @click.option("--fast", is_flag=True, help="As fast as the server accepts, not in real time.")
+@click.option("--track", metavar="NUMBER|LANGUAGE|TITLE",
+              help="The sound track of a file that has several; by default the one with speech.")  # fmt: skip
+@reconnect_option
 def stream(
     source: str,
     server: str,
@@ -158,12 +161,17 @@ def stream(
     language: str | None,
     with_captions: bool,
     fast: bool,
+    track: str | None,
+    reconnect: bool,
 ) -> None:
-    """Send a recording, a URL's audio or - (standard input), as if it were live."""
-    with _missing_extra():
-        from clients.sources import file_chunks
+    """Send a recording, a URL's audio or - (standard input), as if it were live.
 
-        _run(_produce(file_chunks(source), server, token, name, language, with_captions, paced=not fast))
+    Time stamps count: where a file has no sound for a while, captions behind it keep their times. A live
+    URL that ends or fails ends the command with status 1, unless --reconnect is given.
+    """
+    with missing_extra():
+        chunks = file_or_url(source, track, reconnect=reconnect)
+        run_client(produce(chunks, server, token, name, language, with_captions, paced=not fast))
 
 
 @group.command()
@@ -173,6 +181,7 @@ def stream(
 @language_option
 @captions_option
 @click.option("--device", help="An input's name or number; `python -m sounddevice` lists them.")
+@reconnect_option
 def mic(
     server: str,
     token: str | None,
@@ -180,10 +189,12 @@ def mic(
     language: str | None,
     with_captions: bool,
     device: str | None,
+    reconnect: bool,
 ) -> None:
     """Send the microphone until Ctrl-C."""
-    with _missing_extra():
-        _run(_produce_microphone(device, server, token, name, language, with_captions))
+    with missing_extra():
+        chunks = microphone_of(device, reconnect=reconnect)
+        run_client(produce(chunks, server, token, name, language, with_captions, paced=False))
 
 
 @group.command()
@@ -215,30 +226,32 @@ def subscribe(
             raise click.BadParameter(
                 f"{part!r}: expected some of {', '.join(MESSAGE_TYPES)}", param_hint="--types"
             )
-    with _missing_extra():
+    with missing_extra():
         from clients.cursor import CursorFile
         from clients.subscriber import subscribe as messages
 
         async def run() -> None:
             cursor = CursorFile(after, name) if isinstance(after, Path) else None
-            position = _position(cursor, after, session)
-            with _first_signal(signal.SIGTERM):
-                async for envelope in messages(
-                    server,
-                    name,
-                    types=wanted,
-                    session=session,
-                    follow=follow,
-                    position=position,
-                    wait_s=wait_s,
-                    token=token,
-                ):
-                    # Nothing is awaited in between: a signal finds both done or neither.
-                    click.echo(encode(envelope))
-                    if cursor is not None:
-                        cursor.save(position)
+            position = first_position(cursor, after, session)
+            found = messages(
+                server,
+                name,
+                types=wanted,
+                session=session,
+                follow=follow,
+                position=position,
+                wait_s=wait_s,
+                token=token,
+            )
+            with first_signal(signal.SIGTERM):
+                async with contextlib.aclosing(found):
+                    async for envelope in found:
+                        # Nothing is awaited in between: a signal finds both done or neither.
+                        click.echo(encode(envelope))
+                        if cursor is not None:
+                            cursor.save(position)
 
-        _run(run())
+        run_client(run())
 
 
 @group.command()
@@ -254,7 +267,7 @@ def captions(
     name: str, server: str, token: str | None, after: int | None, session: str | None, wait_s: float
 ) -> None:
     """Show a stream's captions, session after session: firm when committed, grey while they may change."""
-    with _missing_extra():
+    with missing_extra():
         from rich.console import Console
 
         from clients.captions import WallPosition, captions_for
@@ -267,167 +280,20 @@ def captions(
 
         async def run() -> None:
             heard = WallPosition()
-            position = _position(None, "live" if after is None and session is None else after, session)
+            position = first_position(None, "live" if after is None and session is None else after, session)
+            found = messages(
+                server,
+                name,
+                session=session,
+                position=position,
+                on_subscribed=say_what_is_live,
+                wait_s=wait_s,
+                token=token,
+            )
             with captions_for(Console(), heard) as shown:
-                async for envelope in messages(
-                    server,
-                    name,
-                    session=session,
-                    position=position,
-                    on_subscribed=say_what_is_live,
-                    wait_s=wait_s,
-                    token=token,
-                ):
-                    heard.see(envelope)
-                    shown.show(envelope)
+                async with contextlib.aclosing(found):
+                    async for envelope in found:
+                        heard.see(envelope)
+                        shown.show(envelope)
 
-        _run(run())
-
-
-async def _produce_microphone(
-    device: str | None,
-    server: str,
-    token: str | None,
-    name: str | None,
-    language: str | None,
-    with_captions: bool,
-) -> None:
-    from clients.sources import CHUNK_MS, microphone
-
-    number_or_name = int(device) if device and device.isdecimal() else device
-    async with microphone(number_or_name) as queue:
-        click.echo("listening; Ctrl-C ends the stream", err=True)
-        await _produce(aiter(queue), server, token, name, language, with_captions, paced=False)
-        if queue.n_dropped:
-            lost_s = queue.n_dropped * CHUNK_MS / 1000
-            click.echo(f"{lost_s:.1f} s of audio were lost: the connection was too slow", err=True)
-
-
-async def _produce(
-    chunks: AsyncIterator[bytes],
-    server: str,
-    token: str | None,
-    name: str | None,
-    language: str | None,
-    with_captions: bool,
-    *,
-    paced: bool,
-) -> None:
-    """Send `chunks` and show the captions, or where they can be read."""
-    from clients.producer import Progress, stream_audio, stream_url
-
-    # Two that start within a second get two names.
-    stream_name = name or f"{datetime.now(UTC):live-%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    progress = Progress()
-    with contextlib.ExitStack() as stack:
-        on_message: Callable[[Envelope], None] = _print_committed
-        if with_captions:
-            from rich.console import Console
-
-            from clients.captions import captions_for
-
-            on_message = stack.enter_context(captions_for(Console(), lambda: progress.sent_s)).show
-        else:
-            click.echo(f"stream {stream_name}; read it with: moss-live captions {stream_name}", err=True)
-        stop = stack.enter_context(_first_interrupt())
-        url = stream_url(server, stream_name, language)
-        await stream_audio(url, chunks, on_message, paced=paced, progress=progress, stop=stop, token=token)
-
-
-def _print_committed(envelope: Envelope) -> None:
-    """The transcript and nothing else on stdout, for pipes."""
-    if isinstance(envelope.message, TranscriptDelta):
-        click.echo(envelope.message.text)
-
-
-@contextlib.contextmanager
-def _first_interrupt() -> Iterator[asyncio.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as ever."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def on_interrupt() -> None:
-        stop.set()
-        loop.remove_signal_handler(signal.SIGINT)
-        click.echo("ending the stream; Ctrl-C again leaves at once", err=True)
-
-    try:
-        loop.add_signal_handler(signal.SIGINT, on_interrupt)
-    except NotImplementedError:  # Windows: Ctrl-C leaves at once
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-
-
-def _position(cursor: CursorFile | None, after: int | str | Path | None, session: str | None) -> Position:
-    """Where a reader begins: where the cursor file says, else as asked; a session from its beginning.
-
-    Raises:
-        CursorError: the file cannot be used.
-    """
-    from clients.cursor import Position
-
-    if cursor is not None:
-        return cursor.load()
-    assert not isinstance(after, Path), after
-    if after == AFTER_LIVE:
-        return Position("live")
-    assert not isinstance(after, str), after
-    return Position(0 if after is None and session is not None else after)
-
-
-@contextlib.contextmanager
-def _first_signal(number: signal.Signals) -> Iterator[None]:
-    """End the body as an interrupt does, where it awaits something, when a signal comes."""
-    task = asyncio.current_task()
-    assert task is not None
-    is_asked = False
-
-    def on_signal() -> None:
-        nonlocal is_asked
-        is_asked = True
-        task.cancel()
-
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(NotImplementedError):  # Windows: it ends at once
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not is_asked:
-            raise
-        raise SystemExit(128 + number) from None
-
-
-@contextlib.contextmanager
-def _missing_extra() -> Iterator[None]:
-    """Say what to install where a package that only some commands need is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as exc:
-        raise click.ClickException(f"this needs {exc.name}: {how_to_install('clients')}") from exc
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a client to its end; what goes wrong is one line and exit status 1.
-
-    Raises:
-        click.ClickException: with the text of the server, the network or the source.
-    """
-    from clients.connection import ConnectFailed
-    from clients.cursor import CursorError
-    from clients.producer import StreamFailed
-    from clients.sources import SourceError
-    from clients.subscriber import SubscriptionFailed
-
-    # Here and not in the group: `serve` sets up logging of its own.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    try:
-        asyncio.run(work)
-    except (ConnectFailed, CursorError, StreamFailed, SourceError, SubscriptionFailed) as exc:
-        raise click.ClickException(str(exc)) from exc
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        run_client(run())

@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from clients.backlog import Backlog
 from clients.connection import Backoff, ConnectFailed, closed_because, open_connection, receive
-from clients.sources import SAMPLE_BYTES, SourceError, bytes_of_ms
+from clients.sources import SAMPLE_BYTES, Chunk, SourceError, bytes_of_ms
 from streaming.protocol import (
     AFTER_PARAMETER,
     RESUME_PARAMETER,
@@ -34,6 +34,7 @@ from streaming.protocol import (
     Error,
     Flush,
     Flushed,
+    Gap,
     SessionClosed,
     SessionCreated,
     SessionResumed,
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 REPLY_TIMEOUT_S = 120.0  # without any message; a server acknowledges audio every second
 FLUSH_ID = "end"
 MAX_UNACKNOWLEDGED_MS = 120_000  # of audio, kept until it is acknowledged; then the source waits
+GAP_PIECE_MS = 5_000  # of a gap that is told at once, at the pace of speech
 MAX_FRAME_BYTES = bytes_of_ms(1_000)  # in one frame, where much waits
 PATIENT = Backoff(longest_s=5.0, max_attempts=30)  # a server's restart loads a model
 # Close codes that say nothing against the client: it may come back.
@@ -79,7 +81,7 @@ def stream_url(server: str, name: str, language: str | None = None) -> str:
 
 async def stream_audio(
     url: str,
-    chunks: AsyncIterator[bytes],
+    chunks: AsyncIterator[Chunk],
     on_message: Callable[[Envelope], None],
     *,
     paced: bool,
@@ -93,13 +95,13 @@ async def stream_audio(
     Nothing is begun on the server before the source gave its first chunk. A source that fails later
     ends its audio there: what was sent is flushed, the stream is closed, and then the failure raised.
     At the end of the audio, or once `stop` is set, flushes everything sent and closes the stream.
-    Reopens a connection that is lost after `session.created`, even to a server that crashed and
-    restarted: no audio and no logged message is lost or repeated.
+    Reopens a lost connection, even to a server that crashed and restarted: no audio and no logged message
+    is lost or repeated. What a server that was stopped does not have becomes another session.
 
     Args:
         url: As `stream_url` gives it.
-        chunks: s16le mono audio at 16 kHz; not asked for more than `MAX_UNACKNOWLEDGED_MS` ahead of
-            what the server has acknowledged.
+        chunks: s16le mono audio at 16 kHz, and gaps; not asked for more than `MAX_UNACKNOWLEDGED_MS`
+            ahead of what the server has acknowledged.
         on_message: Called on the event loop, in order, as messages arrive.
         paced: Each chunk leaves when a microphone would have filled it; else as fast as the
             server accepts.
@@ -139,7 +141,7 @@ async def stream_audio(
         await asyncio.gather(filling, stopping, return_exceptions=True)
 
 
-async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _begun(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
     """The chunks, once there is a first: a source that cannot be opened must begin no stream.
 
     Raises:
@@ -147,7 +149,7 @@ async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """
     first = await anext(chunks, b"")
 
-    async def all_of_them() -> AsyncIterator[bytes]:
+    async def all_of_them() -> AsyncIterator[Chunk]:
         if first:
             yield first
         async for chunk in chunks:
@@ -191,6 +193,7 @@ class _Talk:
         self._progress = progress
         self._token = token
         self._resume_token: str | None = None
+        self._session_start = 0  # position in the backlog where the session begins
         self._last_seq = 0
         self._sent = 0  # bytes, at most, on any connection
         self.failure: SourceError | None = None  # of the source, after its first chunk
@@ -209,15 +212,15 @@ class _Talk:
         # is found by its missing acknowledgements.
         return await open_connection(url, token=self._token, ping_interval_s=None)
 
-    async def fill(self, chunks: AsyncIterator[bytes], stop: asyncio.Event, *, paced: bool) -> None:
+    async def fill(self, chunks: AsyncIterator[Chunk], stop: asyncio.Event, *, paced: bool) -> None:
         """Take the audio as it is due, or as there is room for it, up to its end or failure."""
         start = self._progress.started_at = time.perf_counter()
         n_bytes = 0
         try:
-            async for chunk in chunks:
+            async for chunk in _in_pieces(chunks) if paced else chunks:
                 if stop.is_set():
                     break
-                n_bytes += len(chunk)
+                n_bytes += _n_bytes(chunk)
                 # A source that never waits must let the connection have its turn, too.
                 await asyncio.sleep(start + n_bytes / bytes_of_ms(1000) - time.perf_counter() if paced else 0)
                 await self._backlog.put(chunk)
@@ -241,7 +244,7 @@ class _Talk:
         async with connection:
             begin: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             if is_first:
-                begin.set_result(0)
+                begin.set_result(self._session_start)
             reading = asyncio.create_task(self._read(connection, begin), name="stream.read")
             sending = asyncio.create_task(self._send(connection, begin), name="stream.send")
             try:
@@ -266,8 +269,8 @@ class _Talk:
                     break
                 # Sending alone need not let the event loop run: messages are read at least once a frame.
                 await asyncio.sleep(0)
-                await connection.send(piece)
-                at += len(piece)
+                await connection.send(encode_client(piece) if isinstance(piece, Gap) else piece)
+                at += _n_bytes(piece)
                 self._sent = max(self._sent, at)
                 self._progress.sent_s = max(self._progress.sent_s, at / bytes_of_ms(1000))
             if self._progress.flushed_at is None:
@@ -300,7 +303,7 @@ class _Talk:
                 case SessionResumed(n_samples=n_samples):
                     self._resume(n_samples, begin)
                 case Ack(n_samples=n_samples):
-                    self._backlog.forget(min(n_samples * SAMPLE_BYTES, self._sent))
+                    self._backlog.forget(min(self._session_start + n_samples * SAMPLE_BYTES, self._sent))
                 case Error(fatal=True) as fatal:
                     pass  # the connection ends next
                 case Flushed(id=id_) if id_ == FLUSH_ID:
@@ -311,6 +314,10 @@ class _Talk:
                     # Its connection was lost before any audio came: another stream takes its place.
                     self._resume_token = None
                     raise _ConnectionLost("the stream ended before it had audio")
+                case SessionClosed(reason="server_stopping") as closed if self._resume_token is not None:
+                    if self._is_all_final(closed):
+                        return closed
+                    raise _ConnectionLost("the server is stopping")
                 case SessionClosed(reason=reason):
                     raise StreamFailed(fatal.message if fatal else f"the server ended the stream: {reason}")
 
@@ -319,14 +326,38 @@ class _Talk:
         is_passing = exc.rcvd is None or exc.rcvd.code in _PASSING
         return is_passing and self._resume_token is not None
 
+    def _is_all_final(self, closed: SessionClosed) -> bool:
+        """Whether a session that a stopping server finalised has all audio; else the rest begins another."""
+        end = min(self._session_start + bytes_of_ms(closed.duration_ms), self._sent)
+        if self._progress.flushed_at is not None or self._backlog.is_over(end):
+            self._progress.flushed_at = self._progress.flushed_at or time.perf_counter()
+            return True
+        self._session_start = max(end, self._backlog.start)
+        self._resume_token = None
+        return False
+
     def _resume(self, n_samples: int, begin: asyncio.Future[int]) -> None:
-        at = n_samples * SAMPLE_BYTES
+        at = self._session_start + n_samples * SAMPLE_BYTES
         if at < self._backlog.start:
             lost_s = (self._backlog.start - at) / bytes_of_ms(1000)
             raise StreamFailed(f"the server lost {lost_s:.2f} s of audio that it had acknowledged")
         logger.warning("the stream resumes at %.1f s", n_samples / SAMPLE_RATE_HZ)
         if not begin.done():
             begin.set_result(at)
+
+
+def _n_bytes(chunk: Chunk) -> int:
+    return bytes_of_ms(chunk.duration_ms) if isinstance(chunk, Gap) else len(chunk)
+
+
+async def _in_pieces(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """A long gap is told while it lasts: a connection on which nothing comes is taken for dead."""
+    async for chunk in chunks:
+        if isinstance(chunk, Gap):
+            for begin_ms in range(0, chunk.duration_ms, GAP_PIECE_MS):
+                yield Gap(min(GAP_PIECE_MS, chunk.duration_ms - begin_ms))
+        else:
+            yield chunk
 
 
 def _without_token(envelope: Envelope) -> Envelope:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from model.errors import CheckpointError
+from model.errors import CheckpointError, CheckpointUnavailable
 
 # Checkpoints that ship with the project, by name.
 SHIPPED = {"moss-nano": Path(__file__).parent / "weights" / "moss-nano"}
@@ -50,4 +50,6 @@ def find(name: str, *, with_weights: bool = True) -> Path:
             f"{name!r} is neither a folder nor a hub id OWNER/NAME; {_SHIPS}: {error}"
         ) from error
     except (HfHubHTTPError, OSError) as error:  # an incomplete or empty cache is an OSError, too
-        raise CheckpointError(f"{name!r} is no folder, and the hub does not give it: {error}") from error
+        raise CheckpointUnavailable(
+            f"{name!r} is no folder, and the hub does not give it: {error}"
+        ) from error

@@ -61,11 +61,10 @@ def main() -> int:
     log = ROOT / ".demo" / "server.log"
     log.parent.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
+    console.print("Starting the server; it loads its model first, which takes some seconds.", soft_wrap=True)
     try:
         with running_server(log) as port:
-            console.print(
-                f"The server is ready on port {port}. Streaming {recording} in real time.\n", markup=False
-            )
+            console.print(f"Ready on port {port}. Streaming {recording} in real time.\n", markup=False)
             heard, flush_s = asyncio.run(stream(recording, port, console))
     except (DemoError, StreamFailed, ConnectFailed, SourceError) as exc:
         print(f"demo: {exc}", file=sys.stderr)
@@ -123,7 +122,7 @@ def report(console: Console, heard: Heard, flush_s: float | None, reference: Pat
     if not committed:
         print("demo: no word was committed", file=sys.stderr)
         return 1
-    console.print(f"\nTranscript:\n{committed}", markup=False, soft_wrap=True)
+    console.print(f"\nTranscript:\n{committed}", markup=False)
     for what, found in (("Sounds", heard.sounds), ("Emotion", heard.emotions)):
         line = ", ".join(f"{label} ({n})" for label, n in found.most_common())
         console.print(f"\n{what}: {line or 'none'}", markup=False, soft_wrap=True)

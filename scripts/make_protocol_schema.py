@@ -34,6 +34,7 @@ FRAME = {
 LIMITS = {
     "MAX_ID_CHARS": "characters of the `id` of a `flush` or `ask`",
     "MAX_QUESTION_CHARS": "characters of the question of an `ask`",
+    "MAX_GAP_MS": "milliseconds of one `gap`; a longer one is refused, and may be sent as several",
     "MAX_TEXT_CHARS": "characters of a client's text frame; a longer frame of a subscriber closes with 1009",
     "MAX_SUBSCRIBED_STREAMS": "names and patterns in one `subscribe`",
     "MAX_CHANNELS": "channels of a stream's audio, mixed to one",

@@ -52,19 +52,23 @@ def serve(
 ) -> None:
     """Run the server until it is interrupted."""
     path = path or config_path()
+
+    def read() -> Config:
+        return _override(find_config(path), host, port, model, log_path, is_verbose=verbose)
+
     try:
-        config = _override(find_config(path), host, port, model, log_path)
+        config = read()
     except ConfigError as exc:
         click.echo(str(exc), err=True)
         sys.exit(2)
-    configure(config.server.log_format, is_verbose=verbose)
+    configure(config.server.log_format, config.server.log_level)
     if path is None:
         logger.info("no --config, $%s or ./%s: built-in settings", CONFIG_ENV, DEFAULT_PATH)
     else:
         logger.info("settings from %s", path)
     _raise_file_limit()
     try:
-        asyncio.run(run(config))
+        asyncio.run(run(config, read_config=read))
     except* ConfigError as group:
         click.echo(str(group.exceptions[0]), err=True)
         sys.exit(2)
@@ -129,9 +133,17 @@ def _raise_file_limit() -> None:
 
 
 def _override(
-    config: Config, host: str | None, port: int | None, model: str | None, log_path: str | None
+    config: Config,
+    host: str | None,
+    port: int | None,
+    model: str | None,
+    log_path: str | None,
+    *,
+    is_verbose: bool,
 ) -> Config:
-    server = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    level = "debug" if is_verbose else None
+    options = (("host", host), ("port", port), ("log_level", level))
+    server = {key: value for key, value in options if value is not None}
     name = {} if model is None else {"name": model}
     log = {} if log_path is None else {"path": log_path}
     return with_overrides(config, {"server": server, "model": name, "log": log})

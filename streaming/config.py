@@ -15,12 +15,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-# Keys of earlier versions: one of them stops the start, and the error names its successor.
-RENAMED = {
-    "transcript.edge_s": "transcript.commit_delay_s",
-    "transcript.patience_s": "transcript.unsure_commit_delay_s",
-    "transcript.sure_score": "transcript.sure_confidence",
-}
+from streaming.problems import problems
+
 CONFIG_ENV = "MOSS_LIVE_CONFIG"  # the path of the file, where the command line names none
 DEFAULT_PATH = Path("config.toml")  # where neither does, from the working folder
 
@@ -34,6 +30,7 @@ class _Section(BaseModel):
 
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 PositiveSeconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -55,6 +52,7 @@ class ServerConfig(_Section):
     origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
     log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
 
     @field_validator("origins", "trusted_proxies", mode="before")
     @classmethod
@@ -97,6 +95,7 @@ class LimitsConfig(_Section):
     attempts_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     address_connections: Annotated[int, Field(ge=1, le=100_000)] = 64
     token_streams: Annotated[int, Field(ge=1, le=100_000)] = 8
+    token_new_streams: Annotated[int, Field(ge=1, le=10_000_000)] = 2_000
     token_subscribers: Annotated[int, Field(ge=1, le=100_000)] = 500
     audio_speed: Annotated[float, Field(ge=1, le=100_000)] = 50.0
     audio_burst_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
@@ -257,7 +256,7 @@ class EngineStart(EngineSettings):
 
     max_ahead_s: float  # of [ingest]
     log_format: LogFormat = "text"
-    is_verbose: bool = False
+    log_level: LogLevel = "info"
 
 
 class Config(EngineSettings):
@@ -300,8 +299,8 @@ def parse_config(text: str, source: str = "config") -> Config:
     """
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{source}: no TOML: {exc}") from exc
+    except (ValueError, RecursionError) as exc:  # of deep arrays, and of numbers of thousands of digits
+        raise ConfigError(f"{source}: no TOML: {exc}"[:500]) from exc
     try:
         return Config.model_validate(values)
     except ValidationError as exc:
@@ -374,21 +373,3 @@ def is_loopback(host: str) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped.is_loopback
     return address.is_loopback
-
-
-def problems(source: str, exc: ValidationError, *, is_secret: bool = False) -> str:
-    """A line for everything that is wrong with a file: the key's path, what is wrong, what was got.
-
-    Of a file that is secret, what was got is left out.
-    """
-    return "\n".join(f"{source}: {_problem(error, is_secret)}" for error in exc.errors())
-
-
-def _problem(error: object, is_secret: bool) -> str:
-    """The line of one problem: `KEY: what is wrong (got VALUE)`."""
-    assert isinstance(error, dict), error
-    key = ".".join(str(part) for part in error["loc"]) or "file"
-    if error["type"] == "extra_forbidden":
-        return f"{key}: is now called {RENAMED[key]}" if key in RENAMED else f"{key}: unknown key"
-    got = "" if is_secret or isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
-    return f"{key}: {error['msg']}{got}"

@@ -6,6 +6,7 @@ MossLiveError
 │   └── LogFull           there is no room on its disk; everything waits until there is
 ├── StreamFault       a fault of the server's ended a stream; its connection closes with 1011
 ├── EngineFault       the engine exited, hung or broke its protocol; it is restarted
+│   └── EngineUnfit       its settings or its model cannot be used; a first start ends the server
 └── ConnectionOver    ends one connection; each kind knows its close code
     ├── BadAudio          4401, the stream ends with "bad_input"
     ├── BadMessages       4400, "bad_input"
@@ -39,12 +40,20 @@ class EngineFault(MossLiveError):
     """The engine process cannot be used any more; says why."""
 
 
+class EngineUnfit(EngineFault):
+    """The engine cannot work with these settings or this model: says which, and what was expected."""
+
+
 class LogError(MossLiveError):
     """The log's file cannot be used: says which, and what to do."""
 
 
 class LogFull(LogError):
     """The log could not be written for now: no room, or another program holds the file."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason  # in a few words, for whoever asks why
 
 
 class StreamFault(MossLiveError):

@@ -29,11 +29,21 @@ _SECRETS = re.compile(
 )
 
 
-def configure(log_format: Literal["text", "json"], *, is_verbose: bool) -> None:
-    """Log to standard error. For the program's start alone."""
+def configure(log_format: Literal["text", "json"], level: str) -> None:
+    """Log to standard error. For the program's start alone.
+
+    Args:
+        log_format: Lines, or JSON objects.
+        level: "debug", "info", "warning" or "error".
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter(TEXT_FORMAT))
-    logging.basicConfig(level=logging.DEBUG if is_verbose else logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def set_level(level: str) -> None:
+    """Log from this level on, in this process."""
+    logging.getLogger().setLevel(level.upper())
 
 
 def socket_logger() -> logging.Logger:

@@ -6,9 +6,8 @@ The only part of `model.moss` that touches files.
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from model.errors import CheckpointError
 from model.hf_hub import find
+from model.json_file import read_json
 from model.moss.config import MossConfig, SpecialTokens, read_config, read_special_tokens
 from model.moss.network import MossAudio
 from model.moss.prompt import ByteTokenizer, Layout
@@ -67,13 +67,7 @@ def _read_json(folder: Path, *names: str) -> dict[str, Any]:
     """The first of the files that exists; empty where none does."""
     for name in names:
         if (path := folder / name).is_file():
-            try:
-                content = json.loads(path.read_text("utf-8"))
-            except json.JSONDecodeError as error:
-                raise CheckpointError(f"{path}: {error}") from error
-            if not isinstance(content, dict):
-                raise CheckpointError(f"{path}: not an object")
-            return content
+            return read_json(path)
     return {}
 
 
@@ -158,26 +152,22 @@ class HubTokenizer:
         Raises:
             CheckpointError: the files are not there.
         """
-        from tokenizers import AddedToken, models
         from tokenizers import Tokenizer as Fast
+        from tokenizers import models
 
         if (path := folder / "tokenizer.json").is_file():
-            return HubTokenizer(Fast.from_file(str(path)))
+            return HubTokenizer(_built(path, lambda: Fast.from_file(str(path))))
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
         if not (vocab.is_file() and merges.is_file()):
             raise CheckpointError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
-        fast = byte_level(models.BPE.from_file(str(vocab), str(merges)))
+        fast = byte_level(_built(vocab, lambda: models.BPE.from_file(str(vocab), str(merges))))
         added: Mapping[str, Any] = _read_json(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
-        for idx in sorted(added, key=int):
-            token = added[idx]
-            fast.add_tokens(
-                [AddedToken(token["content"], normalized=False, special=token.get("special", True))]
-            )
-            if fast.token_to_id(token["content"]) != int(idx):
-                raise CheckpointError(
-                    f"{folder}: token {token['content']!r} is {idx} in tokenizer_config.json, "
-                    f"{fast.token_to_id(token['content'])} after the vocabulary"
-                )
+        try:
+            _add_tokens(fast, added, folder)
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
+            if isinstance(exc, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder}/tokenizer_config.json: its added tokens: {exc!r}") from exc
         return HubTokenizer(fast)
 
     def encode(self, text: str) -> list[int]:
@@ -206,11 +196,40 @@ class HubTokenizer:
         return "".join([*pieces, self._tokenizer.decode(run, skip_special_tokens=True)])
 
 
+def _add_tokens(fast: Any, added: Mapping[str, Any], folder: Path) -> None:
+    """Add tokens to a tokenizer where they belong."""
+    from tokenizers import AddedToken
+
+    for idx in sorted(added, key=int):
+        token = added[idx]
+        fast.add_tokens([AddedToken(token["content"], normalized=False, special=token.get("special", True))])
+        if fast.token_to_id(token["content"]) != int(idx):
+            raise CheckpointError(
+                f"{folder}: token {token['content']!r} is {idx} in tokenizer_config.json, "
+                f"{fast.token_to_id(token['content'])} after the vocabulary"
+            )
+
+
+def _built(path: Path, build: Callable[[], Any]) -> Any:
+    """A tokenizer or its model from files of anybody's."""
+    try:
+        return build()
+    except Exception as exc:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"{path}: no tokenizer: {exc}"[:500]) from exc
+
+
 def _shards(folder: Path) -> list[Path]:
     """The weight files of the checkpoint in `folder`."""
     if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder, INDEX).get("weight_map", {}).values()))
+        shards = _read_json(folder, INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{folder}: {INDEX} has no weight_map of names of files")
+        names = sorted(set(shards.values()))
         for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{folder}: {INDEX} names {name[:200]!r}; expected .safetensors files beside it"
+                )
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder}: {INDEX} names {name}, which is not there")
         return [folder / name for name in names]
@@ -231,7 +250,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Any, Path]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dictionary: it has no __iter__)
                     yield name, file.get_slice(name), path
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
 

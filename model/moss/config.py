@@ -7,11 +7,13 @@ implemented is refused, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from model.errors import CheckpointError
+from model.json_file import positive
 
 MODEL_TYPE = "moss_audio"
 DIGITS = tuple(range(15, 25))  # '0' to '9' in Qwen's vocabulary
@@ -93,10 +95,18 @@ def n_audio_tokens(n_frames: int) -> int:
 
 
 def _integer(section: Mapping[str, Any], key: str, where: str) -> int:
-    value = section.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {where}{key} is {value!r}, not a positive integer")
-    return value
+    return positive(section, key, f"config.json: {where}")
+
+
+@contextmanager
+def _of_right_types(file: str) -> Iterator[None]:
+    """Whatever has a type that nobody expects is one clear error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as exc:
+        raise CheckpointError(f"{file}: a value is of a type that cannot be used: {exc}"[:300]) from exc
 
 
 def _expect(section: Mapping[str, Any], where: str, allowed: Mapping[str, tuple[object, ...]]) -> None:
@@ -174,7 +184,7 @@ def _language(section: Mapping[str, Any]) -> LanguageConfig:
         num_hidden_layers=_integer(section, "num_hidden_layers", where),
         num_attention_heads=heads,
         num_key_value_heads=_integer(section, "num_key_value_heads", where),
-        head_dim=section.get("head_dim") or hidden // heads,
+        head_dim=_integer(section, "head_dim", where) if section.get("head_dim") else hidden // heads,
         max_position_embeddings=_integer(section, "max_position_embeddings", where),
         rope_theta=float(rope.get("rope_theta", section.get("rope_theta", 1e6))),
         rms_norm_eps=float(section.get("rms_norm_eps", 1e-6)),
@@ -184,6 +194,7 @@ def _language(section: Mapping[str, Any]) -> LanguageConfig:
     return config
 
 
+@_of_right_types("config.json")
 def read_config(root: Mapping[str, Any]) -> MossConfig:
     """The shapes in a `config.json`.
 
@@ -217,6 +228,7 @@ def read_config(root: Mapping[str, Any]) -> MossConfig:
     )
 
 
+@_of_right_types("processor_config.json or generation_config.json")
 def read_special_tokens(
     processor: Mapping[str, Any], generation: Mapping[str, Any], root: Mapping[str, Any]
 ) -> SpecialTokens:

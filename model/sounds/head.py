@@ -99,9 +99,8 @@ class SoundHead:
         columns = torch.tensor([yamnet.names.index(name) for name in names], dtype=torch.long)
         self._weights = weights
         # Indices of the chosen trained sounds among the trained ones, and among the chosen ones.
-        chosen = [name for name in names if name in weights.labels]
-        self._from = [weights.labels.index(name) for name in chosen]
-        self._to = [names.index(name) for name in chosen]
+        self._to = [column for column, name in enumerate(names) if name in weights.labels]
+        self._from = [weights.labels.index(names[column]) for column in self._to]
         self._n_features = len(weights.project)
         # One product for both: the head's features, and the logits of the sounds that are not trained.
         classifier = yamnet.classifier

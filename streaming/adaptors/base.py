@@ -11,7 +11,7 @@ from typing import Any
 from streaming.adaptors.container_input import ContainerInput
 from streaming.config import VadConfig
 from streaming.log.row import Row
-from streaming.protocol import Envelope, decode
+from streaming.protocol import MAX_TEXT_CHARS, Envelope, decode
 from streaming.server.conversation import BadMessage, Conversation, Dialect, Frame
 from streaming.stream.audio_input import AudioInput
 from streaming.stream.lifetime import LiveStream
@@ -87,6 +87,29 @@ class Adaptor(Dialect):
 
     def stop(self) -> None:
         """Nothing is held."""
+
+
+def check_text(frame: str, max_parts: int) -> None:
+    """Refuse JSON that would take long to read, before it is read.
+
+    A long text holds audio, as one value: another one of its length takes seconds, in which nobody else
+    is served, if it has many.
+
+    Args:
+        frame: JSON, as it came.
+        max_parts: Brackets, braces, colons and commas that a text of more than `MAX_TEXT_CHARS` may have.
+
+    Raises:
+        ValueError: it is too long for them.
+    """
+    if len(frame) <= MAX_TEXT_CHARS:
+        return
+    n_parts = sum(frame.count(mark) for mark in "[{:,")
+    if n_parts > max_parts:
+        raise ValueError(
+            f"a text of {len(frame)} characters with {n_parts} values; expected at most {MAX_TEXT_CHARS}, "
+            "or one long value"
+        )
 
 
 def new_id() -> str:

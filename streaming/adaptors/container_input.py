@@ -9,11 +9,12 @@ import asyncio
 import logging
 
 from streaming import aio
-from streaming.audio.container import ContainerDecoder
+from streaming.audio.container import ContainerDecoder, Hole
 from streaming.errors import ConnectionOver
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.server.conversation import Conversation
 from streaming.stream.audio_input import Acknowledger
+from streaming.stream.clock import MAX_SILENCE_MS
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +25,21 @@ class ContainerInput:
     def __init__(self, talk: Conversation) -> None:
         self._talk = talk
         self._session = talk.session
-        self._acks = Acknowledger(talk.session.tell, SAMPLE_RATE_HZ, talk.limits.ack_interval_s)
+        interval_s, clock = talk.limits.ack_interval_s, talk.session.clock
+        self._acks = Acknowledger(talk.session.tell, SAMPLE_RATE_HZ, interval_s, clock)
         self._container = ContainerDecoder()
         self._feeding = asyncio.create_task(self._feed_session(), name=f"decode {talk.session.name}")
 
     async def _feed_session(self) -> None:
-        while (pcm := await self._container.pull()) is not None:
-            async with self._talk.paced(len(pcm) / SAMPLE_RATE_HZ):
-                await self._session.feed(pcm)
-                self._acks.received(self._session.n_samples)
+        while (piece := await self._container.pull()) is not None:
+            if isinstance(piece, Hole):
+                async with self._talk.paced(min(piece.duration_ms, MAX_SILENCE_MS) / 1000):
+                    await self._session.wait_for_room(self._session.clock.silence_of(piece.duration_ms))
+                    self._session.push_gap(piece.duration_ms)
+            else:
+                async with self._talk.paced(len(piece) / SAMPLE_RATE_HZ):
+                    await self._session.feed(piece)
+            self._acks.received(self._session.n_samples)
 
     async def fed(self) -> None:
         """Wait until the container has ended and everything in it was fed.

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 from uuid import uuid4
 
-from streaming.adaptors.base import Adaptor, Event
+from streaming.adaptors.base import Adaptor, Event, check_text
 from streaming.adaptors.container_input import ContainerInput
 from streaming.adaptors.deepgram_query import MIN_ENDPOINTING_MS, Options, parse_options
 from streaming.adaptors.deepgram_results import Results
@@ -150,7 +150,7 @@ class Deepgram(Adaptor):
 
     def _metadata(self, closed: SessionClosed) -> Event:
         raw = self._options.audio_format
-        return {
+        metadata: Event = {
             "type": "Metadata",
             "transaction_key": "deprecated",
             "request_id": self._request_id,
@@ -161,6 +161,12 @@ class Deepgram(Adaptor):
             "models": [self._results.model],
             "model_info": {self._results.model: self._results.model_info},
         }
+        if self._options.ignored:
+            metadata["warnings"] = [
+                {"parameter": name, "type": "unsupported_parameter", "message": f"{name} has no effect here"}
+                for name in self._options.ignored
+            ]
+        return metadata
 
 
 def read_message(frame: str) -> str:
@@ -170,6 +176,7 @@ def read_message(frame: str) -> str:
         BadMessage: it is none of Deepgram's.
     """
     try:
+        check_text(frame, max_parts=0)
         message = json.loads(frame)
     except (ValueError, RecursionError) as exc:
         raise BadMessage(f"no JSON: {exc}"[:200], "SchemaError") from exc

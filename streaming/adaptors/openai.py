@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from streaming.adaptors.base import Adaptor, Event, new_id
+from streaming.adaptors.base import Adaptor, Event, check_text, new_id
 from streaming.adaptors.openai_session import (
     FORMATS,
     Settings,
@@ -55,6 +55,7 @@ BETA_HEADER, BETA = "OpenAI-Beta", "realtime=v1"
 SUBPROTOCOL, BETA_SUBPROTOCOL = "realtime", "openai-beta.realtime-v1"  # what a browser can say
 MIN_COMMIT_MS = 100  # of audio, as the API has it
 MAX_ITEM_CHARS = 65_536  # over an hour of speech: an item that is never committed ends by itself there
+MAX_PARTS = 32  # of a long text: an append of audio has a few fields
 MAX_PARAMETERS = 32  # in the URL; those that are not named here are ignored, as the API does
 MIN_LOGPROB = -10.0  # of a score that was rounded to nothing
 # A turn that held no word has no final. It is over once the clock has been seen so often after its
@@ -358,6 +359,7 @@ def read_event(frame: str | bytes) -> Event:
             "invalid_json",
         )
     try:
+        check_text(frame, MAX_PARTS)
         event = json.loads(frame)
     except (ValueError, RecursionError) as exc:
         raise BadMessage(f"no JSON: {exc}"[:200], "invalid_json") from exc
@@ -377,6 +379,8 @@ def read_event(frame: str | bytes) -> Event:
 def _event_id_of(frame: str | bytes) -> str | None:
     """The client's own id of the event in a frame, where it can be read."""
     try:
+        if isinstance(frame, str):
+            check_text(frame, MAX_PARTS)
         event = json.loads(frame)
     except (ValueError, RecursionError):
         return None

@@ -8,13 +8,16 @@ waits once `MAX_DECODED_S` of audio are not taken. Knows nothing of sockets or o
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import av
 import numpy as np
 from av.audio.resampler import AudioResampler
+from av.stream import Disposition
 
 from streaming.aio import Changed
 from streaming.audio.container_guard import (
@@ -29,6 +32,9 @@ from streaming.audio.container_guard import (
 from streaming.engine.contract import Pcm
 from streaming.errors import BadAudio
 from streaming.protocol import SAMPLE_RATE_HZ
+from streaming.protocol.timestamps import MediaClock
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING_BYTES = 256 * 1024
 PIECE_BYTES = 64 * 1024  # of a longer frame, at a time
@@ -76,13 +82,20 @@ def container_of(head: bytes) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Audio that a container does not have, by its time stamps."""
+
+    duration_ms: int
+
+
 class ContainerDecoder:
     """One stream's container. Belongs to the event loop, but for its thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._changed = Changed()  # anything below, as the loop's side sees it
-        self._decoded: deque[Pcm] = deque()  # not taken yet
+        self._decoded: deque[Pcm | Hole] = deque()  # not taken yet
         self._is_taking = False  # the block that was taken last is still being worked on
         self._n_pushed = 0  # bytes
         self._starved_at = 0  # of them, when the thread had used all and waited for more
@@ -123,8 +136,8 @@ class ContainerDecoder:
                 self._shared.notify()
             self._start()
 
-    async def pull(self) -> Pcm | None:
-        """The next audio; None at its end. Asking again says that the last was dealt with.
+    async def pull(self) -> Pcm | Hole | None:
+        """The next audio, or a hole in it; None at its end. Asking again says that the last was dealt with.
 
         Raises:
             BadAudio: the bytes cannot be decoded.
@@ -133,12 +146,12 @@ class ContainerDecoder:
         self._changed.notify()
         await self._changed.wait_for(lambda: bool(self._decoded) or self._is_over)
         if self._decoded:
-            pcm = self._decoded.popleft()
+            piece = self._decoded.popleft()
             self._is_taking = True
             with self._shared:
-                self._n_decoded -= len(pcm)
+                self._n_decoded -= _n_samples(piece)
                 self._shared.notify()
-            return pcm
+            return piece
         if self._error is not None:
             raise self._error
         return None
@@ -189,8 +202,8 @@ class ContainerDecoder:
     def _run(self) -> None:
         error: BadAudio | None = BadAudio("the container's decoder failed")
         try:
-            for pcm in self._decode():
-                if not self._give(pcm):
+            for piece in self._decode():
+                if not self._give(piece):
                     break
             error = None
         except BadAudio as exc:
@@ -200,7 +213,7 @@ class ContainerDecoder:
         finally:
             self._tell(lambda: self._on_over(error))
 
-    def _decode(self) -> Iterator[Pcm]:
+    def _decode(self) -> Iterator[Pcm | Hole]:
         name = container_of(self._peek())
         self._guard = guard_of(name)
         bound_allocations()
@@ -208,7 +221,7 @@ class ContainerDecoder:
         with av.open(self, format=name, mode="r", buffer_size=4096, options=options) as container:
             if not container.streams.audio:
                 raise BadAudio(f"the {name} container has no audio")
-            stream = container.streams.audio[0]
+            stream = _chosen(container.streams.audio)
             # PyAV gives None for a codec that FFmpeg cannot decode, though its types say otherwise.
             context: av.AudioCodecContext | None = stream.codec_context
             codec = "an unknown codec" if context is None else context.name
@@ -219,16 +232,20 @@ class ContainerDecoder:
             assert context is not None, codec
             check_format(name, context.sample_rate, context.layout.nb_channels)
             check_codec(codec, context.extradata)
-            resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
-            for packet in container.demux(stream):
-                for frame in packet.decode():
-                    check_frame(name, frame)
-                    self._guard.heard()
-                    self._has_audio = True
-                    yield from _blocks(resampler, frame)
-            yield from _blocks(resampler, None)
+            yield from _placed(self._frames_of(name, container, stream))
         if not self._has_audio:
             raise BadAudio(f"the {name} container ends without any audio")
+
+    def _frames_of(
+        self, name: str, container: av.container.InputContainer, stream: av.AudioStream
+    ) -> Iterator[av.AudioFrame]:
+        """The frames of a track, each within what a header may say."""
+        for packet in container.demux(stream):
+            for frame in packet.decode():
+                check_frame(name, frame)
+                self._guard.heard()
+                self._has_audio = True
+                yield frame
 
     def read(self, n_bytes: int) -> bytes:
         """What FFmpeg reads: at most so many bytes, none at the end. Called on the thread.
@@ -268,13 +285,13 @@ class ContainerDecoder:
                 self._starve()
             return bytes(self._bytes[:SNIFF_BYTES])
 
-    def _give(self, pcm: Pcm) -> bool:
+    def _give(self, piece: Pcm | Hole) -> bool:
         """Hand over audio once there is room; False when nobody wants it."""
         with self._shared:
             while self._n_decoded > MAX_DECODED_S * SAMPLE_RATE_HZ and not self._is_stopped:
                 self._shared.wait()
-            self._n_decoded += len(pcm)
-        return self._tell(lambda: self._on_decoded(pcm))
+            self._n_decoded += _n_samples(piece)
+        return self._tell(lambda: self._on_decoded(piece))
 
     def _tell(self, call: Callable[[], None]) -> bool:
         """Call on the event loop, unless it may be gone."""
@@ -285,8 +302,8 @@ class ContainerDecoder:
 
     # --- on the loop, from the thread ----------------------------------------------------
 
-    def _on_decoded(self, pcm: Pcm) -> None:
-        self._decoded.append(pcm)
+    def _on_decoded(self, piece: Pcm | Hole) -> None:
+        self._decoded.append(piece)
         self._changed.notify()
 
     def _on_starved(self, n_pushed: int) -> None:
@@ -303,6 +320,35 @@ class ContainerDecoder:
                 self._error = exc
         self._bytes.clear()  # the thread reads no more
         self._changed.notify()
+
+
+def _chosen(tracks: Sequence[av.AudioStream]) -> av.AudioStream:
+    """The default track; where none is marked so, the first."""
+    chosen = next((track for track in tracks if track.disposition & Disposition.default), tracks[0])
+    if len(tracks) > 1:
+        logger.info("a container of %d audio tracks: number %d", len(tracks), tracks.index(chosen) + 1)
+    return chosen
+
+
+def _n_samples(piece: Pcm | Hole) -> int:
+    return 0 if isinstance(piece, Hole) else len(piece)
+
+
+def _placed(frames: Iterable[av.AudioFrame]) -> Iterator[Pcm | Hole]:
+    """Frames at 16 kHz, mono, and the holes between them by their time stamps."""
+    clock, resampler = MediaClock(), _new_resampler()
+    for frame in frames:
+        duration_s = frame.samples / (frame.sample_rate or SAMPLE_RATE_HZ)
+        if hole_ms := clock.hole_before(frame.time, duration_s):
+            yield from _blocks(resampler, None)
+            resampler = _new_resampler()
+            yield Hole(hole_ms)
+        yield from _blocks(resampler, frame)
+    yield from _blocks(resampler, None)
+
+
+def _new_resampler() -> AudioResampler:
+    return AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
 
 
 def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[Pcm]:

@@ -114,6 +114,10 @@ class Ingest:
             del self._buffer[-n_partial:]
             self._count(-n_partial)
 
+    def skip(self, n_samples: int) -> None:
+        """Count samples that do not come as bytes, behind a `flush`: a gap of the sender."""
+        self._count(n_samples * self._format.frame_bytes)
+
     def push(self, data: bytes) -> Pcm:
         """The 16 kHz audio that these bytes complete, possibly none.
 

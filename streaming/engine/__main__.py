@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 
-from model.errors import CheckpointError
+from model.errors import CheckpointError, CheckpointUnavailable
 from streaming.config import ConfigError, EngineStart
 from streaming.engine import messages
 from streaming.engine.contract import Runner
@@ -153,7 +153,7 @@ def serve(sock: socket.socket) -> int:
         except (EOFError, ConnectionError):
             return 0
         except (CheckpointError, ConfigError) as exc:  # raised at the start, before any stream
-            pipe.send(messages.Failed(str(exc)))
+            pipe.send(messages.Failed(str(exc), is_unfit=not isinstance(exc, CheckpointUnavailable)))
             return 1
         except Exception as exc:  # noqa: BLE001 (a step that raises ends the process)
             # Without the fault's text, which may quote what a client said.
@@ -166,7 +166,7 @@ def serve(sock: socket.socket) -> int:
 
 def _serve(pipe: Pipe) -> None:
     settings = EngineStart.model_validate_json(pipe.first_frame())
-    configure(settings.log_format, is_verbose=settings.is_verbose)
+    configure(settings.log_format, settings.log_level)
     engine = settings.engine
     started = time.perf_counter()
     runner = load_runner(settings)

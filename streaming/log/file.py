@@ -89,7 +89,7 @@ def locked(path: Path) -> IO[bytes]:
         LogError: another server has it, or the folder cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder that is missing is not made: it may be a disk that is not mounted, or a typing error.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what was said is its owner's business
         lock = path.with_name(path.name + ".lock").open("ab")
     except OSError as exc:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from streaming.errors import LogError, LogFull
 from streaming.log.directory import Directory, StateSource, Stream
 from streaming.log.reader import Reader, in_thread
 from streaming.log.row import Row, row_of
+from streaming.log.seen_clock import SeenClock
 from streaming.log.store import Began, Closed, Logged, Op, Opened, Store, Unsaved
 from streaming.logging_setup import where_raised
 from streaming.protocol import UNLOGGED, Envelope, Message, SessionClosed
@@ -36,7 +38,9 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 256  # messages of one stream on their way to the disk; then it is not read on
 N_RECENT = 1024  # newest messages kept in memory: a reader that comes back soon needs no file
+LOOK_INTERVAL_S = 0.5  # between two looks at whether the file is where it was
 RETRY_S = 1.0  # between attempts to write to a full disk, at most, with jitter
+MAX_NAMED = 10  # streams in one line of the server's log
 TRIM_INTERVAL_S = 30.0  # between two looks at what retention takes
 _DAY_MS = 24 * 3600 * 1000
 
@@ -102,6 +106,7 @@ class Log:
         self._config = config
         self._deliver: Callable[[Row], None] = _ignore
         self._clock_ms = clock_ms
+        self._seen = SeenClock(clock_ms(), time.monotonic())
         self._on_closed = on_closed
         self._on_unsaved = on_unsaved
         self._writing = ThreadPoolExecutor(1, "log-write")
@@ -113,12 +118,12 @@ class Log:
         self._work = Changed()  # for the writer
         self._progress = Changed()  # of the writer
         self._failure: LogError | None = None
-        self._is_closing = False
+        self._is_closing = self._gives_up = False
         self._recent = _Recent(n_recent)
         self.published = 0  # id of the message up to which everything was delivered
         self.trimmed = 0  # id of the newest message that retention took
         self.n_messages = 0  # that are kept
-        self.is_full = False  # the disk is, and everything waits
+        self.blocked = ""  # why nothing can be written at the moment, and everything waits
 
     def deliver_to(self, deliver: Callable[[Row], None]) -> None:
         """Have every message handed to the fan-out, once it is on the disk; it must not wait."""
@@ -284,19 +289,29 @@ class Log:
         """Commit and deliver batch after batch, and let retention have its turn between them."""
         loop = asyncio.get_running_loop()
         trim_at = loop.time() + TRIM_INTERVAL_S
+        look_at = loop.time()
         try:
             while self._waiting or not self._is_closing:
+                if loop.time() >= look_at:
+                    if lost := await self._retried(store.look_after):
+                        logger.error("log %s: %s; it was written again from what is open", store.path, lost)
+                    look_at = loop.time() + LOOK_INTERVAL_S
                 if self._waiting:
                     await self._commit(store)
                 if loop.time() >= trim_at and not await self._trim(store):
                     trim_at = loop.time() + TRIM_INTERVAL_S
                 with suppress(TimeoutError):
-                    async with asyncio.timeout_at(trim_at):
+                    async with asyncio.timeout_at(min(trim_at, look_at)):
                         await self._work.wait_for(lambda: bool(self._waiting) or self._is_closing)
         except LogError as exc:
             logger.error("%s", exc)  # noqa: TRY400  the text says it all
+            _say_lost(self.directory.streams())
             self._failure = exc
             self._progress.notify()
+
+    def give_up(self) -> None:
+        """The server must end: what cannot be written now is not waited for any more."""
+        self._gives_up = True
 
     def _on_writer_end(self, writer: asyncio.Task[None]) -> None:
         """An internal error in it must not leave streams waiting for ever."""
@@ -312,7 +327,7 @@ class Log:
         for name in unsaved:
             stream = self.directory[name]
             if stream.source is not None:
-                ops.append(self._state_of(stream, stream.source))
+                ops.append(_state_of(stream, stream.source, self._on_unsaved))
         if ops:
             await self._retried(lambda: store.write(ops))
         for waiting in batch:
@@ -321,19 +336,6 @@ class Log:
                 waiting.deliver()
         self._n_delivered += len(batch)
         self._progress.notify()
-
-    def _state_of(self, stream: Stream, source: StateSource) -> Op:
-        """What a stream resumes from. Where it cannot be made, the stream is alone in that."""
-        try:
-            return source.save(stream.id)
-        except Exception as exc:
-            # Without the text of the fault, which may hold what a client sent.
-            logger.error("stream %s: its state cannot be saved: %s", stream.name, where_raised(exc))  # noqa: TRY400
-            logger.debug("the fault's text", exc_info=True)
-        stream.source = None
-        # Later, so that a fault in it is not one of the writer's.
-        asyncio.get_running_loop().call_soon(self._on_unsaved, stream.name)
-        return Unsaved(stream.id)
 
     def _publish(self, stream: Stream, number: int, row: Row) -> None:
         """A logged message is on the disk."""
@@ -345,13 +347,15 @@ class Log:
 
     async def _trim(self, store: Store) -> bool:
         """One step of retention; whether there is more to do."""
-        before_ms = self._clock_ms() - int(self._config.keep_days * _DAY_MS)
+        seen_ms = self._seen.now_ms(self._clock_ms(), time.monotonic())
+        before_ms = seen_ms - int(self._config.keep_days * _DAY_MS)
         max_bytes = self._config.max_mib * 1024 * 1024
         trimmed = await self._retried(lambda: store.trim(before_ms, max_bytes, self._config.closed_streams))
         self.trimmed = max(self.trimmed, trimmed.last_id)
         self.n_messages -= trimmed.n_messages
         for name in trimmed.names:
             self.directory.forget(name)
+        await in_thread(self._writing, store.shorten)
         return not trimmed.is_done
 
     async def _retried(self, work: Callable[[], _T]) -> _T:
@@ -360,15 +364,39 @@ class Log:
             try:
                 result = await in_thread(self._writing, work)
             except LogFull as exc:
-                if not self.is_full:
+                if not self.blocked:
                     logger.error("%s; streams wait until it can", exc)  # noqa: TRY400
-                self.is_full = True
+                self.blocked = exc.reason
                 self._progress.notify()
-                if self._is_closing:  # nobody waits any more; the next server goes on from what is there
+                if (
+                    self._is_closing or self._gives_up
+                ):  # nobody waits any more; the next server goes on from what is there
                     raise
                 await asyncio.sleep(backoff_s(1, RETRY_S, RETRY_S))
             else:
-                if self.is_full:
+                if self.blocked:
                     logger.warning("log %s: can be written again", self._config.path)
-                self.is_full = False
+                self.blocked = ""
                 return result
+
+
+def _say_lost(streams: Iterable[Stream]) -> None:
+    """Name the streams of which something was not kept."""
+    lost = {stream.name: stream.n_waiting for stream in streams if stream.n_waiting}
+    if lost:
+        some = ", ".join(list(lost)[:MAX_NAMED]) + (", ..." if len(lost) > MAX_NAMED else "")
+        logger.error("not kept: %d messages of %d streams: %s", sum(lost.values()), len(lost), some)
+
+
+def _state_of(stream: Stream, source: StateSource, on_unsaved: Callable[[str], None]) -> Op:
+    """What a stream resumes from. Where it cannot be made, the stream is alone in that."""
+    try:
+        return source.save(stream.id)
+    except Exception as exc:
+        # Without the text of the fault, which may hold what a client sent.
+        logger.error("stream %s: its state cannot be saved: %s", stream.name, where_raised(exc))  # noqa: TRY400
+        logger.debug("the fault's text", exc_info=True)
+    stream.source = None
+    # Later, so that a fault in it is not one of the writer's.
+    asyncio.get_running_loop().call_soon(on_unsaved, stream.name)
+    return Unsaved(stream.id)

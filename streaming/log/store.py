@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from streaming.errors import LogError, LogFull
-from streaming.log.file import locked, prepare
+from streaming.log.connections import Connections, failure_of
 from streaming.log.row import Row
 from streaming.protocol import MAX_SEQ
 
-BUSY_TIMEOUT_S = 5.0  # for a lock of a foreign reader, such as a backup
 SCAN = 20_000  # rows one read of many streams looks at
 TRIM_ROWS = 2_000  # rows one step of retention deletes, so that commits in between wait little
 KEPT_LIVE = 1_000  # newest messages of a live stream, which retention by size leaves alone
@@ -168,26 +167,13 @@ class Store:
         Raises:
             LogError: it is in use, corrupt, no log, or a log of another version; says what to do.
         """
-        self._path = path
-        self._lock = locked(path)
-        try:
-            self._writer = _connect(path)
-            self.id = prepare(self._writer, path)  # of this log, and of no other one
-            self._reader = _connect(path)
-            self._reader.execute("PRAGMA query_only = ON")
-        except sqlite3.Error as exc:
-            self._lock.close()
-            raise LogError(f"log {path}: cannot be used: {exc}; move it away or set [log] path") from exc
-        except LogError:
-            self._lock.close()
-            raise
+        self.path = path
+        self._open = Connections(path)
+        self.id = self._open.id  # of this log, and of no other one
 
     def close(self) -> None:
         """Give the file back; nothing is called afterwards."""
-        with contextlib.suppress(sqlite3.Error):  # all that was promised is committed
-            self._reader.close()
-            self._writer.close()
-        self._lock.close()
+        self._open.close()
 
     # --- the writing thread --------------------------------------------------------------
 
@@ -220,11 +206,26 @@ class Store:
             # What was deleted stays so, and a later step gives back the pages that this one cannot.
             with contextlib.suppress(LogFull), self._errors():
                 # As a script: `execute` takes one step of it, and each step frees one page.
-                self._writer.executescript(f"PRAGMA incremental_vacuum({TRIM_ROWS})")
+                self._open.writer.executescript(f"PRAGMA incremental_vacuum({TRIM_ROWS})")
         return trimmed
 
+    def look_after(self) -> str:
+        """See whether the file is where it was. Where it was not, it is made whole; gives what was wrong.
+
+        Raises:
+            LogFull, LogError: as `write`.
+        """
+        lost = self._open.lost()
+        if lost:
+            self._open.make_whole()
+        return lost
+
+    def shorten(self) -> None:
+        """Give back what a long reader made the file's `-wal` grow by."""
+        self._open.shorten()
+
     def _apply(self, op: Op) -> None:
-        run = self._writer.execute
+        run = self._open.writer.execute
         match op:
             case Logged():
                 run(
@@ -265,13 +266,13 @@ class Store:
 
     def _forget(self, stream: int) -> None:
         """Delete the state and the audio that a stream was saved with."""
-        self._writer.execute("DELETE FROM states WHERE stream = ?", (stream,))
-        self._writer.execute("DELETE FROM audio WHERE stream = ?", (stream,))
+        self._open.writer.execute("DELETE FROM states WHERE stream = ?", (stream,))
+        self._open.writer.execute("DELETE FROM audio WHERE stream = ?", (stream,))
 
     def _trim(self, before_ms: int, max_bytes: int, max_closed: int) -> Trimmed:
         one = self._one
         n_closed = one("SELECT count(*) FROM streams WHERE NOT is_live")
-        oldest = self._writer.execute(
+        oldest = self._open.writer.execute(
             "SELECT id, name, closed_ms FROM streams WHERE NOT is_live ORDER BY closed_ms LIMIT 1"
         ).fetchone()
         used = (one("PRAGMA page_count") - one("PRAGMA freelist_count")) * one("PRAGMA page_size")
@@ -280,12 +281,17 @@ class Store:
             gone = self._delete("WHERE m.stream = ? ORDER BY m.seq LIMIT ?", oldest[0])
             if len(gone) == TRIM_ROWS:  # there may be more
                 return Trimmed(len(gone), gone[-1], (), is_done=False)
-            self._writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
-            self._writer.execute("DELETE FROM sessions WHERE stream = ?", oldest[:1])
+            self._open.writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
+            self._open.writer.execute("DELETE FROM sessions WHERE stream = ?", oldest[:1])
             return Trimmed(len(gone), gone[-1] if gone else 0, (oldest[1],), is_done=False)
-        # Of live streams the oldest of all: where the log is too large, or those that are too old.
+        # Of live streams the oldest: where the log is too large, of the one that says most, so that it
+        # pushes nobody else out; or those that are too old.
         if is_large:
-            where = "WHERE NOT s.is_live OR m.seq <= s.last_seq - ? ORDER BY m.id LIMIT ?"
+            most = (
+                "SELECT id FROM streams AS l WHERE is_live ORDER BY"
+                " last_seq - (SELECT min(seq) FROM messages WHERE stream = l.id) DESC LIMIT 1"
+            )
+            where = f"WHERE m.stream = ({most}) AND m.seq <= s.last_seq - ? ORDER BY m.seq LIMIT ?"
             gone = self._delete(where, KEPT_LIVE)
         else:
             # Ids are in the order of time: not all of a log is looked at where its first part is new.
@@ -295,10 +301,12 @@ class Store:
 
     def _delete(self, where: str, value: int) -> list[int]:
         """Delete the first messages that a condition with a value finds; their ids, in its order."""
-        gone = self._writer.execute(f"SELECT m.id, m.stream {_FROM} {where}", (value, TRIM_ROWS)).fetchall()
-        self._writer.executemany("DELETE FROM messages WHERE id = ?", [row[:1] for row in gone])
+        gone = self._open.writer.execute(
+            f"SELECT m.id, m.stream {_FROM} {where}", (value, TRIM_ROWS)
+        ).fetchall()
+        self._open.writer.executemany("DELETE FROM messages WHERE id = ?", [row[:1] for row in gone])
         # With its last message a session goes, unless it is the newest of its stream.
-        self._writer.executemany(
+        self._open.writer.executemany(
             "DELETE FROM sessions WHERE stream = ?1 AND number < coalesce("
             "(SELECT session FROM messages WHERE stream = ?1 ORDER BY seq LIMIT 1),"
             " (SELECT session FROM streams WHERE id = ?1))",
@@ -307,18 +315,18 @@ class Store:
         return [int(row[0]) for row in gone]
 
     def _one(self, sql: str) -> int:
-        return int(self._writer.execute(sql).fetchone()[0])
+        return int(self._open.writer.execute(sql).fetchone()[0])
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._errors():
             try:
-                self._writer.execute("BEGIN IMMEDIATE")
+                self._open.writer.execute("BEGIN IMMEDIATE")
                 yield
-                self._writer.execute("COMMIT")
+                self._open.writer.execute("COMMIT")
             except sqlite3.Error:
                 with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled back by itself
-                    self._writer.execute("ROLLBACK")
+                    self._open.writer.execute("ROLLBACK")
                 raise
 
     @contextlib.contextmanager
@@ -327,9 +335,7 @@ class Store:
         try:
             yield
         except sqlite3.Error as exc:
-            if exc.sqlite_errorcode in _PASSING:
-                raise LogFull(f"log {self._path}: cannot be written now: {exc}") from exc
-            raise LogError(f"log {self._path}: {exc}") from exc
+            raise failure_of(self.path, exc) from exc
 
     # --- the reading thread --------------------------------------------------------------
 
@@ -433,16 +439,7 @@ class Store:
 
     def _read(self, sql: str, *values: object) -> list[Any]:
         try:
-            return self._reader.execute(sql, values).fetchall()
+            with self._open.reading:
+                return self._open.reader.execute(sql, values).fetchall()
         except sqlite3.Error as exc:
-            raise LogError(f"log {self._path}: cannot be read: {exc}") from exc
-
-
-# What passes: no room, or a foreign reader's lock. The rest means that the file or the disk is broken.
-_PASSING = frozenset(
-    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR_SHMSIZE}
-)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            raise LogError(f"log {self.path}: cannot be read: {exc}") from exc

@@ -18,6 +18,7 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
 MAX_CHANNELS = 8  # of a stream's audio, mixed to one
 MAX_ID_CHARS = 64  # of a client's `flush` and `ask`
 MAX_QUESTION_CHARS = 2_000  # of an `ask`
+MAX_GAP_MS = 24 * 3600 * 1000  # of one `gap`
 MAX_TEXT_CHARS = 65_536  # of a client's text frame; a subscriber's frame of more bytes closes with 1009
 MAX_SUBSCRIBED_STREAMS = 64  # names and patterns in one `subscribe`
 MAX_SEQ = 2**53  # what JavaScript can count to
@@ -72,18 +73,19 @@ class HttpStatus(_Code):
     """What the server answers instead of opening a WebSocket, or to a plain GET."""
 
     OK = 200, "the answer to a GET"
+    NO_CONTENT = 204, "the answer to a browser's preflight from one of `server.origins`"
     BAD_REQUEST = 400, "a query parameter is wrong; the body says which"
     UNAUTHORIZED = 401, "no token, or an unknown one"
     FORBIDDEN = 403, "the token does not permit it, or the page's origin is not allowed"
     NOT_FOUND = 404, "no such path"
-    METHOD_NOT_ALLOWED = 405, "a method other than GET"
+    METHOD_NOT_ALLOWED = 405, "a method other than GET and HEAD"
     CONFLICT = 409, "a stream of this name is live, and the request lacks its resume token"
     GONE = 410, "the stream to resume was finalised, or is no longer in the log"
     URI_TOO_LONG = 414, "the first line of the request is longer than 8 KiB"
     UPGRADE_REQUIRED = 426, "a WebSocket path without an upgrade"
     TOO_MANY = 429, "a limit of connections, streams, subscriptions or attempts is reached"
     HEADERS_TOO_LARGE = 431, "a header is longer than 8 KiB, or there are more than 128"
-    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log's disk is full"
+    UNAVAILABLE = 503, "the engine is not ready, no slot is free, or the log cannot be written"
 
 
 ERROR_CODES = {

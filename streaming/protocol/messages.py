@@ -56,7 +56,7 @@ class Word(msgspec.Struct, frozen=True, gc=False):
 
 
 class SessionCreated(Tagged, frozen=True):
-    """A session of the stream began."""
+    """A session of the stream began; its audio may come much later."""
 
     model: Annotated[str, Meta(description="the name of the loaded model")]
     tasks: Annotated[
@@ -64,7 +64,9 @@ class SessionCreated(Tagged, frozen=True):
         Meta(description='what the model can do: "transcript", "events", "emotion", "answer"'),
     ]
     languages: Annotated[tuple[str, ...], Meta(description="codes that `language` accepts beside `auto`")]
-    epoch_ms: Annotated[int, Meta(description="Unix time of the stream's first sample")]
+    epoch_ms: Annotated[
+        int, Meta(description="Unix time of the opening, which may lie before the first sample")
+    ]
     sample_rate_hz: Annotated[
         int, Meta(description="of the sample clock behind every time; not the client's own rate")
     ] = SAMPLE_RATE_HZ
@@ -78,7 +80,11 @@ class SessionResumed(Tagged, frozen=True):
     """The producer's connection is resumed: send audio from sample `n_samples` on."""
 
     n_samples: Annotated[
-        int, Meta(description="samples that the server has: per channel, at the client's own rate")
+        int,
+        Meta(
+            description="samples that the server has, those of gaps included: per channel, at the client's "
+            "own rate"
+        ),
     ]
     end_ms: EndMs
 
@@ -93,18 +99,37 @@ class SessionClosed(Tagged, frozen=True):
             '"internal", "server_lost": the server crashed and the stream could not be resumed'
         ),
     ]
-    duration_ms: Annotated[int, Meta(description="of the audio that arrived")]
+    duration_ms: Annotated[int, Meta(description="of the audio that arrived, and of the gaps in it")]
     n_words: Annotated[int, Meta(description="committed words")]
     n_segments: Annotated[int, Meta(description="closed segments: `transcript.final` messages")]
+
+
+class AudioGap(Tagged, frozen=True):
+    """The producer has no audio of this span and said so: silence stands for it."""
+
+    start_ms: StartMs
+    end_ms: EndMs
 
 
 class Ack(Tagged, frozen=True):
     """All audio up to here has arrived and is on the server's disk."""
 
     n_samples: Annotated[
-        int, Meta(description="samples since the stream began: per channel, at the client's own rate")
+        int,
+        Meta(
+            description="samples since the stream began, those of gaps included: per channel, at the "
+            "client's own rate"
+        ),
     ]
     end_ms: EndMs
+    wall_ms: Annotated[
+        int | None,
+        Meta(
+            description="Unix time at which the newest of this audio came; null where that was before the "
+            "server's start",
+            extra=SINCE_0_2,
+        ),
+    ] = None
 
 
 class SpeechStarted(Tagged, frozen=True):
@@ -144,7 +169,10 @@ class TranscriptFinal(Tagged, frozen=True):
 
     text: Annotated[str, Meta(description="the segment as running text")]
     words: Words
-    language: Annotated[str | None, Meta(description="a code, where the model gives one")]
+    language: Annotated[
+        str | None,
+        Meta(description="of all its words, where the model gives one; a change closes a segment"),
+    ]
     speaker: Annotated[str | None, Meta(description="reserved; null")]
     start_ms: StartMs
     end_ms: EndMs
@@ -259,6 +287,7 @@ Message = (
     SessionCreated
     | SessionResumed
     | SessionClosed
+    | AudioGap
     | Ack
     | SpeechStarted
     | SpeechStopped

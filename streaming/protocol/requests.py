@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from streaming.protocol.codes import (
     AFTER_LIVE,
+    MAX_GAP_MS,
     MAX_ID_CHARS,
     MAX_QUESTION_CHARS,
     MAX_SEQ,
@@ -85,6 +86,17 @@ class Ask(_Request, frozen=True):
     last_ms: Annotated[int, _integer(1, 24 * 3600 * 1000, "how much of the newest audio it is about")]
 
 
+class Gap(_Request, frozen=True):
+    """There is no audio here: the sample clock goes on by this duration, as through silence.
+
+    Its place is behind the audio sent before. It is taken whole or not at all, and counts in `n_samples`
+    as `duration_ms * rate / 1000` samples, rounded down; so a producer that resumes knows whether to send
+    it again.
+    """
+
+    duration_ms: Annotated[int, _integer(1, MAX_GAP_MS, "of the audio that is missing")]
+
+
 class Close(_Request, frozen=True):
     """No more audio: finalise the stream, send `session.closed`, close the connection."""
 
@@ -142,8 +154,8 @@ class Subscribe(_Request, frozen=True):
     ] = False
 
 
-ClientMessage = SessionUpdate | Flush | Ask | Close | Subscribe
-STREAM_MESSAGES: tuple[type[ClientMessage], ...] = (SessionUpdate, Flush, Ask, Close)
+ClientMessage = SessionUpdate | Flush | Ask | Gap | Close | Subscribe
+STREAM_MESSAGES: tuple[type[ClientMessage], ...] = (SessionUpdate, Flush, Ask, Gap, Close)
 SUBSCRIBER_MESSAGES: tuple[type[ClientMessage], ...] = (Subscribe, Close)
 
 

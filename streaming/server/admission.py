@@ -5,15 +5,16 @@ Every refusal is one of `refusals.Refusal`, raised as `Refused`, answered as it 
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from streaming.config import AccessConfig, ConfigError, LimitsConfig, ServerConfig, is_loopback
 from streaming.metrics import Metrics
@@ -21,6 +22,7 @@ from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
 from streaming.server.auth import (
     EVERYTHING,
+    NULL_ORIGIN,
     Grant,
     Need,
     Scope,
@@ -30,38 +32,30 @@ from streaming.server.auth import (
     presented,
     site_of,
 )
+from streaming.server.connection import GuardedConnection
 from streaming.server.http import split_target, text_response
 from streaming.server.limits import Attempts, Places, network_of
+from streaming.tokens import digest_of
 
 logger = logging.getLogger(__name__)
 
 _CLOSES = {
     int(refusal.value.code): refusal for refusal in Refusal if isinstance(refusal.value.code, CloseCode)
 }
+REVOKED_AFTER_S = 5.0  # at most, a connection outlives its token, and its part of the closing handshake
+MAX_ANSWERS, MAX_ANSWERS_OF_ONE = 16, 4  # answers of history at once; those of one token and address
+_DAY_S = 24 * 3600
 _FORWARDED = ("X-Forwarded-For", "Forwarded")
 
 
 class Refused(Exception):
     """A request is not let in."""
 
-    def __init__(self, refusal: Refusal, detail: str = "") -> None:
+    def __init__(self, refusal: Refusal, detail: str = "", token: str = "") -> None:
         super().__init__(refusal, detail)
+        self.token = token  # the name of a known one, for the log
         self.refusal = refusal
         self.detail = detail  # for the client; nothing secret
-
-
-def _nothing() -> None:
-    return
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A WebSocket that was let in."""
-
-    who: str  # as the log names it
-    serve: Callable[[], Coroutine[Any, Any, None]]  # its conversation, to the end
-    give_back: Callable[[], None] = _nothing  # what else it took, where it is lost before it is served
-    headers: Mapping[str, str] = field(default_factory=dict)  # added to the answer to the handshake
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,44 +67,31 @@ class _Place:
     is_subscriber: bool
 
 
-class GuardedConnection(ServerConnection):
-    """A connection that is known to the guard from its first byte to its loss."""
+class Answers:
+    """The answers of history that are being made or read: each takes memory until it was read."""
 
-    def __init__(self, *args: Any, guard: Guard, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.guard = guard
-        self.grant: Grant | None = None  # what its token allows, once its request was let in
-        self.address = ""  # the client's, behind a trusted proxy too
-        self.admitted: Admitted | None = None  # until it is served
+    def __init__(self) -> None:
+        self._places = Places()
 
-    @property
-    def granted(self) -> Grant:
-        """What its token allows; only for a connection that was let in."""
-        assert self.grant is not None, "used before it was checked"
-        return self.grant
+    @contextmanager
+    def counted(self, connection: GuardedConnection) -> Iterator[None]:
+        """Count an answer that takes memory until it is read, as long as the body runs.
 
-    def connection_made(self, transport: Any) -> None:
-        """A transport's callback: there is a connection, encrypted if it is to be."""
-        super().connection_made(transport)
-        self.guard.arrived(self)
-
-    def data_received(self, data: bytes) -> None:
-        """A transport's callback: bytes came."""
-        self.guard.metrics.received(len(data))
-        super().data_received(data)
-
-    async def send(self, message: Any, *, text: bool | None = None) -> None:
-        """Send a message, and count it."""
-        if isinstance(message, str):
-            message, text = message.encode(), True
-        if isinstance(message, bytes):
-            self.guard.metrics.sent(len(message))
-        await super().send(message, text=text)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """A transport's callback: the connection is gone."""
-        super().connection_lost(exc)
-        self.guard.lost(self)
+        Raises:
+            Refused: too many are under way.
+        """
+        asker = (connection.address, connection.digest)
+        if not (
+            self._places.has_room(None, MAX_ANSWERS) and self._places.has_room(asker, MAX_ANSWERS_OF_ONE)
+        ):
+            raise Refused(Refusal.TOO_MANY_ANSWERS)
+        for holder in (None, asker):
+            self._places.take(holder)
+        try:
+            yield
+        finally:
+            for holder in (None, asker):
+                self._places.give_back(holder)
 
 
 class Guard:
@@ -141,21 +122,30 @@ class Guard:
         self._attempts = Attempts(limits.attempts_per_s, limits.attempts_burst)
         self._of_address = Places()
         self._of_token = Places()
+        self._new_streams = Attempts(limits.token_new_streams / _DAY_S, limits.token_new_streams)
+        self.answers = Answers()
         self._half_open: dict[GuardedConnection, None] = {}  # oldest first
         self._places: dict[GuardedConnection, _Place] = {}
         self._of_stream: dict[str, tuple[str, Scope]] = {}  # whose place a live stream has, by its name
         for origin in server.origins:
-            if origin != "*" and site_of(origin) is None:
+            if origin not in ("*", NULL_ORIGIN) and site_of(origin) is None:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
-        self._say_who_is_let_in()
+        _say_who_is_let_in(self._tokens, is_loopback_only=self._is_loopback_only)
 
-    def _say_who_is_let_in(self) -> None:
+    def reload(self) -> None:
+        """Read the tokens file again.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens before stay in force.
+        """
         if self._tokens is not None:
-            logger.info("tokens are asked for: %d in %s", self._tokens.n_tokens, self._tokens.path)
-        elif self._is_loopback_only:
-            logger.info("no access.tokens: everybody on this machine may send and read")
-        else:
-            logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
+            self._tokens.reload()
+            logger.info("tokens read again: %d", self._tokens.n_tokens)
+
+    @property
+    def handshake_timeout_s(self) -> float:
+        """How long a whole request may take, and its answer where that is short."""
+        return self._limits.handshake_timeout_s
 
     @property
     def n_half_open(self) -> int:
@@ -209,6 +199,10 @@ class Guard:
 
     # --- with a request ------------------------------------------------------------------
 
+    def asked(self, connection: GuardedConnection) -> None:
+        """A whole request came on a connection."""
+        self._half_open.pop(connection, None)
+
     def check(self, connection: GuardedConnection, request: Request, need: Need | None) -> None:
         """Refuse a request that may not be made at all, or give the connection its grant.
 
@@ -220,9 +214,9 @@ class Guard:
         Raises:
             Refused: it may not be made.
         """
-        self._half_open.pop(connection, None)
-        connection.address = self._address(connection, request)
-        if request.method != "GET":
+        self.asked(connection)
+        connection.address = _address_of(connection, request, self._server.trusted_proxies)
+        if request.method not in ("GET", "HEAD"):
             raise Refused(Refusal.BAD_METHOD)
         if need is not None and need.scope is None:
             return  # for load balancers: it tells nothing, and they ask often
@@ -241,7 +235,10 @@ class Guard:
                 return
             if self._tokens is None:
                 raise Refused(Refusal.BAD_SCOPE, "it is for this machine alone")
-        connection.grant = EVERYTHING if self._tokens is None else self._grant(self._tokens, request, need)
+        if self._tokens is None:
+            connection.grant = EVERYTHING
+        else:
+            connection.digest, connection.grant = self._grant(self._tokens, request, need)
 
     def _check_origin(self, request: Request) -> None:
         """Refuse what pages of other origins ask for."""
@@ -257,18 +254,41 @@ class Guard:
         ):
             raise Refused(Refusal.BAD_ORIGIN)
 
-    def _grant(self, tokens: Tokens, request: Request, need: Need) -> Grant:
-        """What a request's token allows, where that is enough."""
+    def _grant(self, tokens: Tokens, request: Request, need: Need) -> tuple[bytes, Grant]:
+        """The digest of a request's token, and what it allows, where that is enough."""
         _, query = split_target(request)
-        token = presented(request.headers.get_all("Authorization"), query)
+        token = presented(
+            request.headers.get_all("Authorization"), query, request.headers.get_all("Sec-WebSocket-Protocol")
+        )
         if token is None:
             raise Refused(Refusal.NO_TOKEN)
         grant = tokens.grant(token, self._today())
         if grant is None:
             raise Refused(Refusal.UNKNOWN_TOKEN)
         if not need.is_met(grant):
-            raise Refused(Refusal.BAD_SCOPE, f"{need.scope} is needed here")
-        return grant
+            raise Refused(Refusal.BAD_SCOPE, need.text, grant.name)
+        return digest_of(token), grant
+
+    # --- as long as a connection is open -------------------------------------------------
+
+    def granted_now(self, connection: GuardedConnection) -> Grant | None:
+        """What the token of an open connection allows; None: it lost something since it was let in."""
+        if self._tokens is None or connection.digest is None:
+            return connection.grant
+        grant = self._tokens.still(connection.digest, self._today())
+        return grant if grant is not None and grant.allows_all_of(connection.granted) else None
+
+    async def watch_tokens(self) -> None:
+        """Close the connections of tokens that are revoked, expire or lose a right."""
+        closing: set[asyncio.Task[None]] = set()
+        while True:
+            await asyncio.sleep(REVOKED_AFTER_S)
+            for connection in self._places:
+                if connection.state is State.OPEN and self.granted_now(connection) is None:
+                    logger.info("a connection of %s ends: its token allows less now", connection.granted.name)
+                    close = connection.close(CloseCode.FORBIDDEN, "the token was revoked, or has expired")
+                    closing.add(task := asyncio.create_task(close, name="revoked"))
+                    task.add_done_callback(closing.discard)
 
     # --- with a handshake that succeeded: what it takes is given back when the connection is lost ------
 
@@ -300,6 +320,8 @@ class Guard:
         )
         if self._tokens is not None and not self._of_token.has_room(role, limit):
             raise Refused(Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+        if self._tokens is not None and not self._new_streams.take(role[0], self._now_s()):
+            raise Refused(Refusal.TOO_MANY_NEW_STREAMS)  # each pushes an older one out of the log
         self._own(stream, role)
         self._take(connection, None)
 
@@ -359,22 +381,32 @@ class Guard:
             case HttpStatus.UNAUTHORIZED:
                 response.headers["WWW-Authenticate"] = "Bearer"
             case HttpStatus.METHOD_NOT_ALLOWED:
-                response.headers["Allow"] = "GET"
+                response.headers["Allow"] = "GET, HEAD"
             case HttpStatus.TOO_MANY | HttpStatus.UNAVAILABLE:
                 response.headers["Retry-After"] = "1"
         return response
 
-    def _address(self, connection: GuardedConnection, request: Request) -> str:
-        """The client's address: of its socket, or what a trusted proxy says it is."""
-        peer = connection.remote_address
-        address = str(peer[0]) if peer else ""
-        if address in self._server.trusted_proxies:
-            forwarded = request.headers.get_all("X-Forwarded-For")
-            if forwarded:  # the last one is the proxy's own finding, those before it the client's word
-                return forwarded[-1].rpartition(",")[2].strip()[:64]
-        return address
+
+def _address_of(connection: GuardedConnection, request: Request, trusted: Sequence[str]) -> str:
+    """The client's address: of its socket, or what a trusted proxy says it is."""
+    peer = connection.remote_address
+    address = str(peer[0]) if peer else ""
+    if address in trusted:
+        forwarded = request.headers.get_all("X-Forwarded-For")
+        if forwarded:  # the last one is the proxy's own finding, those before it the client's word
+            return forwarded[-1].rpartition(",")[2].strip()[:64]
+    return address
 
 
 def _counted_address(connection: GuardedConnection) -> str | None:
     """As what a connection's address is counted; None: it is this machine's own."""
     return None if is_loopback(connection.address) else network_of(connection.address)
+
+
+def _say_who_is_let_in(tokens: Tokens | None, *, is_loopback_only: bool) -> None:
+    if tokens is not None:
+        logger.info("tokens are asked for: %d in %s", tokens.n_tokens, tokens.path)
+    elif is_loopback_only:
+        logger.info("no access.tokens: everybody on this machine may send and read")
+    else:
+        logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")

@@ -22,8 +22,9 @@ from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from streaming.config import ConfigError, is_loopback, problems
+from streaming.config import ConfigError, is_loopback
 from streaming.patterns import Patterns
+from streaming.problems import problems
 from streaming.protocol import TOKEN_PARAMETER
 from streaming.tokens import digest_of
 from streaming.tokens import new_token as secret_token
@@ -32,11 +33,13 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKEN_CHARS = 512  # a longer one is not looked at
 MAX_TOKENS = 10_000  # entries of one file
+MAX_FILE_BYTES = 16 * 1024 * 1024
 TOKEN_BYTES = 32  # of randomness in a token that is made here
 HASH_PREFIX = "sha256:"
 # Names and `*` alone, so that one pattern can be seen to lie within another: see `Grant.covers`.
 PATTERN = re.compile(r"[A-Za-z0-9._*-]{1,64}")
 _SCHEMES = ("bearer", "token")  # of the header `Authorization`; Deepgram's clients say "Token"
+NULL_ORIGIN = "null"  # of sandboxed frames and of files, in most browsers: any page can have it
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -69,6 +72,11 @@ class Grant:
         A `*` in `wanted` is only matched by a `*` here, which matches whatever stands for it too.
         """
         return self.has(scope) and Patterns(self.patterns).match(wanted)
+
+    def allows_all_of(self, other: Grant) -> bool:
+        """Whether nothing that another grant allows is missing here."""
+        has_scopes = Scope.ADMIN in self.scopes or other.scopes <= self.scopes
+        return has_scopes and all(Patterns(self.patterns).match(pattern) for pattern in other.patterns)
 
 
 EVERYTHING = Grant("", frozenset(Scope))  # where no tokens are asked for
@@ -130,11 +138,21 @@ class Tokens:
 
         What the time of the look-up tells is about the digest, from which no token can be guessed.
         """
+        return self.still(digest_of(token), now)
+
+    def still(self, digest: bytes, now: datetime) -> Grant | None:
+        """As `grant`, for a token that was presented before; by its digest."""
         self._refresh()
-        found = self._entries.get(digest_of(token))
-        if found is None or (found.expires is not None and found.expires <= now):
-            return None
-        return found.grant
+        found = self._entries.get(digest)
+        return None if found is None or found.is_over(now) else found.grant
+
+    def reload(self) -> None:
+        """Read the file again, whether or not it looks changed.
+
+        Raises:
+            ConfigError: it cannot be used; the tokens that were read before stay in force.
+        """
+        self._entries, self._signature = _load(self.path)
 
     def _refresh(self) -> None:
         """Take a changed file; one that cannot be used changes nothing, and that is said once."""
@@ -155,6 +173,10 @@ class _Entry:
     expires: datetime | None
     grant: Grant
 
+    def is_over(self, now: datetime) -> bool:
+        """Whether the token has expired."""
+        return self.expires is not None and self.expires <= now
+
 
 _Signature = tuple[int, int, int] | None  # None: the file cannot be looked at
 
@@ -171,7 +193,10 @@ def _load(path: Path) -> tuple[dict[bytes, _Entry], _Signature]:
     """The entries by digest, and what the file looked like before it was read."""
     signature = _signature(path)  # before the text: a change in between is read next time
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        mode = status.st_mode
+        if not stat.S_ISREG(mode) or status.st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"access.tokens: {path}: expected a file of at most {MAX_FILE_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"access.tokens: {path}: cannot be read: {exc}") from exc
@@ -194,10 +219,10 @@ def parse_tokens(text: str, source: str = "tokens") -> tuple[TokenEntry, ...]:
     """
     try:
         entries = _TokensFile.model_validate(tomllib.loads(text)).token
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{source}: no TOML: {exc}") from exc
     except ValidationError as exc:
         raise ConfigError(problems(source, exc, is_secret=True)) from exc
+    except (ValueError, RecursionError) as exc:  # of deep arrays, and of numbers of thousands of digits
+        raise ConfigError(f"{source}: no TOML: {exc}"[:500]) from exc
     for kind in ("name", "hash"):
         counts = Counter(getattr(entry, kind) for entry in entries)
         for entry in entries:
@@ -244,6 +269,14 @@ class Need:
     stream: str | None = None  # or a pattern; None: which stream it is about is seen later
     is_for_this_machine: bool = False  # which needs no token for it; without tokens nobody else may
 
+    @property
+    def text(self) -> str:
+        """What is needed, for who is refused; a name that no stream can have is not repeated."""
+        if self.stream is None:
+            return f"{self.scope} is needed here"
+        on = self.stream if PATTERN.fullmatch(self.stream) else "this name"
+        return f"{self.scope} on {'every stream' if on == '*' else on} is needed here"
+
     def is_met(self, grant: Grant) -> bool:
         """Whether a grant allows the request."""
         assert self.scope is not None, self
@@ -253,8 +286,17 @@ class Need:
 # --- what a request presents -------------------------------------------------------------
 
 
-def presented(authorization: Sequence[str], query: str) -> str | None:
-    """The token of a request: of its `Authorization` header (Bearer or Token), or of its query.
+def offered_token(protocols: Sequence[str]) -> tuple[str, str] | None:
+    """Scheme and token that a browser offers as two subprotocols, since its WebSockets have no headers.
+
+    Such as "token, KEY", as Deepgram's client does it. None: these are others.
+    """
+    names = [name.strip() for name in ",".join(protocols).split(",")]
+    return (names[0], names[1]) if len(names) == 2 and names[0].lower() in _SCHEMES else None
+
+
+def presented(authorization: Sequence[str], query: str, protocols: Sequence[str] = ()) -> str | None:
+    """The token of a request: of its `Authorization` header (Bearer or Token), its query or its subprotocols.
 
     None where there is none, or something that cannot be one: several headers, an unknown scheme,
     more than `MAX_TOKEN_CHARS`.
@@ -263,6 +305,8 @@ def presented(authorization: Sequence[str], query: str) -> str | None:
         scheme, _, token = authorization[0].strip().partition(" ")
         token = token.strip()
         is_usable = len(authorization) == 1 and scheme.lower() in _SCHEMES
+    elif (offered := offered_token(protocols)) is not None:
+        token, is_usable = offered[1], True
     else:
         values = [value for key, value in parse_qsl(query) if key == TOKEN_PARAMETER]
         token = values[0] if values else ""
@@ -296,16 +340,20 @@ def is_origin_allowed(
         return True
     if len(origins) > 1:
         return False
-    if "*" in allowed:
+    if is_listed(origins[0], allowed):
         return True
     origin = site_of(origins[0])
-    if origin is None:
-        return False
-    if origin in [site_of(other) for other in allowed]:
-        return True
-    if origin != site_of(f"{origin[0]}://{host}"):
+    if origin is None or origin[0] not in _DEFAULT_PORTS or origin != site_of(f"{origin[0]}://{host}"):
         return False
     return not is_loopback_only or is_loopback(origin[1])
+
+
+def is_listed(origin: str, allowed: Sequence[str]) -> bool:
+    """Whether the configuration names an origin: by itself, or by "*"."""
+    if "*" in allowed or (origin == NULL_ORIGIN and NULL_ORIGIN in allowed):
+        return True
+    site = site_of(origin)
+    return site is not None and site in [site_of(other) for other in allowed]
 
 
 def is_host_allowed(hosts: Sequence[str], allowed: Sequence[str]) -> bool:
@@ -320,18 +368,22 @@ def is_host_allowed(hosts: Sequence[str], allowed: Sequence[str]) -> bool:
     """
     if "*" in allowed:
         return True
-    named = {site[1] for site in map(site_of, allowed) if site is not None}
+    named = {site[1] for site in map(site_of, allowed) if site is not None and site[0] in _DEFAULT_PORTS}
     sites = [site_of(f"http://{host}") for host in hosts]
     return all(site is not None and (is_loopback(site[1]) or site[1] in named) for site in sites)
 
 
 def site_of(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port of an origin; None for "null" and what else is none."""
+    """Scheme, host and port of an origin of any scheme; None for "null" and what else is none.
+
+    Of "file://" the host is empty; where the scheme has no port of its own, the port is 0.
+    """
     try:
         parts = urlsplit(origin)
         port = parts.port
     except ValueError:
         return None
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or parts.path or parts.query:
+    has_host = bool(parts.hostname) or origin.lower() == "file://"
+    if not parts.scheme or not has_host or "://" not in origin or parts.path or parts.query or parts.fragment:
         return None
-    return parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme]
+    return parts.scheme, parts.hostname or "", port or _DEFAULT_PORTS.get(parts.scheme, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
@@ -16,17 +17,22 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
-from streaming.config import ServerConfig
+from streaming import aio
+from streaming.config import ConfigError, ServerConfig
 from streaming.errors import BadQuery, StreamFault
 from streaming.log.log import Log
 from streaming.logging_setup import socket_logger, where_raised
 from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
-from streaming.server.admission import Guard, GuardedConnection, Refused
-from streaming.server.auth import without_token
+from streaming.server.admission import Guard, Refused
+from streaming.server.auth import offered_token, without_token
+from streaming.server.connection import GuardedConnection
+from streaming.server.cors import for_request, preflight
 from streaming.server.http import split_target, text_response
 from streaming.server.producers import Producers
+from streaming.server.refusal_log import RefusalLog
 from streaming.server.routes import PageRoute, Routes, SocketRoute
+from streaming.server.tls import renew
 from streaming.stream.registry import Streams
 
 logger = logging.getLogger(__name__)
@@ -69,6 +75,7 @@ class Server:
         self._streams = streams
         self._log = log
         self._tls = tls
+        self._refusals = RefusalLog(time.monotonic)
         self._handshake_timeout_s = handshake_timeout_s
 
     @property
@@ -85,8 +92,31 @@ class Server:
         """
         async with self._log.running():
             self._producers.restore()
-            async with self._serving() as port:
+            async with aio.background(self._guard.watch_tokens(), "tokens"), self._serving() as port:
                 yield port
+
+    def reload(self, config: ServerConfig) -> None:
+        """Read tokens and certificate again, each for itself: one that cannot be used stays as it was.
+
+        Args:
+            config: Names the files of the certificate.
+
+        Raises:
+            ExceptionGroup: of the `ConfigError` of each that cannot be used.
+        """
+        problems: list[ConfigError] = []
+        try:
+            self._guard.reload()
+        except ConfigError as exc:
+            problems.append(exc)
+        try:
+            if self._tls is not None and config.tls_cert:
+                renew(self._tls, config.tls_cert, config.tls_key)
+                logger.info("certificate read again: %s", config.tls_cert)
+        except ConfigError as exc:
+            problems.append(exc)
+        if problems:
+            raise ExceptionGroup("reload", problems)
 
     async def fault(self) -> None:
         """Raise what makes serving impossible, when it happens.
@@ -113,7 +143,7 @@ class Server:
             ping_timeout=config.ping_interval_s,
             close_timeout=CLOSE_TIMEOUT_S,
             server_header=None,
-            open_timeout=timeout_s,
+            open_timeout=None,  # `GuardedConnection` has it: a long answer takes longer
             logger=socket_logger(),
             ssl=self._tls,
             ssl_handshake_timeout=None if self._tls is None else timeout_s,
@@ -131,6 +161,8 @@ class Server:
         self._producers.stop()
         sockets.close(close_connections=False)
         self._guard.drop_half_open()
+        # Where the log cannot be written, streams wait for it in vain, and longer helps little.
+        giving_up = asyncio.get_running_loop().call_later(self._config.stop_timeout_s / 2, self._log.give_up)
         try:
             # Finalising stops after stop_timeout_s; what follows has its own limits.
             async with asyncio.timeout(self._config.stop_timeout_s + 2 * CLOSE_TIMEOUT_S):
@@ -141,27 +173,46 @@ class Server:
                 connection.transport.abort()
             await sockets.wait_closed()
         await self._streams.ended()
+        giving_up.cancel()
 
     # --- one request, from its path to its end ---------------------------------------------
 
     async def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer a GET, or refuse a request; None: a WebSocket may be opened."""
         assert isinstance(connection, GuardedConnection), connection
+        response = preflight(request, self._config.origins)
+        if response is not None:
+            self._guard.asked(connection)
+        else:
+            response = await self._answer_page(connection, request)
+        if response is None and request.method == "HEAD":
+            response = self._refuse(Refused(Refusal.NO_UPGRADE), connection, request)
+        return None if response is None else for_request(response, request, self._config.origins)
+
+    async def _finished(self, page: Awaitable[Response], request: Request) -> Response:
+        return for_request(await page, request, self._config.origins)
+
+    async def _answer_page(self, connection: GuardedConnection, request: Request) -> Response | None:
         path, query = split_target(request)
         route = self.routes.find(path)
         try:
             self._guard.check(connection, request, None if route is None else route.need(path))
+            if isinstance(route, PageRoute) and route.is_long:
+                with self._guard.answers.counted(connection):
+                    page = route.answer(route.handshake(path, without_token(query), request.headers))
+                    return await connection.answer(self._finished(page, request))
             if isinstance(route, PageRoute):
                 return await route.answer(route.handshake(path, without_token(query), request.headers))
         except (Refused, BadQuery) as exc:
-            return self._refuse(exc)
+            return self._refuse(exc, connection, request)
         return None
 
     def _admit(self, connection: ServerConnection, request: Request, response: Response) -> Response | None:
         """Take what a WebSocket needs whose handshake succeeded, or say what there is none of."""
         assert isinstance(connection, GuardedConnection), connection
         if response.status_code == HttpStatus.UPGRADE_REQUIRED:
-            return self._refuse(Refused(Refusal.NO_UPGRADE))
+            refusal = self._refuse(Refused(Refusal.NO_UPGRADE), connection, request)
+            return for_request(refusal, request, self._config.origins)
         if response.status_code != 101:
             return None
         if connection.state is not State.CONNECTING:  # lost meanwhile: nobody would give anything back
@@ -172,13 +223,18 @@ class Server:
         try:
             admitted = route.admit(connection, route.handshake(path, without_token(query), request.headers))
         except (Refused, BadQuery) as exc:
-            return self._refuse(exc)
+            return self._refuse(exc, connection, request)
+        offered = offered_token(request.headers.get_all("Sec-WebSocket-Protocol"))
+        if offered is not None:  # a browser fails unless one of its subprotocols is taken
+            response.headers["Sec-WebSocket-Protocol"] = offered[0]
         response.headers.update(admitted.headers)
         connection.admitted = admitted
         return None
 
-    def _refuse(self, exc: Refused | BadQuery) -> Response:
+    def _refuse(self, exc: Refused | BadQuery, connection: GuardedConnection, request: Request) -> Response:
         refused = Refused(Refusal.BAD_QUERY, str(exc)) if isinstance(exc, BadQuery) else exc
+        name = refused.token if connection.grant is None else connection.grant.name
+        self._refusals.log(refused.refusal, split_target(request)[0], connection.address, name)
         return self._guard.refuse(refused)
 
     async def _handle(self, connection: ServerConnection) -> None:

@@ -32,6 +32,7 @@ from streaming.protocol import (
     Error,
     ErrorCode,
     Flush,
+    Gap,
     Message,
     ProtocolError,
     SessionCreated,
@@ -44,6 +45,7 @@ from streaming.query import read
 from streaming.server.conversation import BadMessage, Conversation, Frame, ResumableDialect
 from streaming.server.routes import Handshake, StreamRoute
 from streaming.stream.audio_input import AudioInput
+from streaming.stream.clock import MAX_SILENCE_MS
 from streaming.stream.lifetime import LiveStream, ResumableStream, Resumption
 from streaming.stream.registry import Streams
 
@@ -163,6 +165,10 @@ class Native(ResumableDialect):
             case Flush(id=flush_id):
                 await self._input.flush()
                 await talk.session.flush(flush_id)
+            case Gap(duration_ms=duration_ms):
+                # As much as the engine gets of it: a gap's own time has passed already.
+                async with talk.paced(min(duration_ms, MAX_SILENCE_MS) / 1000):
+                    await self._input.gap(duration_ms)
             case SessionUpdate():
                 self._update(message, talk)
             case Ask() if "answer" in talk.limits.tasks:

@@ -43,8 +43,8 @@ class Pages:
             PageRoute(HEALTH_PATH, None, answer=self._health),
             PageRoute(READY_PATH, None, answer=self._ready),
             PageRoute(METRICS_PATH, Scope.READ, "*", is_for_this_machine=True, answer=self._numbers),
-            PageRoute(HISTORY_PATH, Scope.READ, "*", answer=self._history),
-            PageRoute(f"{HISTORY_PATH}/", Scope.READ, answer=self._history),
+            PageRoute(HISTORY_PATH, Scope.READ, "*", answer=self._history, is_long=True),
+            PageRoute(f"{HISTORY_PATH}/", Scope.READ, answer=self._history, is_long=True),
         )
 
     async def _health(self, _: Handshake) -> Response:
@@ -53,8 +53,8 @@ class Pages:
 
     async def _ready(self, _: Handshake) -> Response:
         """Streams can be begun."""
-        if self._log.is_full:
-            return text_response(HttpStatus.UNAVAILABLE, "log: its disk is full")
+        if self._log.blocked:
+            return text_response(HttpStatus.UNAVAILABLE, f"log: {self._log.blocked}")
         if not self._engine.is_ready:
             return text_response(HttpStatus.UNAVAILABLE, f"engine: {self._engine.state.value}")
         return text_response(HttpStatus.OK, "ready")

@@ -22,7 +22,8 @@ from streaming.log.hub import Hub, Subscription
 from streaming.log.log import Log
 from streaming.protocol import CloseCode, Subscribe
 from streaming.refusals import Refusal
-from streaming.server.admission import Admitted, Guard, GuardedConnection, Refused
+from streaming.server.admission import Guard, Refused
+from streaming.server.connection import Admitted, GuardedConnection
 from streaming.server.conversation import Attachment, Conversation, Dialect, ResumableDialect
 from streaming.server.limits import ProducerLimits
 from streaming.server.routes import Handshake, SocketRoute, StreamRoute
@@ -122,8 +123,8 @@ class Producers:
         name, ready = dialect.name, self._engine.ready
         if ready is None or not self._engine.is_ready:
             raise Refused(Refusal.ENGINE_NOT_READY, self._engine.state.value)
-        if self._log.is_full:
-            raise Refused(Refusal.LOG_FULL)
+        if self._log.blocked:
+            raise Refused(Refusal.LOG_FULL, self._log.blocked)
         if name in self._live:
             raise Refused(Refusal.NAME_TAKEN)
         if self.n_live >= ready.n_slots:

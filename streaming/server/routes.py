@@ -9,8 +9,8 @@ from websockets.datastructures import Headers
 from websockets.http11 import Response
 
 from streaming.config import VadConfig
-from streaming.server.admission import Admitted, GuardedConnection
 from streaming.server.auth import Need, Scope
+from streaming.server.connection import Admitted, GuardedConnection
 from streaming.server.conversation import Dialect
 
 
@@ -52,6 +52,7 @@ class PageRoute(Route):
     """A path that answers GETs."""
 
     answer: Callable[[Handshake], Awaitable[Response]] = field(kw_only=True)  # raises `BadQuery`, `Refused`
+    is_long: bool = False  # its answers may be: they are counted, and sent as long as the client reads
 
 
 @dataclass(frozen=True)

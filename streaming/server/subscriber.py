@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import msgspec
 from websockets.asyncio.server import ServerConnection
@@ -35,8 +37,9 @@ from streaming.protocol import (
     is_pattern,
 )
 from streaming.server import ws
-from streaming.server.admission import Admitted, Guard, GuardedConnection
+from streaming.server.admission import Guard
 from streaming.server.auth import Grant, Scope
+from streaming.server.connection import Admitted, GuardedConnection
 from streaming.server.limits import Attempts
 from streaming.server.routes import Handshake, SocketRoute
 
@@ -80,7 +83,12 @@ class Subscribers:
         # It sends no audio, and what half a message holds is memory.
         connection.protocol.max_message_size = min(MAX_TEXT_CHARS, self._config.max_message_bytes)
         subscriber = Subscriber(
-            connection, self._hub, self._log, self._config, self._finalised, connection.granted
+            connection,
+            self._hub,
+            self._log,
+            self._config,
+            self._finalised,
+            partial(self._guard.granted_now, connection),
         )
         return Admitted("a subscriber", subscriber.run)
 
@@ -101,14 +109,14 @@ class Subscriber:
         log: Log,
         config: ServerConfig,
         finalised: asyncio.Event,
-        grant: Grant,
+        granted_now: Callable[[], Grant | None],
     ) -> None:
         self._connection = connection
         self._hub = hub
         self._log = log
         self._config = config
         self._finalised = finalised  # the server is stopping, and no stream is live any more
-        self._grant = grant
+        self._granted_now = granted_now
         self._complaints = ws.Complaints(config.max_bad_messages)
         self._subscriptions = Attempts(SUBSCRIBES_PER_S, SUBSCRIBES_BURST)
 
@@ -202,8 +210,11 @@ class Subscriber:
 
     def _check(self, wanted: Subscribe) -> None:
         """Raises `Forbidden` where the token does not cover every stream that is asked for."""
+        grant = self._granted_now()
+        if grant is None:
+            raise Forbidden("the token was revoked, or has expired")
         for name in wanted.streams:
-            if not self._grant.covers(Scope.SUBSCRIBE, name):
+            if not grant.covers(Scope.SUBSCRIBE, name):
                 raise Forbidden(f"the token does not allow to subscribe to {name}")
 
     async def _next_frame(self, *, is_listening: bool) -> str | bytes:

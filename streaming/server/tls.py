@@ -24,6 +24,16 @@ def tls_context(cert: str, key: str) -> ssl.SSLContext | None:
     return context
 
 
+def renew(context: ssl.SSLContext, cert: str, key: str) -> None:
+    """Use another certificate for connections from now on; those that are open keep theirs.
+
+    Raises:
+        ConfigError: the files cannot be used; the certificate before stays.
+    """
+    tls_context(cert, key)  # a chain that is loaded with another's key would be left half replaced
+    context.load_cert_chain(cert, key, password=_no_password)
+
+
 def _no_password() -> str:
     """Instead of a prompt on the terminal, which a service does not have."""
     raise ValueError("the key is encrypted; expected one without a password")

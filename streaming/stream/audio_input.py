@@ -15,6 +15,7 @@ from streaming.audio.ingest import AudioFormat, Ingest
 from streaming.engine.contract import Pcm
 from streaming.errors import BadAudio
 from streaming.protocol import Ack, Message, SessionResumed
+from streaming.stream.clock import StreamClock
 from streaming.stream.session import SLICE_S
 from streaming.stream.snapshot import InputState
 
@@ -24,8 +25,12 @@ logger = logging.getLogger(__name__)
 class Acknowledger:
     """Reports to a producer how much of its audio was received, after every interval of audio."""
 
-    def __init__(self, tell: Callable[[Message], None], rate_hz: int, interval_s: float) -> None:
+    def __init__(
+        self, tell: Callable[[Message], None], rate_hz: int, interval_s: float, clock: StreamClock
+    ) -> None:
         self._tell = tell
+        self._clock = clock
+        self._came_ms: int | None = None  # Unix time of the newest audio; None: not since the server began
         self._rate_hz = rate_hz
         self._step = int(interval_s * rate_hz)
         self._n_samples = 0
@@ -39,6 +44,7 @@ class Acknowledger:
     def received(self, n_samples: int) -> None:
         """Count the samples received so far, at the client's rate; report where an interval is full."""
         self._n_samples = n_samples
+        self._came_ms = self._clock.now_ms()
         if n_samples - self._n_acked >= self._step:
             self.acknowledge()
 
@@ -46,7 +52,8 @@ class Acknowledger:
         """Report everything received, unless that was done."""
         if self.has_unacknowledged:
             self.skip(self._n_samples)
-            self._tell(Ack(self._n_acked, self._n_acked * 1000 // self._rate_hz))
+            end_ms = self._n_acked * 1000 // self._rate_hz
+            self._tell(Ack(self._n_acked, end_ms, self._came_ms))
 
     def skip(self, n_samples: int) -> None:
         """The producer knows already that so many samples were received."""
@@ -57,12 +64,16 @@ class PcmSink(Protocol):
     """What takes the PCM: a session."""
 
     name: str
+    clock: StreamClock
 
     async def wait_for_room(self, n_samples: int) -> None:
         """Wait until so many samples can be pushed."""
 
     def push(self, pcm: Pcm) -> None:
         """Take 16 kHz mono audio, [n_samples], that there is room for."""
+
+    def push_gap(self, duration_ms: int) -> None:
+        """Take a gap, for whose silence there is room."""
 
 
 class AudioInput:
@@ -90,7 +101,7 @@ class AudioInput:
         self._session = session
         self._ingest = Ingest(audio_format)
         self._slice_bytes = max(1, int(audio_format.rate_hz * SLICE_S)) * audio_format.frame_bytes
-        self._acks = Acknowledger(tell, audio_format.rate_hz, ack_interval_s)
+        self._acks = Acknowledger(tell, audio_format.rate_hz, ack_interval_s, session.clock)
         if state is not None:
             self._ingest.restore(state.ingest)
             self._acks.skip(self._ingest.n_samples)
@@ -135,6 +146,22 @@ class AudioInput:
             # No await between these two: at any snapshot the bytes are in the ingest or in the ring.
             self._session.push(self._ingest.push(piece))
             self._acks.received(self._ingest.n_samples)
+
+    async def gap(self, duration_ms: int) -> None:
+        """Take a gap of the sender's; waits while the session has no room for its silence.
+
+        Cancelled while it waits, it has taken nothing of the gap: `resume` says so.
+
+        Raises:
+            BadAudio: as `feed`, of what is still held of the audio before it.
+        """
+        held = self._ingest.max_out(0)
+        await self._session.wait_for_room(held + self._session.clock.silence_of(duration_ms))
+        # No await from here on, as in `feed`.
+        self._session.push(self._ingest.flush())
+        self._ingest.skip(duration_ms * self.format.rate_hz // 1000)
+        self._session.push_gap(duration_ms)
+        self._acks.received(self._ingest.n_samples)
 
     async def flush(self) -> None:
         """Push what is still held of the received audio, and acknowledge it.

@@ -28,6 +28,7 @@ from streaming.logging_setup import where_raised
 from streaming.metrics import Metrics
 from streaming.protocol import SAMPLE_RATE_HZ, Error, Message, SessionClosed
 from streaming.stream.audio_input import AudioInput
+from streaming.stream.clock import StreamClock
 from streaming.stream.feed import Feed
 from streaming.stream.lifetime import TOKEN_BYTES, LiveStream, ProducerSlot, ResumableStream
 from streaming.stream.recovery import Recovery
@@ -169,9 +170,7 @@ class Streams:
 
     def _open(self, live: LiveStream) -> None:
         """Announce a stream that the log knows, and let it live."""
-        epoch_ms = self._clock_ms()
-        self._log.began(live.name, epoch_ms)
-        live.session.open(epoch_ms)
+        live.session.open(self._clock_ms())
         self._keep(live)
 
     def _resume(self, left: Left) -> None:
@@ -189,7 +188,7 @@ class Streams:
         feed, unanswered = for_model(saved.session.feed, ready.tasks, ready.languages)
         start = left.audio[0][0] if left.audio else feed.ring_end
         audio = np.frombuffer(b"".join(pcm for _, pcm in left.audio), "<f4")
-        state = SessionState(feed, saved.session.vad)
+        state = SessionState(feed, saved.session.vad, saved.session.clock)
         if start + len(audio) != feed.ring_end or start > state.needed_from:
             kept = f"its audio from {start} to {start + len(audio)} is kept"
             raise LogError(f"{kept}; expected it from {state.needed_from} to {feed.ring_end}")
@@ -243,11 +242,13 @@ class Streams:
         outlets = Outlets(
             publish=lambda message: self.publish(name, message),
             tell=tell,
+            began=lambda epoch_ms: self._log.began(name, epoch_ms),
             room=lambda: self._log.room(name),
             is_saved=is_saved,
             metrics=self._metrics,
         )
-        return Session(name, number, feed, endpointing, engine=self._engine, outlets=outlets)
+        clock = StreamClock(self._clock_ms, None if restored is None else restored[0].clock)
+        return Session(name, number, feed, endpointing, clock, engine=self._engine, outlets=outlets)
 
     def _resumable(
         self,

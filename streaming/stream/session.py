@@ -13,7 +13,11 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
+
+from streaming import aio
 from streaming.aio import Changed
 from streaming.audio.vad import FRAME, REVIEW, Vad
 from streaming.config import VadConfig
@@ -33,6 +37,7 @@ from streaming.protocol import (
     TranscriptDelta,
     ms_of,
 )
+from streaming.stream.clock import StreamClock
 from streaming.stream.feed import Feed, FromEngine
 from streaming.stream.snapshot import SessionState
 
@@ -41,8 +46,11 @@ logger = logging.getLogger(__name__)
 SLICE_S = 0.5  # more audio at once is taken in slices, so that other streams get their turn
 SLICE = int(SLICE_S * SAMPLE_RATE_HZ)
 REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
+FLUSHES_PER_S, FLUSHES_AT_ONCE = 10.0, 100
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
 MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
+
+_M = TypeVar("_M", bound=Message)
 
 
 class StreamState(enum.Enum):
@@ -66,12 +74,17 @@ async def _at_once() -> None:
     return
 
 
+def _ignore(_: int) -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Outlets:
     """Where a stream's messages go."""
 
     publish: Callable[[Message], None]  # to its log and every reader
     tell: Callable[[Message], None]  # to its producer alone
+    began: Callable[[int], None] = _ignore  # called once, with the Unix time of the first sample
     room: Callable[[], Awaitable[None]] = _at_once  # returns when the log takes more
     # Whether the log saves the stream's state, so that it resumes after a restart of the server.
     is_saved: bool = False
@@ -87,11 +100,57 @@ class Unsaved:
     pcm: bytes  # float32 little-endian
 
 
+class _Timed:
+    """What a session says, with the stream's times in place of the engine's."""
+
+    def __init__(self, outlets: Outlets, clock: StreamClock, n_samples: int) -> None:
+        self._outlets = outlets
+        self._clock = clock
+        # When the first sample came, or would have at the pace of speech.
+        self._began_at = asyncio.get_running_loop().time() - n_samples / SAMPLE_RATE_HZ
+
+    def say(self, message: _M) -> _M:
+        """Publish a message whose times are the engine's; gives it as it was published."""
+        placed = self._clock.placed(message)
+        self._outlets.publish(placed)
+        return placed
+
+    def say_all(self, found: Sequence[Message], n_samples: int) -> None:
+        """Publish what was found when the stream had so many samples."""
+        for message in found:
+            self.say(message)
+            if isinstance(message, TranscriptDelta) and self._is_in_real_time(n_samples):
+                self._outlets.metrics.committed(message, ms_of(n_samples))
+
+    def _is_in_real_time(self, n_samples: int) -> bool:
+        """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
+        elapsed_s = asyncio.get_running_loop().time() - self._began_at
+        return n_samples <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
+
+    def begin(self, duration_ms: int, *, is_first: bool) -> None:
+        """So much audio came just now, or the time for which there is none."""
+        if is_first:
+            self._outlets.began(self._clock.now_ms() - duration_ms)
+
+    def end_gap(self) -> None:
+        """No further part of a gap comes: it is published if it is worth it."""
+        if (gap := self._clock.end_gap()) is not None:
+            self._outlets.publish(gap)  # its times are the stream's already
+
+
 class Session:
     """A live stream, from the first sample to `session.closed`. Belongs to the event loop."""
 
     def __init__(
-        self, name: str, number: int, feed: Feed, vad: Vad, *, engine: EngineClient, outlets: Outlets
+        self,
+        name: str,
+        number: int,
+        feed: Feed,
+        vad: Vad,
+        clock: StreamClock,
+        *,
+        engine: EngineClient,
+        outlets: Outlets,
     ) -> None:
         """A stream that no engine has yet; `open` or `reopen` is called next.
 
@@ -100,12 +159,16 @@ class Session:
             number: The engine's name for it, as the feed was given.
             feed: New, or restored.
             vad: Endpointing; new, or restored to the feed's newest sample.
+            clock: New, or restored with the feed.
             engine: Runs, or will.
             outlets: Where messages go.
         """
         self.name = name
+        self.clock = clock
+        self._timed = _Timed(outlets, clock, feed.n_samples)
         self._number = number
         self._feed = feed
+        self._flush_at = 0.0  # when the next flush is due, on the event loop's clock
         self._vad = vad
         self._engine = engine
         self._outlets = outlets
@@ -114,14 +177,12 @@ class Session:
         self._inbox: deque[FromEngine] = deque()  # one result at most, and a progress per 0.5 s sent
         self._unsaved: deque[Pcm] = deque()  # audio that came since the last `take_unsaved`
         self._saved = feed.n_samples  # the log has the audio before it
-        # When the first sample came, or would have at the pace of speech.
-        self._began_at = asyncio.get_running_loop().time() - feed.n_samples / SAMPLE_RATE_HZ
 
     def open(self, epoch_ms: int) -> None:
         """Announce the stream and take its slot, at once or when the engine is back."""
         ready = self._engine.ready
         assert ready is not None, "admitted before the engine was ever ready"
-        self._outlets.publish(SessionCreated(ready.model, ready.tasks, ready.languages, epoch_ms))
+        self._timed.say(SessionCreated(ready.model, ready.tasks, ready.languages, epoch_ms))
         self._attach()
         logger.info("stream %s: opened as %d", self.name, self._number)
 
@@ -161,7 +222,7 @@ class Session:
 
     def snapshot(self) -> SessionState:
         """What a new session continues from, with the audio since `SessionState.needed_from`."""
-        return SessionState(self._feed.snapshot(), self._vad.snapshot())
+        return SessionState(self._feed.snapshot(), self._vad.snapshot(), self.clock.snapshot())
 
     def take_unsaved(self) -> Unsaved:
         """The audio since the last call, which belongs to the `snapshot` of the same moment."""
@@ -175,8 +236,8 @@ class Session:
 
     @property
     def n_samples(self) -> int:
-        """Samples taken so far, at 16 kHz."""
-        return self._feed.n_samples
+        """Samples taken so far, at 16 kHz, with all that gaps stand for."""
+        return self._feed.n_samples + self.clock.jumped_ms * SAMPLE_RATE_HZ // 1000
 
     async def feed(self, pcm: Pcm) -> None:
         """Take 16 kHz mono audio, [n_samples], however much; waits while the ring is full.
@@ -202,6 +263,22 @@ class Session:
         """Take audio that `wait_for_room` was called for, without awaiting anything in between."""
         if self._state in (StreamState.LOST, StreamState.CLOSED):
             return  # no engine will decode it, and the connection is being closed for that
+        if len(pcm):
+            self._timed.begin(ms_of(len(pcm)), is_first=not self._feed.n_samples)
+            self._timed.end_gap()
+        self._take_audio(pcm)
+
+    def push_gap(self, duration_ms: int) -> None:
+        """Take a gap for whose silence `wait_for_room` was called, without awaiting in between."""
+        if self._state in (StreamState.LOST, StreamState.CLOSED):
+            return
+        silence: Pcm = np.zeros(self.clock.silence_of(duration_ms), np.float32)
+        self._timed.begin(duration_ms, is_first=not self._feed.n_samples)
+        if len(silence):
+            self._take_audio(silence)
+        self.clock.gap(duration_ms, self._feed.n_samples)
+
+    def _take_audio(self, pcm: Pcm) -> None:
         was_cut = self._vad.is_cut
         found = self._feed.push(pcm, self._vad.push(pcm))
         if self._vad.is_cut and not was_cut:
@@ -216,6 +293,10 @@ class Session:
 
     async def flush(self, flush_id: str) -> None:
         """Commit everything taken so far; `flushed` follows when that is done."""
+        # Each is logged, and as fast as they go they would push out what others said.
+        now_s = asyncio.get_running_loop().time()
+        self._flush_at = max(self._flush_at, now_s - FLUSHES_AT_ONCE / FLUSHES_PER_S) + 1 / FLUSHES_PER_S
+        await aio.sleep_until(self._flush_at)
         await self._until(lambda: self._feed.n_unanswered("flush") < MAX_FLUSHES)
         self._feed.flush(flush_id)
         self._send()
@@ -260,9 +341,10 @@ class Session:
             self._engine.send(messages.CloseStream(self._number))
         self._engine.detach(self._number)
         self._move(StreamState.CLOSED)
+        self._timed.end_gap()
         self._publish(self._feed.close())
         closed = SessionClosed(reason, ms_of(self._feed.n_samples), self._feed.n_words, self._feed.n_segments)
-        self._outlets.publish(closed)
+        closed = self._timed.say(closed)
         logger.info(
             "stream %s: closed (%s), %.1f s, %d words in %d segments",
             self.name,
@@ -347,18 +429,10 @@ class Session:
 
     def _degraded(self, code: str, text: str) -> None:
         start, end = self._feed.undecided
-        self._outlets.publish(Degraded(code, text, ms_of(start), ms_of(end)))
+        self._timed.say(Degraded(code, text, ms_of(start), ms_of(end)))
 
     def _publish(self, found: Sequence[Message]) -> None:
-        for message in found:
-            self._outlets.publish(message)
-            if isinstance(message, TranscriptDelta) and self._is_in_real_time():
-                self._outlets.metrics.committed(message, ms_of(self._feed.n_samples))
-
-    def _is_in_real_time(self) -> bool:
-        """Whether the audio came no faster than it was spoken, so that a lag on its clock is one."""
-        elapsed_s = asyncio.get_running_loop().time() - self._began_at
-        return self._feed.n_samples <= (elapsed_s + REAL_TIME_SLACK_S) * SAMPLE_RATE_HZ
+        self._timed.say_all(found, self._feed.n_samples)
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         """Wait for something that the engine's messages bring about, or for the stream's end or loss."""

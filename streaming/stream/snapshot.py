@@ -8,7 +8,7 @@ today's words; one of any other version is not read, and its stream is closed wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from streaming.audio.ingest import AudioFormat, Encoding, IngestState
 from streaming.audio.vad import Vad, VadState
 from streaming.errors import LogError
+from streaming.stream.clock import ClockState
 from streaming.stream.feed import FeedState, PendingMark
 
 VERSION = 2
@@ -36,6 +37,10 @@ class InputState(msgspec.Struct, frozen=True):
         return AudioFormat(self.encoding, self.rate_hz, self.channels, self.asked_language)
 
 
+class _Timing(msgspec.Struct, frozen=True):
+    clock: ClockState = ClockState()  # states of 0.1 have none
+
+
 class _Header(msgspec.Struct, frozen=True):
     version: int
 
@@ -50,6 +55,7 @@ class SessionState:
 
     feed: FeedState
     vad: VadState
+    clock: ClockState = field(default_factory=ClockState)
 
     @property
     def needed_from(self) -> int:
@@ -67,7 +73,9 @@ class SavedStream:
 
 def encode_stream(saved: SavedStream) -> bytes:
     """As it is saved: one flat map of the version and the fields of all parts."""
-    parts = (_Header(VERSION), saved.session.feed, _Endpointing(saved.session.vad), saved.input)
+    session = saved.session
+    of_session = (session.feed, _Endpointing(session.vad), _Timing(session.clock))
+    parts = (_Header(VERSION), *of_session, saved.input)
     return msgspec.msgpack.encode({k: v for part in parts for k, v in msgspec.structs.asdict(part).items()})
 
 
@@ -84,7 +92,8 @@ def decode_stream(body: bytes) -> SavedStream:
             body, version = _from_version_1(body), VERSION
         if version != VERSION:
             raise LogError(f"a saved state of version {version}; expected {VERSION}")
-        session = SessionState(decode(body, type=FeedState), decode(body, type=_Endpointing).vad)
+        vad, clock = decode(body, type=_Endpointing).vad, decode(body, type=_Timing).clock
+        session = SessionState(decode(body, type=FeedState), vad, clock)
         return SavedStream(session, decode(body, type=InputState))
     except msgspec.MsgspecError as exc:
         raise LogError(f"a saved state that cannot be read: {exc}") from exc
@@ -146,8 +155,13 @@ def for_model(
         None if languages and name not in languages else name
         for name in (state.language, state.settled_language)
     )
+    doubt = state.doubt
+    if settled != state.settled_language or (doubt and languages and doubt.language not in languages):
+        doubt = None
     pending = tuple(pending for pending in state.pending if pending not in left_out)
     return (
-        msgspec.structs.replace(state, pending=pending, language=language, settled_language=settled),
+        msgspec.structs.replace(
+            state, pending=pending, language=language, settled_language=settled, doubt=doubt
+        ),
         left_out,
     )

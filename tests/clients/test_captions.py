@@ -27,6 +27,7 @@ from streaming.protocol import (
     TranscriptFinal,
     TranscriptInterim,
 )
+from tests.clients.test_screen import Terminal
 
 TALK: Sequence[Message] = (
     SessionCreated("fake", ("transcript",), ("en",), 0),
@@ -86,7 +87,7 @@ def test_on_a_terminal_interim_words_are_grey_and_committed_ones_firm() -> None:
     """The two differ in style, and lag and speech are on the status line."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system="256")
     text = shown(console, TALK[:5])  # the last state is drawn on the way out
-    assert "\x1b[1m Hello" in text
+    assert "\x1b[1mHello" in text
     assert "\x1b[38;5;244m world" in text
     assert "● speech" in text
     assert "1.0 s behind" in text
@@ -128,12 +129,12 @@ def test_lag_is_unknown_without_a_position() -> None:
 
 
 def test_times_are_minutes_and_tenths() -> None:
-    """An hour is sixty minutes."""
+    """With hours from the first hour on."""
     assert [clock(ms) for ms in (0, 999, 61_250, 3_600_000)] == [
         "[00:00.0]",
         "[00:00.9]",
         "[01:01.2]",
-        "[60:00.0]",
+        "[1:00:00.0]",
     ]
 
 
@@ -189,3 +190,12 @@ def test_a_terminal_joins_words_as_the_language_is_written(
     said = [TranscriptDelta(text, (), i, i + 1, between) for i, (text, between) in enumerate(deltas)]
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     assert line in shown(console, [*said, TranscriptInterim(interim[0], 5, 6, interim[1])])
+
+
+def test_a_reader_that_leaves_keeps_the_words_of_the_open_segment() -> None:
+    """Ctrl-C in mid-sentence: what is committed stands as a line, once."""
+    terminal = Terminal()
+    with captions_for(terminal.console) as captions:
+        for seq, message in enumerate(TALK[:5]):
+            captions.show(Envelope("test", seq, message))
+    assert terminal.rows == ["-- stream open, model fake", "[01:01.3] Hello"]

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from websockets.asyncio.server import ServerConnection
 
 from clients import commands
-from streaming.protocol import SpeechStarted, TranscriptDelta
+from streaming.protocol import SpeechStarted, TranscriptFinal
 from tests.clients.fake_server import CLOSED, FakeServer, running
 
 
@@ -60,11 +60,13 @@ def recording(tmp_path: Path) -> str:
     return str(path)
 
 
-async def test_stream_prints_the_committed_words(recording: str) -> None:
-    """The transcript on stdout, the way to its captions on stderr."""
+async def test_stream_prints_the_transcript(recording: str) -> None:
+    """A segment a line on stdout; the way to its captions, and where it stays, on stderr."""
     async with running(FakeServer.transcribe) as fake:
         ended = await moss_live("stream", recording, "--server", fake.url, "--name", "test", "--fast")
-    assert ended == Ended(0, "Hello world.\n", "stream test; read it with: moss-live captions test\n")
+    kept = f"transcript: {fake.url.replace('ws', 'http', 1)}/v1/streams/test/transcript.txt\n"
+    about = f"stream test; read it with: moss-live captions test\n{kept}"
+    assert ended == Ended(0, "Hello world.\n", about)
     assert fake.n_audio_bytes == 32_000
 
 
@@ -172,7 +174,7 @@ async def test_a_console_without_the_characters_gets_others(recording: str) -> N
     """What the terminal cannot write is replaced; the stream goes on to its end."""
 
     async def chinese(fake: FakeServer, connection: ServerConnection) -> None:
-        await fake.send(connection, 1, TranscriptDelta("\u4f60\u597d \u266a", (), 0, 500, ""))
+        await fake.send(connection, 1, TranscriptFinal("\u4f60\u597d \u266a", (), "zh", None, 0, 500))
         await fake.transcribe(connection)
 
     async with running(chinese) as fake:
@@ -210,3 +212,57 @@ def test_a_server_of_another_kind_is_refused() -> None:
     found = CliRunner().invoke(commands.stream, ["x.wav", "--server", "ftp://host"])
     assert found.exit_code == 2
     assert "expected ws, wss, http, https or none" in found.output
+
+
+async def into_head(*arguments: str) -> Ended:
+    """The command with a reader that takes one line and leaves."""
+    command = " ".join([sys.executable, "-m", "clients.cli", *arguments])
+    process = await asyncio.create_subprocess_shell(
+        f"{{ {command}; echo status $? >&2; }} | head -n 1",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        out, err = await process.communicate()
+    status = int(err.decode().rpartition("status ")[2])
+    return Ended(status, out.decode(), err.decode())
+
+
+@pytest.mark.parametrize("command", ["subscribe", "captions"])
+async def test_a_reader_that_leaves_ends_the_command_quietly(command: str) -> None:
+    """As after `| head`: no traceback, however much would follow."""
+
+    async def handler(fake: FakeServer, connection: Any) -> None:
+        await connection.recv()
+        for seq in range(1, 3000):
+            final = TranscriptFinal("Hello. " * 10, (), "en", None, seq, seq + 1)
+            await fake.send(connection, seq, final)
+            if seq % 100 == 0:
+                await asyncio.sleep(0.01)
+        await fake.send(connection, 3000, CLOSED)
+
+    async with running(handler) as fake:
+        ended = await into_head(command, "test", "--server", fake.url, "--after", "0")
+    assert len(ended.out.splitlines()) == 1
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.status in (0, 1)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--captions",)], ids=["transcript", "captions"])
+async def test_a_stream_goes_on_when_nobody_reads_its_captions(
+    recording: str, arguments: tuple[str, ...]
+) -> None:
+    """All of the audio is sent, and the end is a good one."""
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        for seq in range(1, 2000):
+            final = TranscriptFinal("Hello. " * 10, (), "en", None, seq, seq + 1)
+            await fake.send(connection, seq, final)
+        await fake.transcribe(connection)
+
+    async with running(handler) as fake:
+        ended = await into_head("stream", recording, "--server", fake.url, "--name", "x", *arguments)
+        assert fake.n_audio_bytes == 32_000
+    assert ended.status == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert "BrokenPipe" not in ended.err

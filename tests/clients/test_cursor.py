@@ -146,3 +146,20 @@ async def test_what_could_not_be_written_does_not_move_the_cursor(tmp_path: Path
         async with reading(url, "a", out, cursor):
             await eventually(lambda: len(kept(out)) >= len(told))
     assert kept(out) == [json.loads(encode(envelope)) for envelope in told]
+
+
+@pytest.mark.parametrize(("name", "after"), [("a", 1000), ("a", {"a": 2}), ("*", {"a": 2}), ("*", 1000)])
+async def test_a_cursor_of_another_log_is_the_beginning(
+    name: str, after: int | dict[str, int], tmp_path: Path
+) -> None:
+    """However far it was there; from then on it is of this one."""
+    out, cursor = tmp_path / "out", CursorFile(tmp_path / "cursor", name)
+    cursor.save(Position(after, "another"))
+    async with running_server() as running:
+        told = await hold(running, "a", 0)
+        async with reading(f"ws://127.0.0.1:{running.port}", name, out, tmp_path / "cursor"):
+            await eventually(lambda: len(kept(out)) >= len(told))
+    assert kept(out) == [json.loads(encode(envelope)) for envelope in told]
+    last = told[-1].seq
+    assert cursor.load().after == (last if name == "a" else {"a": last})
+    assert cursor.load().log != "another"

@@ -182,6 +182,9 @@ class Process:
         if self._fault == "fails_at_start":
             self._send(messages.Failed("no weights"))
             return
+        if self._fault == "unfit_at_start":
+            self._send(messages.Failed("events.labels: the model knows no sound 'Sirn'", is_unfit=True))
+            return
         n_slots = settings["engine"]["n_slots"]
         self._send(messages.Ready("fake", self._engine.tasks, ("de", "en"), n_slots, 0.0, 0.0, MAX_STEP))
         while True:

@@ -14,6 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from streaming.app import run
+from streaming.config import ConfigError
 from streaming.errors import EngineLost
 from streaming.protocol import CloseCode, SessionClosed, SpeechStarted, TranscriptFinal
 from tests.streaming.support import (
@@ -54,6 +55,22 @@ async def connect_when_ready(port: int) -> ClientConnection:
     while True:
         with suppress(InvalidStatus):
             return await connect(f"ws://127.0.0.1:{port}/v1/stream/a")
+
+
+async def test_what_the_engine_finds_wrong_with_the_configuration_is_a_wrong_configuration(
+    tmp_path: Path,
+) -> None:
+    """As if the server had found it: another start would end the same way."""
+    with pytest.raises(ExceptionGroup) as caught:
+        await run(with_port_0("", tmp_path), engine_command=(*FAKE_ENGINE, "--fault=unfit_at_start"))
+    assert caught.group_contains(ConfigError, match=r"^events.labels: the model knows no sound 'Sirn'$")
+
+
+async def test_a_folder_that_is_missing_is_reported_and_not_made(tmp_path: Path) -> None:
+    """It may be a disk that is not mounted."""
+    with pytest.raises(ConfigError, match=r"^log.path: .*/none: no such folder"):
+        await run(with_port_0("", tmp_path / "none"), engine_command=FAKE_ENGINE)
+    assert not (tmp_path / "none").exists()
 
 
 async def test_an_engine_that_does_not_start_ends_the_server(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ from click.testing import CliRunner
 from streaming.cli import serve
 from streaming.config import (
     CONFIG_ENV,
-    RENAMED,
     Config,
     ConfigError,
     load_config,
     parse_config,
     with_overrides,
 )
+from streaming.problems import RENAMED
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,24 @@ def test_what_is_wrong_is_named(text: str, named: str) -> None:
     """Unknown keys, wrong types and impossible values, with the file they are in."""
     with pytest.raises(ConfigError, match=f"^some.toml: .*{named}"):
         parse_config(text, "some.toml")
+
+
+@pytest.mark.parametrize("section", sorted(Config.model_fields))
+@pytest.mark.parametrize(
+    "value", ['"words"', "-1", "1e300", "1.5", "true", "[]", "[1]", "{}", "{x = 1}", "''"]
+)
+def test_what_is_wrong_is_told_in_plain_words(section: str, value: str) -> None:
+    """Of every key, whatever it is given: what was expected, and no term of the library that checks it."""
+    for key in type(getattr(Config(), section)).model_fields:
+        try:
+            parse_config(f"[{section}]\n{key} = {value}", "some.toml")
+        except ConfigError as exc:
+            for line in str(exc).splitlines():
+                assert re.match(rf"some\.toml: (file: )?{section}(\.{key}(\.\w+)*)?(: | is )", line), line
+                assert "expected" in line or "IPv4" in line, line
+                assert not re.search(r"Input|Value error|valid |should|\{\w*\}", line.split(" (got ")[0]), (
+                    line
+                )
 
 
 def test_a_renamed_key_leads_to_one_that_exists() -> None:

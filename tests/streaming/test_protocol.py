@@ -47,6 +47,7 @@ for_field: dict[object, st.SearchStrategy[object]] = {
     float: st.floats(0, 1),
     bool: st.booleans(),
     str | None: st.none() | text,
+    int | None: st.none() | st.integers(0, 2**40),
     float | None: st.none() | st.floats(0, 1),
     tuple[str, ...]: st.lists(text, max_size=3).map(tuple),
     Mapping[str, float]: st.dictionaries(text, st.floats(0, 1), max_size=3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import model as model_package
 from model.emotion import EmotionHead, load_head
 from model.errors import CheckpointError
 from model.hf_hub import find
+from model.json_file import read_json
 from model.moss.checkpoint import Checkpoint, config_of, layout_of, load_weights
 from model.moss.config import MODEL_TYPE
 from model.moss.geometry import WindowSettings
@@ -175,8 +175,7 @@ def model_type(folder: Path) -> str:
     Raises:
         CheckpointError: there is none.
     """
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(settings["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(f"{folder}/config.json: no model configuration: {exc!r}") from exc
+    kind = read_json(folder / "config.json").get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{folder}/config.json: no model configuration: it has no model_type")
+    return kind

@@ -25,6 +25,7 @@ from streaming.config import ConfigError, EventsConfig
 from streaming.engine.contract import SlotStep, SoundLabel, SoundScores
 
 N_SUGGESTIONS = 5
+VOICE = "Speech"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +104,11 @@ class SoundScorer:
         for name in config.thresholds:
             catalogue.check(name, "events.thresholds")
         self._yamnet = yamnet
-        self._head = SoundHead(weights, yamnet, names)
+        # Whether somebody speaks decides what counts as words, whichever sounds are looked for.
+        self._head = SoundHead(weights, yamnet, (*names, VOICE))
         self.labels = tuple(
             SoundLabel(name, catalogue.parent(name, names), threshold)
-            for name, threshold in zip(names, self._head.thresholds, strict=True)
+            for name, threshold in zip(names, self._head.thresholds, strict=False)
         )
         self._slots = [SoundStream() for _ in range(n_slots)]
         self._owners = [-1] * n_slots
@@ -139,7 +141,8 @@ class SoundScorer:
     def _score(self, step: SlotStep, embeddings: NDArray[np.uint8]) -> SoundScores | None:
         rows = self._slots[step.slot_idx].take(embeddings)
         with torch.inference_mode():
-            return SoundScores.of(rows.start, self._head.scores(rows.embeddings))
+            scores = self._head.scores(rows.embeddings)
+        return SoundScores.of(rows.start, scores[:, :-1], scores[:, -1])
 
 
 def load_scorer(config: EventsConfig, n_slots: int) -> SoundScorer | None:

@@ -6,15 +6,17 @@ import asyncio
 import io
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import av
 import numpy as np
 import pytest
 import soxr
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.audio.container import MAX_WAITING_BYTES, ContainerDecoder, container_of
+from streaming.audio.container import MAX_WAITING_BYTES, ContainerDecoder, Hole, container_of
 from streaming.engine.contract import Pcm
 from streaming.errors import BadAudio
 from tests.streaming.support import TIMEOUT_S, utterances
@@ -39,8 +41,19 @@ def contained(kind: str) -> bytes:
     return encode(SPEECH, *KINDS[kind])
 
 
-def encode(pcm: Pcm, container: str, codec: str, rate_hz: int, options: Mapping[str, str]) -> bytes:
-    """16 kHz audio in a container, as FFmpeg writes it."""
+def encode(
+    pcm: Pcm,
+    container: str,
+    codec: str,
+    rate_hz: int,
+    options: Mapping[str, str],
+    *,
+    holes: Mapping[float, float] = MappingProxyType({}),
+) -> bytes:
+    """16 kHz audio in a container, as FFmpeg writes it.
+
+    `holes` are seconds of audio and how long nothing is there from then on.
+    """
     file = io.BytesIO()
     samples = np.rint(soxr.resample(pcm, 16_000, rate_hz) * 32767).astype(np.int16)
     with av.open(file, "w", format=container, options=dict(options)) as muxer:
@@ -49,20 +62,22 @@ def encode(pcm: Pcm, container: str, codec: str, rate_hz: int, options: Mapping[
         stream.codec_context.layout = "mono"
         for at in range(0, len(samples), BLOCK):
             frame = av.AudioFrame.from_ndarray(samples[None, at : at + BLOCK], format="s16", layout="mono")
-            frame.sample_rate, frame.pts = rate_hz, at
+            late_s = sum(hole_s for after_s, hole_s in holes.items() if at >= after_s * rate_hz)
+            frame.sample_rate, frame.pts = rate_hz, at + round(late_s * rate_hz)
             muxer.mux(stream.encode(frame))
         muxer.mux(stream.encode(None))
     return file.getvalue()
 
 
 async def decoded(pieces: Iterator[bytes]) -> Pcm:
-    """All audio of a container that comes in pieces."""
+    """All audio of a container that comes in pieces, without what stands for holes."""
     decoder = ContainerDecoder()
 
     async def pull_all() -> list[Pcm]:
         found = []
         while (pcm := await decoder.pull()) is not None:
-            found.append(pcm)
+            if not isinstance(pcm, Hole):
+                found.append(pcm)
         return found
 
     pulling = asyncio.create_task(pull_all())
@@ -82,6 +97,74 @@ async def decoded(pieces: Iterator[bytes]) -> Pcm:
 def pieces_of(data: bytes, size: int) -> Iterator[bytes]:
     """A container, cut."""
     return (data[at : at + size] for at in range(0, len(data), size))
+
+
+async def pulled(data: bytes) -> list[Pcm | Hole]:
+    """All that is in a container, in order."""
+    decoder = ContainerDecoder()
+    found: list[Pcm | Hole] = []
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await decoder.push(data)
+            decoder.end()
+            while (piece := await decoder.pull()) is not None:
+                found.append(piece)
+    finally:
+        decoder.stop()
+    return found
+
+
+WITH_TIMES = {
+    "mkv": ("matroska", "flac", 16_000, {}),
+    "webm": ("webm", "libopus", 48_000, {}),
+    # FFmpeg's writer drops a late beginning where the index is written first.
+    "mp4": ("mp4", "aac", 24_000, {"movflags": "frag_keyframe+delay_moov+default_base_moof"}),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_TIMES)
+async def test_a_track_that_begins_late_has_a_hole_before_it(kind: str) -> None:
+    """Its first word is where its time stamp says."""
+    found = await pulled(encode(SPEECH, *WITH_TIMES[kind], holes={0.0: 5.0}))
+    assert isinstance(found[0], Hole)
+    assert found[0].duration_ms == pytest.approx(5000, abs=60)
+    assert not any(isinstance(piece, Hole) for piece in found[1:])
+
+
+@pytest.mark.parametrize("kind", WITH_TIMES)
+async def test_a_hole_in_the_middle_is_in_its_place(kind: str) -> None:
+    """With the audio before and after it whole."""
+    found = await pulled(encode(SPEECH, *WITH_TIMES[kind], holes={0.6: 3.0}))
+    (at,) = [i for i, piece in enumerate(found) if isinstance(piece, Hole)]
+    hole = found[at]
+    assert isinstance(hole, Hole)
+    assert hole.duration_ms == pytest.approx(3000, abs=80)
+    before = sum(len(piece) for piece in found[:at] if not isinstance(piece, Hole))
+    after = sum(len(piece) for piece in found[at:] if not isinstance(piece, Hole))
+    assert before == pytest.approx(0.6 * 16_000, abs=1500)
+    assert before + after == pytest.approx(len(SPEECH), abs=2000)
+
+
+@pytest.mark.parametrize("default", [0, 1])
+async def test_of_two_tracks_the_default_is_heard(default: int) -> None:
+    """The other one is left out, wherever it is."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as muxer:
+        streams = [muxer.add_stream("flac", rate=16_000) for _ in range(2)]
+        for i, stream in enumerate(streams):
+            assert isinstance(stream, av.AudioStream)
+            stream.codec_context.layout = "mono"
+            stream.disposition = Disposition.default if i == default else Disposition(0)
+        for i, stream in enumerate(streams):
+            assert isinstance(stream, av.AudioStream)
+            for at in range(0, 48_000, BLOCK):
+                samples = np.full((1, BLOCK), 1000 * (i + 1), np.int16)
+                frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+                frame.sample_rate, frame.pts = 16_000, at
+                muxer.mux(stream.encode(frame))
+            muxer.mux(stream.encode(None))
+    pcm = await decoded(iter([file.getvalue()]))
+    assert np.median(pcm) == pytest.approx(1000 * (default + 1) / 32768, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +188,7 @@ async def test_audio_comes_out_while_it_is_sent(kind: str, behind_s: float) -> N
     async def pull_all() -> None:
         nonlocal n_samples
         while (pcm := await decoder.pull()) is not None:
+            assert not isinstance(pcm, Hole)
             n_samples += len(pcm)
 
     pulling = asyncio.create_task(pull_all())
@@ -137,6 +221,7 @@ async def test_bytes_wait_while_nobody_takes_the_audio() -> None:
             while not pushing.done():
                 pcm = await decoder.pull()
                 assert pcm is not None
+                assert not isinstance(pcm, Hole)
                 n_samples += len(pcm)
         assert n_samples > len(data) // 2 - 3 * MAX_WAITING_BYTES
     finally:

@@ -124,6 +124,8 @@ def matroska_of(rate_hz: float) -> bytes:
         (box(b"ftyp", b"isom", bytes(4)) + box(b"moov", box(b"cmov", bytes(64))), "compressed index"),
         (box(b"ftyp", b"isom", bytes(4)) + numbers(0x7FFFFFFF) + b"moov" + bytes(100), "index of 2147483647"),
     ],
+    ids=["flac", "7999-Hz", "384-kHz", "matroska", "channels", "table", "fragment", "fragments", "tracks",
+         "cmov", "long-box"],
 )  # fmt: skip
 async def test_what_a_header_declares_is_bounded(data: bytes, expected: str) -> None:
     """Rates, channels, samples of a table, tracks: an error that says what was expected."""
@@ -131,7 +133,9 @@ async def test_what_a_header_declares_is_bounded(data: bytes, expected: str) -> 
         await decoded(iter([data]))
 
 
-@pytest.mark.parametrize("data", [FLAC_8_HZ, mp4(40_000_000), mp4(0) + fragment(40_000_000)])
+@pytest.mark.parametrize(
+    "data", [FLAC_8_HZ, mp4(40_000_000), mp4(0) + fragment(40_000_000)], ids=["flac", "table", "fragment"]
+)
 async def test_a_small_container_takes_little_memory(data: bytes) -> None:
     """A process that decodes it stays small: of these each took 0.7 to 4.8 GB."""
     code = """
@@ -161,6 +165,7 @@ async def test_a_small_container_takes_little_memory(data: bytes) -> None:
         (contained("ogg-opus")[:90], "cannot be decoded|without any audio"),
         (contained("mp4") + bytes(16) + contained("mp4"), "more bytes follow the end"),
     ],
+    ids=["ima", "ms", "index-last", "cut-flac", "cut-ogg", "two-mp4"],
 )  # fmt: skip
 async def test_bytes_that_are_not_heard_are_an_error(data: bytes, expected: str) -> None:
     """Never an empty transcript that looks like success."""
@@ -178,7 +183,9 @@ async def test_a_wav_whose_length_is_wrong_is_heard_whole(declared: int, size: i
 
 @pytest.mark.parametrize("size", [97, 100_000])
 @pytest.mark.parametrize(
-    "after", [b"", b"LIST\x1a\0\0\0INFOISFT\x0e\0\0\0Lavf62.12.102\0", b"id3 " + bytes(900)]
+    "after",
+    [b"", b"LIST\x1a\0\0\0INFOISFT\x0e\0\0\0Lavf62.12.102\0", b"id3 " + bytes(900)],
+    ids=["none", "list", "id3"],
 )
 async def test_chunks_behind_the_audio_are_not_heard(after: bytes, size: int) -> None:
     """Where the length is right."""

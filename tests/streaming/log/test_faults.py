@@ -139,7 +139,7 @@ def filled(path: Path, n_messages: int) -> Store:
 def test_a_lock_in_the_middle_of_retention_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was deleted is deleted and said to be; pages are given back later, and nothing fails."""
     path = tmp_path / "log.sqlite"
-    monkeypatch.setattr("streaming.log.store.BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("streaming.log.connections.BUSY_TIMEOUT_S", 0.01)
     n_vacuums = 0
 
     class Interrupted(sqlite3.Connection):

@@ -235,14 +235,16 @@ async def test_a_stream_of_sounds_alone_has_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [list("你好世界今天天气很好"), list("客観的実在の判断"), ["안녕", "하세요"]]
 )
-async def test_transcripts_are_joined_as_the_language_is_written(tmp_path: Path, words: list[str]) -> None:
+async def test_transcripts_are_joined_as_the_language_is_written(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str]
+) -> None:
     """In every kind of file, whether its segment is closed or not."""
     text = " ".join(words) if "안녕" in words else "".join(words)
     timed = tuple(Word(word, i * 200, i * 200 + 200, 0.9) for i, word in enumerate(words))
     end_ms = timed[-1].end_ms
     delta = TranscriptDelta(text, timed, 0, end_ms, "")
     for closed in ([], [TranscriptFinal(text, timed, None, None, 0, end_ms)]):
-        async with kept(tmp_path / str(len(closed)), [delta, *closed]) as history:
+        async with kept(tmp_path_factory.mktemp("log"), [delta, *closed]) as history:
             for page in ("transcript.txt", "transcript.vtt", "transcript.srt", "live.vtt"):
                 assert text in (await history.answer(f"/v1/streams/a/{page}", "")).body.decode()
             body = json.loads((await history.answer("/v1/streams/a/transcript.json", "")).body)

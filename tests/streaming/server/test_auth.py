@@ -293,3 +293,34 @@ def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
     grant = Tokens(path).grant(made.stdout.strip(), NOW)
     assert grant is not None
     assert grant.covers(Scope.READ, "any")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 200_000,
+        "a = " + "9" * 5000,
+        "token = 7",
+        "token = [7]",
+        "[[token]]\nname = [1]",
+        "\x00",
+    ],
+)
+def test_a_strange_tokens_file_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    """Deep nesting, long numbers, other types."""
+    path = tmp_path / "tokens.toml"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"tokens\.toml"):
+        Tokens(path)
+
+
+def test_a_tokens_file_is_a_file_of_bounded_size(tmp_path: Path) -> None:
+    """Not a folder, a device or gigabytes."""
+    path = tmp_path / "tokens.toml"
+    with path.open("wb") as file:
+        file.truncate(1 << 33)
+    path.chmod(0o600)
+    for other in (path, tmp_path, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="expected a file of at most"):
+            Tokens(other)

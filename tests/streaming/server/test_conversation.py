@@ -26,7 +26,7 @@ from streaming.protocol import (
     TranscriptDelta,
     encode_client,
 )
-from streaming.server.admission import GuardedConnection
+from streaming.server.connection import GuardedConnection
 from streaming.stream.audio_input import AudioInput
 from tests.streaming.support import (
     TIMEOUT_S,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from websockets.asyncio.client import ClientConnection
@@ -278,7 +279,11 @@ async def test_acks_come_without_further_audio() -> None:
         running.stream("a", "rate=8000&format=mulaw") as connection,
     ):
         await connection.send(bytes(80))
-        assert (await receive_until(connection, Ack))[-1].message == Ack(80, 10)
+        ack = (await receive_until(connection, Ack))[-1].message
+        assert isinstance(ack, Ack)
+        assert (ack.n_samples, ack.end_ms) == (80, 10)
+        assert ack.wall_ms is not None
+        assert abs(ack.wall_ms / 1000 - time.time()) < TIMEOUT_S
 
 
 async def test_a_subscriber_resumes_after_the_last_seq_it_saw() -> None:

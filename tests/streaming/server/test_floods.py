@@ -18,6 +18,7 @@ from streaming.protocol import (
     encode_client,
 )
 from streaming.refusals import Refusal
+from streaming.stream import session
 from tests.streaming.server.admission_support import (
     ask,
     counted,
@@ -164,3 +165,56 @@ async def test_a_stopping_server_does_not_wait_for_half_open_connections() -> No
             for reader in readers:
                 with suppress(ConnectionError):
                     await reader.read()
+
+
+PING = b"\x89\xfd" + MASKED + bytes(125)
+
+
+@pytest.mark.parametrize("path", ["/v1/stream/a", "/v1/subscribe", "/v1/realtime?intent=transcription"])
+async def test_pings_whose_pongs_are_not_read_end_the_connection(path: str) -> None:
+    """The pongs wait in the server: a client that reads none of them would fill its memory."""
+    async with running_server() as running, opened(running, path) as connection:
+        connection.transport.pause_reading()
+        async with asyncio.timeout(TIMEOUT_S):
+            while not connection.transport.is_closing():
+                connection.transport.write(PING * 4000)
+                await asyncio.sleep(0.01)  # the server reads them meanwhile
+        connection.transport.abort()
+        assert await counted(running, Refusal.UNREAD) == 1
+
+
+@pytest.mark.parametrize("first", [b"\x01\x80", b"\x02\x80"])
+async def test_a_message_of_empty_fragments_is_too_big(first: bytes) -> None:
+    """They count as no bytes, and are kept until the last one."""
+    async with running_server() as running, opened(running, "/v1/stream/a") as connection:
+        connection.transport.write(first + MASKED + (b"\x00\x80" + MASKED) * 5000)
+        async with asyncio.timeout(TIMEOUT_S):
+            await connection.wait_closed()
+        assert connection.close_code == CloseCode.TOO_BIG
+        assert await counted(running, Refusal.TOO_BIG) == 1
+
+
+async def test_pongs_that_nobody_asked_for_cost_nothing() -> None:
+    """Nor do pings whose pongs are read."""
+    async with running_server() as running, opened(running, "/v1/subscribe") as connection:
+        for _ in range(50):
+            connection.transport.write((b"\x8a\xfd" + PING[2:] + PING) * 1000)
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(TIMEOUT_S):
+            await (await connection.ping())
+        assert await counted(running, Refusal.UNREAD) == 0
+
+
+async def test_flushes_as_fast_as_they_go_are_answered_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, in order; each is logged, and a log full of them holds nothing else."""
+    monkeypatch.setattr(session, "FLUSHES_AT_ONCE", 20)
+    monkeypatch.setattr(session, "FLUSHES_PER_S", 40.0)
+    async with running_server() as running, running.stream("a") as connection:
+        begun = asyncio.get_running_loop().time()
+        for i in range(60):
+            await connection.send(encode_client(Flush(str(i))))
+        for i in range(60):
+            flushed = (await receive_until(connection, Flushed))[-1].message
+            assert isinstance(flushed, Flushed)
+            assert flushed.id == str(i)
+        assert asyncio.get_running_loop().time() - begun >= 0.95

@@ -15,8 +15,10 @@ from streaming.engine.contract import Pcm
 from streaming.errors import BadAudio
 from streaming.protocol import Ack, Message, SessionResumed
 from streaming.stream.audio_input import AudioInput, PcmSink
+from streaming.stream.clock import StreamClock
 
 RATE = 8_000  # of the client
+NOW_MS = 1_764_000_009_000
 FORMAT = AudioFormat("s16le", RATE)
 SECOND = np.arange(RATE, dtype="<i2").tobytes()
 
@@ -26,6 +28,8 @@ class Sink:
 
     def __init__(self, n_free: int = 10**9) -> None:
         self.name = "a"
+        self.clock = StreamClock(lambda: NOW_MS)
+        self.gaps_ms: list[int] = []
         self.n_free = n_free
         self.pcm: list[Pcm] = []
         self.is_full, self.is_open = asyncio.Event(), asyncio.Event()
@@ -41,6 +45,12 @@ class Sink:
         """Keep it."""
         self.n_free -= len(pcm)
         self.pcm.append(pcm)
+
+    def push_gap(self, duration_ms: int) -> None:
+        """Keep it."""
+        silence = np.zeros(self.clock.silence_of(duration_ms), np.float32)
+        self.push(silence)
+        self.gaps_ms.append(duration_ms)
 
 
 def new_input(sink: PcmSink, told: list[Message], interval_s: float = 1.0) -> AudioInput:
@@ -58,7 +68,7 @@ async def test_audio_is_acknowledged_after_each_interval_and_at_a_flush() -> Non
     await audio.feed(SECOND)
     await audio.flush()
     await audio.flush()
-    assert told == [Ack(6_000, 750), Ack(10_000, 1250)]
+    assert told == [Ack(6_000, 750, NOW_MS), Ack(10_000, 1250, NOW_MS)]
     assert not audio.has_unacknowledged
 
 
@@ -102,7 +112,7 @@ def test_an_input_continues_from_a_snapshot(cuts: list[int], saved_at: int) -> N
     undisturbed, _ = asyncio.run(fed(None))
     restored, told = asyncio.run(fed(saved_at))
     np.testing.assert_allclose(restored, undisturbed, atol=1e-6)  # a new resampler rounds otherwise
-    assert told[-1] == Ack(RATE, 1000)
+    assert told[-1] == Ack(RATE, 1000, NOW_MS)
 
 
 async def test_bad_audio_at_the_end_leaves_only_the_end_out() -> None:

@@ -147,6 +147,35 @@ def test_nothing_is_heard_where_nobody_speaks(runner: Runner) -> None:
     assert captions(runner, np.zeros(MINUTE, np.float32), pink_noise(MINUTE, -50.0)) == [[], []]
 
 
+def in_a_room(audio: Pcm, dbfs: float = -62.0) -> Pcm:
+    """With two seconds of room noise before and behind."""
+    padded = np.pad(audio, 2 * 16_000)
+    return padded + pink_noise(len(padded), dbfs)
+
+
+def test_no_words_are_invented_over_sounds(runner: Runner) -> None:
+    """Rain, a chain saw, a dog, a clock and waves, twice over: words came with every one of them."""
+    if not DATA.is_dir():
+        pytest.skip(f"no recordings in {DATA}")
+    names = ("rain", "chainsaw", "dog_bark", "clock_tick", "sea_waves")
+    clips = [sorted((DATA / "events" / "esc10" / name).glob("*.opus"))[0] for name in names]
+    audio = [in_a_room(np.tile(read_audio(clip), 2)) for clip in clips]
+    assert captions(runner, *audio[:3]) + captions(runner, *audio[3:]) == [[]] * len(names)
+
+
+@pytest.mark.parametrize("dbfs", [-53, -58, -63])
+def test_quiet_speech_is_understood(runner: Runner, dbfs: int) -> None:
+    """In a room that is quieter still."""
+    if not DATA.is_dir():
+        pytest.skip(f"no recordings in {DATA}")
+    clips = load_manifest(DATA / "speech_en" / "manifest.jsonl", DATA, "librispeech_test_other")
+    clip = next(clip for clip in clips if 4.0 < clip.duration_s < 9.0)
+    audio = read_audio(clip.path)
+    quiet = audio * np.float32(10 ** (dbfs / 20) / np.sqrt(np.mean(audio**2)))
+    (words,) = captions(runner, in_a_room(quiet, dbfs - 25))
+    assert pooled_wer([(clip.text, " ".join(words))]) < 0.35
+
+
 def test_the_short_encoder_hears_what_the_padded_one_hears(runner: Runner, demo: tuple[Pcm, str]) -> None:
     """Windows cut off anywhere: the words before the last second, and when they were said."""
     padded_model = CONFIG.model.model_copy(update={"short_context": False})

@@ -130,3 +130,17 @@ def test_a_new_owner_a_reset_and_a_jump_forget(yamnet: Yamnet, weights: HeadWeig
 def test_events_that_are_off_load_nothing() -> None:
     """No YAMNet, no scorer."""
     assert load_scorer(EventsConfig(enabled=False), 1) is None
+
+
+@pytest.mark.parametrize("labels", [[], ["Bark"], ["Speech", "Music"]])
+def test_a_voice_is_scored_whatever_is_looked_for(
+    yamnet: Yamnet, weights: HeadWeights, labels: list[str]
+) -> None:
+    """The same for every choice, and what the label says where it is chosen."""
+    audio = noise(3, 4.0)
+    scorer = SoundScorer(yamnet, weights, EventsConfig(labels=labels), 1)
+    found = only(scorer.step([step(0, 1, audio, 0, len(audio))]))
+    both = SoundScorer(yamnet, weights, EventsConfig(labels=["Speech"]), 1)
+    reference = only(both.step([step(0, 1, audio, 0, len(audio))]))
+    assert found.voice == reference.voice == reference.scores
+    assert len(found.scores) == len(found.voice) * len(scorer.labels)
