@@ -94,35 +94,6 @@ def test_the_same_is_said_for_any_cut(
     assert said == [said[0]] * len(said)
 
 
-def repeated(take: Pcm, n_times: int) -> Pcm:
-    """A word again and again, with a quarter of a second between."""
-    return np.tile(np.concatenate([take, np.zeros(4000, np.float32)]), n_times)
-
-
-@pytest.mark.parametrize("speaker", ["george", "theo"])
-def test_what_is_repeated_is_not_taken_for_a_loop(runner: Runner, speaker: str) -> None:
-    """Twelve takes of "seven": the guard cuts what cannot have been said in the time, and no more."""
-    if not DATA.is_dir():
-        pytest.skip(f"no recordings in {DATA}")
-    takes = [read_audio(DATA / "speech_en" / "fsdd" / f"7_{speaker}_{take}.flac") for take in range(12)]
-    audio = np.concatenate([*(repeated(take, 1) for take in takes), np.zeros(16_000, np.float32)])
-    (words,) = captions(runner, audio)
-    text = " ".join(words).lower()
-    assert 10 <= text.count("seven") + text.count("7") <= 24, text
-
-
-def test_a_sentence_behind_repeated_words_is_heard(runner: Runner) -> None:
-    """Ten times "no", then a sentence: decoding continues behind what was cut."""
-    if not DATA.is_dir():
-        pytest.skip(f"no recordings in {DATA}")
-    no = read_audio(DATA / "speech_en" / "philipp_reading" / "LJ003-0004.opus")[: 16_000 * 3 // 10]
-    sentence = read_audio(DATA / "speech_en" / "misc" / "jfk.flac")[: 5 * 16_000]
-    (words,) = captions(runner, np.concatenate([repeated(no, 10), np.zeros(4800, np.float32), sentence]))
-    text = " ".join(words).lower()
-    assert text.count("no,") >= 4, text
-    assert "fellow americans" in text
-
-
 def test_neighbours_do_not_add_words(runner: Runner, demo: tuple[Pcm, str]) -> None:
     """Silence stays silent beside speech; twins in one batch say the same."""
     audio = demo[0][: 8 * 16_000]
