@@ -56,6 +56,10 @@ class Backlog:
         self.start = before
         self._changed.set()
 
+    def is_over(self, at: int) -> bool:
+        """Whether a position is the end, and nothing more comes."""
+        return self._is_finished and at >= self._end
+
     async def read(self, at: int, max_bytes: int) -> bytes | Gap:
         """What is at a position that is kept or comes next, waiting for it; no bytes at the end."""
         while at >= self._end:

@@ -11,7 +11,6 @@ import contextlib
 import signal
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -35,9 +34,6 @@ from streaming.protocol import (
     Subscribed,
     encode,
 )
-
-if TYPE_CHECKING:
-    pass
 
 COMMANDS = "moss_live.commands"
 DEFAULT_SERVER = f"ws://127.0.0.1:{DEFAULT_PORT}"

@@ -95,8 +95,8 @@ async def stream_audio(
     Nothing is begun on the server before the source gave its first chunk. A source that fails later
     ends its audio there: what was sent is flushed, the stream is closed, and then the failure raised.
     At the end of the audio, or once `stop` is set, flushes everything sent and closes the stream.
-    Reopens a connection that is lost after `session.created`, even to a server that crashed and
-    restarted: no audio and no logged message is lost or repeated.
+    Reopens a lost connection, even to a server that crashed and restarted: no audio and no logged message
+    is lost or repeated. What a server that was stopped does not have becomes another session.
 
     Args:
         url: As `stream_url` gives it.
@@ -193,6 +193,7 @@ class _Talk:
         self._progress = progress
         self._token = token
         self._resume_token: str | None = None
+        self._session_start = 0  # position in the backlog where the session begins
         self._last_seq = 0
         self._sent = 0  # bytes, at most, on any connection
         self.failure: SourceError | None = None  # of the source, after its first chunk
@@ -243,7 +244,7 @@ class _Talk:
         async with connection:
             begin: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             if is_first:
-                begin.set_result(0)
+                begin.set_result(self._session_start)
             reading = asyncio.create_task(self._read(connection, begin), name="stream.read")
             sending = asyncio.create_task(self._send(connection, begin), name="stream.send")
             try:
@@ -302,7 +303,7 @@ class _Talk:
                 case SessionResumed(n_samples=n_samples):
                     self._resume(n_samples, begin)
                 case Ack(n_samples=n_samples):
-                    self._backlog.forget(min(n_samples * SAMPLE_BYTES, self._sent))
+                    self._backlog.forget(min(self._session_start + n_samples * SAMPLE_BYTES, self._sent))
                 case Error(fatal=True) as fatal:
                     pass  # the connection ends next
                 case Flushed(id=id_) if id_ == FLUSH_ID:
@@ -313,6 +314,10 @@ class _Talk:
                     # Its connection was lost before any audio came: another stream takes its place.
                     self._resume_token = None
                     raise _ConnectionLost("the stream ended before it had audio")
+                case SessionClosed(reason="server_stopping") as closed if self._resume_token is not None:
+                    if self._is_all_final(closed):
+                        return closed
+                    raise _ConnectionLost("the server is stopping")
                 case SessionClosed(reason=reason):
                     raise StreamFailed(fatal.message if fatal else f"the server ended the stream: {reason}")
 
@@ -321,8 +326,18 @@ class _Talk:
         is_passing = exc.rcvd is None or exc.rcvd.code in _PASSING
         return is_passing and self._resume_token is not None
 
+    def _is_all_final(self, closed: SessionClosed) -> bool:
+        """Whether a session that a stopping server finalised has all audio; else the rest begins another."""
+        end = min(self._session_start + bytes_of_ms(closed.duration_ms), self._sent)
+        if self._progress.flushed_at is not None or self._backlog.is_over(end):
+            self._progress.flushed_at = self._progress.flushed_at or time.perf_counter()
+            return True
+        self._session_start = max(end, self._backlog.start)
+        self._resume_token = None
+        return False
+
     def _resume(self, n_samples: int, begin: asyncio.Future[int]) -> None:
-        at = n_samples * SAMPLE_BYTES
+        at = self._session_start + n_samples * SAMPLE_BYTES
         if at < self._backlog.start:
             lost_s = (self._backlog.start - at) / bytes_of_ms(1000)
             raise StreamFailed(f"the server lost {lost_s:.2f} s of audio that it had acknowledged")

@@ -104,7 +104,8 @@ def read_chunks(
             opened = _opened(location, container, track)
             on_open(opened)
             frames = container.decode(container.streams.audio[opened.taken.number - 1])
-            yield from _chunks(frames, bytes_of_ms(chunk_ms), MediaClock(is_live=opened.is_live))
+            clock = MediaClock(is_live=opened.is_live, zero_s=_zero_s(container))
+            yield from _chunks(frames, bytes_of_ms(chunk_ms), clock)
     except NoSuchTrack as exc:
         raise SourceError(f"{location}: {exc}") from exc
     except (av.FFmpegError, OSError) as exc:
@@ -192,6 +193,12 @@ def _opened(location: str, container: InputContainer, track: str | None) -> Open
     else:
         taken = with_speech(tracks, _speech_scores(location, len(tracks)))
     return Opened(tracks, taken, is_remote and _is_endless(container))
+
+
+def _zero_s(container: InputContainer) -> float:
+    """The time stamp of a container's beginning: a broadcast counts on from anywhere."""
+    is_broadcast = container.format.name in ("mpegts", "mpeg")
+    return (container.start_time or 0) / 1_000_000 if is_broadcast else 0.0
 
 
 def _is_endless(container: InputContainer) -> bool:

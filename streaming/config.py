@@ -95,6 +95,7 @@ class LimitsConfig(_Section):
     attempts_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     address_connections: Annotated[int, Field(ge=1, le=100_000)] = 64
     token_streams: Annotated[int, Field(ge=1, le=100_000)] = 8
+    token_new_streams: Annotated[int, Field(ge=1, le=10_000_000)] = 2_000
     token_subscribers: Annotated[int, Field(ge=1, le=100_000)] = 500
     audio_speed: Annotated[float, Field(ge=1, le=100_000)] = 50.0
     audio_burst_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0

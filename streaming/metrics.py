@@ -65,7 +65,7 @@ _COUNTERS = {
     "engine_restarts": "Engine processes started after one died.",
     "tick_overruns": "Engine steps that took longer than a tick.",
     "skipped_points": "Decode points left out under load.",
-    "loops_cut": "Repetitions that the loop guard cut out of a hypothesis.",
+    "loops_cut": "Repetitions without audio of their own that were cut out of a hypothesis.",
     "silences_cut": "Decoded windows in which the model found no speech.",
     "audio_seconds": "Audio that was taken.",
     "received_bytes": "Bytes that clients sent, handshakes included.",

@@ -23,7 +23,7 @@ class Refusal(enum.Enum):
     """Everything the server refuses, once each. The name in small letters is the metric's label."""
 
     BAD_PATH = Reply(HttpStatus.NOT_FOUND, "no such path")
-    BAD_METHOD = Reply(HttpStatus.METHOD_NOT_ALLOWED, "only GET is answered here")
+    BAD_METHOD = Reply(HttpStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered here")
     BAD_QUERY = Reply(HttpStatus.BAD_REQUEST, "a parameter cannot be used")
     NO_TOKEN = Reply(
         HttpStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN"
@@ -40,6 +40,7 @@ class Refusal(enum.Enum):
     TOO_MANY_CONNECTIONS = Reply(HttpStatus.TOO_MANY, "every connection is taken")
     TOO_MANY_OF_ADDRESS = Reply(HttpStatus.TOO_MANY, "this address has all the connections it may have")
     TOO_MANY_STREAMS_OF_TOKEN = Reply(HttpStatus.TOO_MANY, "this token has all the streams it may have")
+    TOO_MANY_NEW_STREAMS = Reply(HttpStatus.TOO_MANY, "this token has begun all the streams of a day")
     TOO_MANY_READERS_OF_TOKEN = Reply(HttpStatus.TOO_MANY, "this token has all the subscribers it may have")
     TOO_MANY_ANSWERS = Reply(HttpStatus.TOO_MANY, "too many answers of history are being read")
     ENGINE_NOT_READY = Reply(HttpStatus.UNAVAILABLE, "the engine is not ready")

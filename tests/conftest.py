@@ -1,13 +1,21 @@
-"""What holds for every test: each message that it sees is one of docs/protocol.schema.json."""
+"""What holds for every test: the settings of Hypothesis, and that each message is one of the schema."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.protocol_schema import SCHEMA, SchemaCheck
+
+# The first call of a codec or a kernel may take longer than Hypothesis' default deadline. In continuous
+# integration the examples are the same each time: new ones are found where somebody can look at them.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 _check = pytest.StashKey[SchemaCheck]()
 

@@ -32,6 +32,7 @@ LEVELS = (
 LEAVES = (
     "streaming.protocol",
     "streaming.aio",
+    "streaming.descriptors",
     "streaming.text",
     "streaming.patterns",
     "streaming.tokens",

@@ -20,6 +20,11 @@ from model.whisper.modeling import DecoderCache, Whisper
 from model.whisper.tokens import EAST_ASIAN_LANGUAGES, Vocabulary
 
 MAX_LOOP_TOKENS = 16  # longest phrase the repetition guard looks for
+# A repeated phrase is speech as long as the attention moves ahead with it: people say "no" ten times.
+ADVANCE_PER_TOKEN = 4  # encoder positions, 80 ms: speech has at most about twelve tokens a second
+MAX_STALLED = 3  # repetitions without advance that make a loop; one alone is the attention's noise
+MAX_RESTARTS = 3  # a decode goes on behind so many loops
+MIN_REST = 50  # encoder positions of audio behind a loop, 1 s, for which a decode goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,16 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)  # [A, t, S] each, one row per predicted token
+    peaks: list[int] = field(default_factory=list)  # per token of prefix and answer, its attention's maximum
+    banned: tuple[int, ...] = ()  # not to be predicted next: they would begin a loop again
     is_done: bool = False
+    n_restarts: int = 0
     n_repetitions_cut: int = 0
+
+    @property
+    def n_fed(self) -> int:
+        """Tokens the cache holds before the next prediction: all but the last."""
+        return len(self.prompt) + len(self.tokens) - 1
 
 
 class Decoder:
@@ -117,16 +130,28 @@ class Decoder:
             self._step([rows[idx] for idx in live], cache)
         return [self._result(row) for row in rows]
 
+    @torch.inference_mode()
+    def language_probabilities(self, cache: DecoderCache, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Probabilities of the languages, [B, n_languages], and of no speech, [B].
+
+        Args:
+            cache: Empty, over the audio of `n_rows` windows, with room for a token; holds one afterwards.
+            n_rows: B.
+        """
+        start = torch.full((n_rows, 1), self._vocabulary.start, device=self._device)
+        hidden, _ = self._model.decoder(start, [1] * n_rows, cache)
+        ids = self._vocabulary.language_ids
+        logits = self._model.decoder.logits(hidden[:, 0])  # [B, V]
+        no_speech = logits.softmax(dim=-1)[:, self._vocabulary.no_speech]
+        return logits[:, ids.start : ids.stop].softmax(dim=-1), no_speech
+
     def _languages(self, requests: Sequence[DecodeRequest], cache: DecoderCache) -> list[tuple[int, float]]:
         """Token and probability of each row's language; one step for all rows if any is to be detected."""
         known = [None if r.language is None else self._vocabulary.language_id(r.language) for r in requests]
         if None not in known:
             return [(language_id, 1.0) for language_id in known if language_id is not None]
-        start = torch.full((len(requests), 1), self._vocabulary.start, device=self._device)
-        hidden, _ = self._model.decoder(start, [1] * len(requests), cache)
         ids = self._vocabulary.language_ids
-        probabilities = self._model.decoder.logits(hidden[:, 0])[:, ids.start : ids.stop].softmax(dim=-1)
-        scores, best = probabilities.max(dim=-1)
+        scores, best = self.language_probabilities(cache, len(requests))[0].max(dim=-1)
         for row in range(len(requests)):
             cache.rollback(row, 0)
         return [
@@ -169,6 +194,7 @@ class Decoder:
             # The prefix's own rows, so that alignment knows where the committed words lie.
             begin = first - len(row.request.prefix)
             row.attention.append(attention[row_idx, :, begin:first])
+            row.peaks += self._peaks(row, row.attention[0])
             logits = logits[1:]
             log_probabilities = logits.log_softmax(dim=-1)
             logits = logits + self._allowed_for(row)
@@ -184,26 +210,33 @@ class Decoder:
                     float(log_probabilities[i, best[i]]),
                     attention[row_idx, :, first + i : first + i + 1],
                 )
-                if row.is_done:
+                if row.is_done or row.banned:
                     break
             if not row.is_done:
-                cache.rollback(row_idx, len(row.prompt) + n_kept)
+                cache.rollback(row_idx, row.n_fed)
 
     def _step(self, rows: Sequence[_Row], cache: DecoderCache) -> None:
         """One more token for every row."""
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
+        last = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in rows], device=self._device)
         hidden, attention = self._model.decoder(last, [1] * len(rows), cache)
         logits = self._model.decoder.logits(hidden[:, 0])  # [B, V]
         log_probabilities = logits.log_softmax(dim=-1)
         best = (logits + torch.stack([self._allowed_for(row) for row in rows])).argmax(dim=-1)
         scores = log_probabilities.gather(1, best[:, None])[:, 0]
         for row_idx, (row, token, score) in enumerate(zip(rows, best.tolist(), scores.tolist(), strict=True)):
+            row.banned = ()
             self._append(row, token, score, attention[row_idx])
+            if row.banned:
+                cache.rollback(row_idx, row.n_fed)
 
     def _allowed_for(self, row: _Row) -> Tensor:
         """Bias on the logits of a row, [V]."""
         language = self._vocabulary.language_of(row.language_id)
-        return self._east_asian_bias if language in EAST_ASIAN_LANGUAGES else self._bias
+        bias = self._east_asian_bias if language in EAST_ASIAN_LANGUAGES else self._bias
+        if row.banned:
+            bias = bias.clone()
+            bias[list(row.banned)] = -math.inf
+        return bias
 
     def _append(self, row: _Row, token: int, score: float, attention: Tensor) -> None:
         """Append a predicted token, or end the row."""
@@ -213,12 +246,39 @@ class Decoder:
             return
         row.tokens.append(token)
         row.log_probabilities.append(score)
+        row.peaks += self._peaks(row, attention)
+        row.is_done = self._n_free(row) <= 0
         # With the committed words: a loop may have been committed piece by piece.
-        n_cut = min(len(row.tokens), loop_length([*row.request.prefix, *row.tokens]))
-        if n_cut:
-            del row.tokens[-n_cut:], row.log_probabilities[-n_cut:], row.attention[-n_cut:]
-            row.n_repetitions_cut += 1
-        row.is_done = bool(n_cut) or self._n_free(row) <= 0
+        if found := repetition([*row.request.prefix, *row.tokens]):
+            self._cut_loop(row, *found)
+
+    def _cut_loop(self, row: _Row, n: int, n_times: int) -> None:
+        """Cut a phrase of `n` tokens as often as it was repeated without moving on in the audio.
+
+        Behind it decoding goes on, with anything but this phrase, if there is audio left.
+        """
+        reached = [max(row.peaks[-n * (k + 1) : len(row.peaks) - n * k]) for k in range(n_times)][::-1]
+        n_stalled = stalled(reached, n * ADVANCE_PER_TOKEN)
+        if n_stalled < MAX_STALLED and not row.is_done:
+            return
+        n_cut = min(len(row.tokens), n * n_stalled)
+        if not n_cut:
+            return
+        phrase = tuple(row.tokens[-min(n, len(row.tokens)) :])
+        del row.tokens[-n_cut:], row.log_probabilities[-n_cut:], row.attention[-n_cut:], row.peaks[-n_cut:]
+        row.n_repetitions_cut += n_stalled
+        row.n_restarts += 1
+        row.is_done = (
+            row.n_restarts > MAX_RESTARTS
+            or row.request.n_positions - max(reached) < MIN_REST
+            or self._n_free(row) <= 0
+        )
+        row.banned = () if row.is_done else phrase
+
+    def _peaks(self, row: _Row, attention: Tensor) -> list[int]:
+        """The encoder position that each token of `attention` [A, t, S] looks at most."""
+        positions = attention[..., : row.request.n_positions].mean(dim=0).argmax(dim=-1)
+        return [int(position) for position in positions]
 
     def _n_free(self, row: _Row) -> int:
         """Tokens left in the row's budget."""
@@ -245,17 +305,32 @@ class Decoder:
         )
 
 
-def loop_length(tokens: Sequence[int]) -> int:
-    """How many tokens to cut from the end so that a repeated phrase remains once; 0: no loop.
+def repetition(tokens: Sequence[int]) -> tuple[int, int] | None:
+    """Length and number of times of the phrase that is repeated at the end; None: there is none.
 
-    A loop is a phrase of n tokens three times in a row, five times where n is 1 or 2: people do say
-    "no, no, no".
+    A phrase of n tokens counts from three times in a row on, from five where n is 1 or 2.
     """
     for n in range(1, MAX_LOOP_TOKENS + 1):
-        n_times = 5 if n <= 2 else 3
-        if len(tokens) < n * n_times:
+        n_least = 5 if n <= 2 else 3
+        if len(tokens) < n * n_least:
             continue  # not the end: five times two is more than three times three
-        phrase = list(tokens[-n:])
-        if all(list(tokens[-n * (k + 1) : -n * k]) == phrase for k in range(1, n_times)):
-            return n * (n_times - 1)
-    return 0
+        same = 0
+        while same + n < len(tokens) and tokens[-1 - same] == tokens[-1 - same - n]:
+            same += 1
+        if 1 + same // n >= n_least:
+            return n, 1 + same // n
+    return None
+
+
+def stalled(reached: Sequence[int], advance: int) -> int:
+    """How many repetitions at the end did not move on in the audio; never the first.
+
+    Args:
+        reached: How far each repetition looked, encoder positions.
+        advance: What a repetition moves at least, if it was spoken.
+    """
+    furthest, last = reached[0], 0
+    for idx, position in enumerate(reached):
+        if position >= furthest + advance:
+            furthest, last = position, idx
+    return len(reached) - 1 - last

@@ -150,7 +150,7 @@ class Deepgram(Adaptor):
 
     def _metadata(self, closed: SessionClosed) -> Event:
         raw = self._options.audio_format
-        return {
+        metadata: Event = {
             "type": "Metadata",
             "transaction_key": "deprecated",
             "request_id": self._request_id,
@@ -161,6 +161,12 @@ class Deepgram(Adaptor):
             "models": [self._results.model],
             "model_info": {self._results.model: self._results.model_info},
         }
+        if self._options.ignored:
+            metadata["warnings"] = [
+                {"parameter": name, "type": "unsupported_parameter", "message": f"{name} has no effect here"}
+                for name in self._options.ignored
+            ]
+        return metadata
 
 
 def read_message(frame: str) -> str:

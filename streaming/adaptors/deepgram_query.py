@@ -19,18 +19,38 @@ IN_CONTAINERS = ("ogg-opus", "flac")  # encodings whose container says everythin
 MIN_ENDPOINTING_MS, MAX_ENDPOINTING_MS = 300, 5000
 MIN_UTTERANCE_END_MS, MAX_UTTERANCE_END_MS = 1000, 5000
 G711_RATE_HZ = 8_000  # of mulaw and alaw, where the URL names none
-# To leave one of these out would change what the client relies on. All others are hints.
+# To leave one of these out would change what the client relies on. All others are hints, and named in
+# `Metadata` where they have no effect.
 UNSUPPORTED = (
     "callback",
     "detect_entities",
     "diarize",
     "diarize_model",
     "multichannel",
-    "profanity_filter",
     "redact",
     "replace",
     "search",
 )
+EFFECTIVE = frozenset(
+    (
+        *UNSUPPORTED,
+        "channels",
+        "encoding",
+        "endpointing",
+        "interim_results",
+        "language",
+        "punctuate",
+        "sample_rate",
+        "smart_format",
+        "utterance_end_ms",
+        "vad_events",
+    )
+)
+# Of these a client expects nothing of its transcript. `access_token` and `token` are logins.
+WITHOUT_MEANING = frozenset(
+    ("model", "version", "tier", "tag", "extra", "mip_opt_out", "token", "access_token")
+)
+MAX_NAME_CHARS = 64  # of a parameter in a warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +65,11 @@ class Options:
     utterance_end_ms: int | None  # None: no UtteranceEnd
     with_vad_events: bool
     with_punctuation: bool
+    ignored: tuple[str, ...]  # names of parameters that were asked for and have no effect
 
 
 def parse_options(query: str) -> Options:
-    """Read the query of the URL; what is not known is ignored.
+    """Read the query of the URL; what is not known has no effect, and is named.
 
     Raises:
         BadQuery: a parameter has a value that cannot be, or asks for what this server cannot do.
@@ -72,6 +93,11 @@ def parse_options(query: str) -> Options:
         utterance_end_ms=_utterance_end(values),
         with_vad_events=_flag(values, "vad_events"),
         with_punctuation=_flag(values, "punctuate") or _flag(values, "smart_format"),
+        ignored=tuple(
+            name[:MAX_NAME_CHARS]
+            for name, value in values.items()
+            if name not in EFFECTIVE | WITHOUT_MEANING and value.lower() != "false"
+        ),
     )
 
 

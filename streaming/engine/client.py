@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ import msgspec
 
 from streaming.aio import Changed, backoff_s
 from streaming.config import Config, ConfigError, EngineConfig, EngineSettings, EngineStart
+from streaming.descriptors import DescriptorReserve
 from streaming.engine import messages
 from streaming.errors import EngineFault, EngineLost, EngineUnfit
 from streaming.metrics import Metrics
@@ -31,7 +33,13 @@ ENGINE_COMMAND = (sys.executable, "-m", "streaming.engine")
 # An engine whose pipe was closed ends itself in this time, or is killed.
 END_TIMEOUT_S = 10.0
 FAULT_END_TIMEOUT_S = 0.5  # after a fault: streams wait for the next one
+NO_ROOM_S = 1.0  # between two attempts to start one while the machine has no room for it
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 10.0  # before the first restart in a window, and before any
+
+
+class NoRoom(Exception):
+    """The machine has no descriptor or no memory for a process now."""
 
 
 class EngineState(enum.Enum):
@@ -105,6 +113,7 @@ class EngineClient:
         self._restarts: deque[float] = deque(maxlen=config.max_restarts + 1)  # event-loop times
         self._sent_at: float | None = None  # the first message sent since the engine's last one
         self._changed = Changed()
+        self._reserve = DescriptorReserve()
 
     @property
     def is_ready(self) -> bool:
@@ -151,12 +160,16 @@ class EngineClient:
                     await self._run_once()
                 except EngineFault as fault:
                     await self._after(fault)
+                except NoRoom as exc:  # the machine's fault, and no death of an engine
+                    logger.error("the engine cannot be started now: %s; waiting", exc)  # noqa: TRY400
+                    await asyncio.sleep(NO_ROOM_S)
         finally:
+            self._reserve.release()
             self._move(EngineState.STOPPED)
 
     async def _run_once(self) -> None:
         """One process, from its start to its death, which is always an `EngineFault`."""
-        async with _engine_process(self._command) as pipe:
+        async with _engine_process(self._command, self._reserve) as pipe:
             self.pid = pipe.pid
             pipe.writer.write(len(self._settings).to_bytes(4, "little") + self._settings)
             try:
@@ -299,25 +312,23 @@ async def _until_ready(frames: _Frames) -> messages.Ready:
 
 
 @contextlib.asynccontextmanager
-async def _engine_process(command: Sequence[str]) -> AsyncIterator[_Pipe]:
+async def _engine_process(command: Sequence[str], reserve: DescriptorReserve) -> AsyncIterator[_Pipe]:
     """An engine process and the pipe to it; on exit it is ended and reaped, whatever happened.
 
-    The engine finds its end of the pipe as `--fd N`.
+    Raises:
+        NoRoom: there is no descriptor or memory for a process now.
     """
-    ours, theirs = socket.socketpair()
+    reserve.release()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as exc:
+        raise NoRoom(exc.strerror) from exc
     with ours, theirs:
         ours.setblocking(False)
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            "--fd",
-            str(theirs.fileno()),
-            pass_fds=(theirs.fileno(),),
-            stdin=asyncio.subprocess.DEVNULL,
-            # Torch's threads would otherwise spin while they wait, beside this process.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-            # Ctrl-C goes to the whole group of the terminal, and the engine must outlive the flush.
-            process_group=0,
-        )
+        try:
+            process = await _started(command, theirs.fileno())
+        finally:
+            reserve.fill()
         timeout_s = FAULT_END_TIMEOUT_S
         try:
             theirs.close()  # else the engine's death would not end our reading
@@ -331,6 +342,26 @@ async def _engine_process(command: Sequence[str]) -> AsyncIterator[_Pipe]:
                 writer.transport.abort()
         finally:
             await _end(process, timeout_s)
+
+
+async def _started(command: Sequence[str], descriptor: int) -> asyncio.subprocess.Process:
+    """The engine finds its end of the pipe as `--fd N`."""
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            "--fd",
+            str(descriptor),
+            pass_fds=(descriptor,),
+            stdin=asyncio.subprocess.DEVNULL,
+            # Torch's threads would otherwise spin while they wait, beside this process.
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+            # Ctrl-C goes to the whole group of the terminal, and the engine must outlive the flush.
+            process_group=0,
+        )
+    except OSError as exc:
+        if exc.errno in _NO_ROOM:
+            raise NoRoom(exc.strerror) from exc
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class Capabilities:
     sounds: tuple[SoundLabel, ...] = ()  # columns of `SoundScores`; empty: it answers `events` forks instead
     events_every_s: float = 0.64  # how often it should look for events: what an `events` fork costs
     answer_tokens: int = 192  # the longest answer to a question, its thinking included
+    language_every_s: float = 0.0  # how often to have the language of new speech estimated; 0: it cannot
 
 
 class TimedWord(msgspec.Struct, frozen=True, array_like=True):
@@ -58,6 +59,15 @@ class TimedWord(msgspec.Struct, frozen=True, array_like=True):
 
 
 @dataclass(frozen=True, slots=True)
+class LanguageSpan:
+    """Audio in which the language of the newest speech is estimated. Positions in samples."""
+
+    start: int
+    end: int  # where speech ended, or the live edge
+    least_speech: int  # samples; with less there is no estimate
+
+
+@dataclass(frozen=True, slots=True)
 class Fork:
     """One question on one slot's audio, answered and forgotten."""
 
@@ -70,6 +80,7 @@ class Fork:
     language: str | None  # None: detect
     max_tokens: int
     question: str = ""  # of an `answer` fork, in the asker's words
+    language_span: LanguageSpan | None = None  # of a `transcript` fork: whose language is estimated too
 
     @property
     def prefix_texts(self) -> tuple[str, ...]:
@@ -101,6 +112,26 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LanguageEstimate:
+    """Which language the newest speech of a fork's `language_span` is in. Positions in samples."""
+
+    start: int  # of the speech that was looked at
+    end: int
+    scores: tuple[tuple[str, float], ...]  # probabilities of the likeliest languages, best first
+    no_speech: float  # probability that there is no speech, 0 to 1
+    pauses: tuple[tuple[int, int], ...]  # in the whole span, oldest first: where from and where to
+
+
+class LanguageDoubt(msgspec.Struct, frozen=True, array_like=True):
+    """Evidence that a stream's language is another one; goes to the server so that a restart has it."""
+
+    language: str  # the likeliest other one
+    evidence: float  # natural logarithm of how much likelier it is
+    since: int  # samples; where its speech probably begins
+    weighed_to: int  # samples; the end of the newest audio that counted
+
+
+@dataclass(frozen=True, slots=True)
 class Hypothesis:
     """What a transcript fork found: what follows the prefix."""
 
@@ -109,6 +140,7 @@ class Hypothesis:
     language_score: float  # probability of `language`; 1 where it was set
     no_speech: float  # probability that the window holds no speech, 0 to 1
     n_repetitions_cut: int  # by the loop guard
+    estimate: LanguageEstimate | None = None  # where the fork has a `language_span` with enough speech
 
 
 class SoundScores(msgspec.Struct, frozen=True, array_like=True):

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from streaming.engine.contract import Findings, SoundLabel, TimedWord
+from streaming.engine.contract import Findings, LanguageDoubt, SoundLabel, TimedWord
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words
 
@@ -70,6 +70,8 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     is_speech: bool = False  # endpointing state at `consumed`, after the marks that were answered
     speech_start: int = 0  # where the running speech began, if `is_speech`
     last_stop: int = 0  # where the speech before ended
+    settled_language: str | None = None  # as detected so far, where none is set
+    doubt: LanguageDoubt | None = None  # of that language
 
 
 class Audio(msgspec.Struct, frozen=True, tag=True):
@@ -146,7 +148,14 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     n_repetitions_cut: int
     compute_s: float  # wall time of the step that made it
     window_start: int = 0  # of the window that was decoded; a restart continues with it
-    settled_language: str | None = None  # as set, or detected and settled; a restart opens with it
+    settled_language: str | None = None  # detected, where none is set; a restart opens with it ...
+    doubt: LanguageDoubt | None = None  # ... and with this
+    # Where the language changed: the first words are in the language before, and are committed.
+    n_before: int = 0
+    language_before: str | None = None  # None: it did not change at this point
+    held_from: int | None = (
+        None  # at a tick no word behind this sample is committed: its language is in doubt
+    )
     found: Findings = Findings()
 
     @property

@@ -29,6 +29,7 @@ from streaming.engine.contract import (
     StepPlan,
     Task,
 )
+from streaming.engine.language import decoded_in, held_from, span_of
 from streaming.engine.messages import (
     Audio,
     Commit,
@@ -45,6 +46,7 @@ from streaming.engine.stream_state import (
     MARGIN,
     Point,
     Stream,
+    follow_language,
     has_lost_its_place,
     settle_language,
     words_after,
@@ -168,9 +170,7 @@ class Scheduler:
         assert point is not None, (message.point, message.kind)
         expected = (point.at, point.kind)
         assert expected == (message.point, message.kind), (expected, message.point, message.kind)
-        committed = stream.hypothesis[: message.n_words]
-        stream.committed.extend(w for i, w in enumerate(committed) if i not in message.unsaid)
-        stream.hypothesis = ()
+        stream.commit(message.n_words, message.unsaid)
         stream.awaiting = None
         stream.answered = point.at
         if point.kind == "speech_stop":
@@ -213,14 +213,19 @@ class Scheduler:
             stream.found = slot.found.or_else(stream.found)
             hypothesis = slot.hypothesis
             if hypothesis is not None:
-                stream.hypothesis = words_after(stream, hypothesis)
+                stream.hypothesis = (*stream.before, *words_after(stream, hypothesis))
+                if hypothesis.estimate is not None and follow_language(stream, point.at, hypothesis):
+                    point.is_retry = True
+                    stream.awaiting, stream.retry = None, point
+                    continue
                 if has_lost_its_place(stream, point.at, point.kind):
                     # A step of the grid further: else a very short last word would stay in it, for ever.
                     stream.move_window(stream.committed[-1].end + GRID)
                     point.is_retry = True
                     stream.awaiting, stream.retry = None, point
                     continue
-                settle_language(stream, point.at, hypothesis)
+                if not self._tasks.language_ticks:
+                    settle_language(stream, point.at, hypothesis)
             results.append(_result(stream, point, hypothesis, stream.found, compute_s))
             stream.found = Findings()
         return results
@@ -289,8 +294,9 @@ class Scheduler:
         if stream.is_speech and point.kind in ("tick", "speech_stop", "flush"):
             if stream.next_language is not None and point.at > stream.next_language.at:
                 stream.language, stream.next_language = stream.next_language.language, None
+                stream.is_detecting, stream.doubt = stream.language is None, None
             stream.cut_window(point.at, self._window, self._longest_window)
-            forks.append(self._transcript(stream, point.at))
+            forks.append(self._transcript(stream, point))
             if point.is_retry:
                 return tuple(forks)
             heard_to = stream.speech_end if point.kind == "speech_stop" else point.at
@@ -315,16 +321,24 @@ class Scheduler:
         step = n_ticks * self._tick
         return point.kind not in ("tick", "idle_tick") or point.at // step > point.since // step
 
-    def _transcript(self, stream: Stream, at: int) -> Fork:
+    def _transcript(self, stream: Stream, point: Point) -> Fork:
         last = stream.committed[-1].end if stream.committed else stream.window_start
-        open_s = max(0, at - last) / SAMPLE_RATE_HZ
+        open_s = max(0, point.at - last) / SAMPLE_RATE_HZ
+        n_ticks = self._tasks.language_ticks
+        asks = stream.is_detecting and n_ticks and not point.is_retry
+        if asks and self._is_due(1 if stream.doubt is not None else n_ticks, point):
+            end = stream.speech_end if point.kind == "speech_stop" else point.at
+            span = span_of(stream.window_start, end, is_tick=point.kind == "tick")
+        else:
+            span = None
         return Fork(
             task="transcript",
             window_start=stream.window_start,
             prefix=tuple(stream.committed),
             context=stream.context if self._config.use_context else "",
-            language=stream.language,
+            language=decoded_in(stream.language, stream.doubt),
             max_tokens=EXTRA_TOKENS + int(open_s * self._config.max_tokens_per_s),
+            language_span=span,
         )
 
     def _needed_from(self, stream: Stream) -> int:
@@ -358,6 +372,8 @@ class Scheduler:
         return now - due > self._shed_after_s
 
     def _progress(self, stream: Stream) -> Progress | None:
+        if stream.retry is not None or (stream.awaiting is not None and stream.awaiting.is_retry):
+            return None  # the window is the one of the result to come; a restart begins with the one before
         consumed = stream.consumed
         if stream.awaiting is not None and stream.awaiting.kind in ("tick", "idle_tick"):
             consumed -= 1  # not answered yet: after a crash it is due again
@@ -386,6 +402,10 @@ def _result(
         n_repetitions_cut=0 if hypothesis is None else hypothesis.n_repetitions_cut,
         compute_s=compute_s,
         window_start=stream.window_start,
-        settled_language=stream.language,
+        settled_language=stream.language if stream.is_detecting else None,
+        doubt=stream.doubt,
+        n_before=len(stream.before),
+        language_before=stream.language_before,
+        held_from=held_from(stream.doubt, point.at),
         found=found,
     )

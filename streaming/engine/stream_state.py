@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-from streaming.engine.contract import Findings, Hypothesis, Pcm, TimedWord
+from streaming.engine.contract import Findings, Hypothesis, LanguageDoubt, Pcm, TimedWord
+from streaming.engine.language import weigh
 from streaming.engine.messages import Configure, Mark, Open, PointKind, extended
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import ends_sentence
@@ -31,6 +33,7 @@ GRID = 320  # samples; windows begin on the encoder's 20 ms grid
 MARGIN = 480  # samples before a window that its first mel frames look at, rounded up to hops
 SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
 SETTLE_SCORE = 0.5
+MIN_WINDOW = 20 * GRID  # of less audio no words are decoded when the language changes
 # Speech after the last committed word in which a word must have been heard: at a tick the model may
 # yet find it, when speech has stopped it is the last chance.
 LOST_AT_TICK = 3 * SAMPLE_RATE_HZ
@@ -54,7 +57,9 @@ class Stream:
 
     number: int
     slot_idx: int
-    language: str | None  # set by the client, or detected and settled
+    language: str | None  # set by the client, or detected; None: not known yet
+    is_detecting: bool  # no language is set
+    doubt: LanguageDoubt | None  # of a detected language, or of one that is not known yet
     due: float  # on the scheduler's clock: when `received` came, or would have at the pace of speech
     start: int  # audio before this never came
     received: int
@@ -75,6 +80,10 @@ class Stream:
     found: Findings = field(default_factory=Findings)  # of a point that is decoded again
     next_language: Configure | None = None  # takes effect at the first point after its position
     retry: Point | None = None  # decode this point again, in a shorter window
+    # Of the awaited point, where the language changed at it: the words that come before the window, which
+    # began anew with the change, and their language.
+    before: tuple[TimedWord, ...] = ()
+    language_before: str | None = None
     speech_end: int = 0  # at a `speech_stop` point: where speech ended
     reported: int = 0  # `consumed` as the server knows it
 
@@ -84,7 +93,9 @@ class Stream:
         return cls(
             number=message.stream,
             slot_idx=slot_idx,
-            language=message.language,
+            language=message.language or message.settled_language,
+            is_detecting=message.language is None,
+            doubt=message.doubt,
             due=due,
             start=message.start,
             received=message.start,
@@ -99,6 +110,15 @@ class Stream:
             last_stop=message.last_stop,
             reported=message.consumed,
         )
+
+    def commit(self, n_words: int, unsaid: Sequence[int]) -> None:
+        """Take the first words of the hypothesis as committed, but for those that nobody said."""
+        words = enumerate(self.hypothesis[:n_words])
+        self.committed.extend(word for i, word in words if i not in unsaid)
+        self.hypothesis = ()
+        if self.language_before is not None:
+            self.move_window(self.window_start)  # the words before it become context
+            self.before, self.language_before = (), None
 
     def cut_window(self, at: int, wanted: int, longest: int) -> None:
         """Shorten a window that got too long, at the best pause between committed words.
@@ -162,7 +182,7 @@ class Stream:
 
 
 def settle_language(stream: Stream, at: int, hypothesis: Hypothesis) -> None:
-    """Stay with a detected language once it is sure and enough was heard."""
+    """Without estimates: keep a detected language once it is certain and there was enough audio."""
     if (
         stream.language is None
         and hypothesis.language_score >= SETTLE_SCORE
@@ -170,6 +190,29 @@ def settle_language(stream: Stream, at: int, hypothesis: Hypothesis) -> None:
         and hypothesis.words
     ):
         stream.language = hypothesis.language
+
+
+def follow_language(stream: Stream, at: int, hypothesis: Hypothesis) -> bool:
+    """Weigh a hypothesis' language estimate, and begin the window anew where another language begins.
+
+    What was decoded before that place stays as it is, in `before`. Committed words stay too.
+
+    Returns:
+        Whether the point is to be decoded again, in the new language.
+    """
+    assert hypothesis.estimate is not None
+    verdict = weigh(stream.language, stream.doubt, hypothesis.estimate)
+    stream.language, stream.doubt = verdict.language, verdict.doubt
+    if verdict.since is None or verdict.language == hypothesis.language:
+        return False
+    begin = max(verdict.since, stream.window_start)
+    if stream.committed:
+        begin = max(begin, stream.committed[-1].end + GRID)
+    stream.move_window(min(begin, at))
+    stream.language_before = hypothesis.language
+    words = itertools.takewhile(lambda word: word.middle < stream.window_start, stream.hypothesis)
+    stream.hypothesis = stream.before = tuple(words)
+    return at - stream.window_start >= MIN_WINDOW
 
 
 def has_lost_its_place(stream: Stream, at: int, kind: PointKind) -> bool:

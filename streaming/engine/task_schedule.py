@@ -23,6 +23,7 @@ class TaskSchedule:
     events_ticks: int = 0  # between `events` forks
     emotion_ticks: int = 0  # between `emotion` forks while somebody speaks
     reach: int = SOUND_REACH  # samples before the last answer that a restart hears again for sounds
+    language_ticks: int = 0  # between estimates of the language while somebody speaks and none is set
     answer_tokens: int = 0  # budget of an answer to a question, its thinking included
 
     def max_step(self, tick: int) -> int:
@@ -52,6 +53,7 @@ class TaskSchedule:
             sound_ticks=events_ticks if hears_all else 0,
             events_ticks=events_ticks if wants_events and not capabilities.sounds else 0,
             emotion_ticks=ticks(emotion.interval_s) if wants_emotion else 0,
+            language_ticks=ticks(capabilities.language_every_s) if capabilities.language_every_s else 0,
             reach=SOUND_REACH if capabilities.sounds or not hears_all else int(window_s * SAMPLE_RATE_HZ),
             answer_tokens=capabilities.answer_tokens if "answer" in capabilities.tasks else 0,
         )

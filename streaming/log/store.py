@@ -284,9 +284,14 @@ class Store:
             self._open.writer.execute("DELETE FROM streams WHERE id = ?", oldest[:1])
             self._open.writer.execute("DELETE FROM sessions WHERE stream = ?", oldest[:1])
             return Trimmed(len(gone), gone[-1] if gone else 0, (oldest[1],), is_done=False)
-        # Of live streams the oldest of all: where the log is too large, or those that are too old.
+        # Of live streams the oldest: where the log is too large, of the one that says most, so that it
+        # pushes nobody else out; or those that are too old.
         if is_large:
-            where = "WHERE NOT s.is_live OR m.seq <= s.last_seq - ? ORDER BY m.id LIMIT ?"
+            most = (
+                "SELECT id FROM streams AS l WHERE is_live ORDER BY"
+                " last_seq - (SELECT min(seq) FROM messages WHERE stream = l.id) DESC LIMIT 1"
+            )
+            where = f"WHERE m.stream = ({most}) AND m.seq <= s.last_seq - ? ORDER BY m.seq LIMIT ?"
             gone = self._delete(where, KEPT_LIVE)
         else:
             # Ids are in the order of time: not all of a log is looked at where its first part is new.

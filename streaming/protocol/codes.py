@@ -73,11 +73,12 @@ class HttpStatus(_Code):
     """What the server answers instead of opening a WebSocket, or to a plain GET."""
 
     OK = 200, "the answer to a GET"
+    NO_CONTENT = 204, "the answer to a browser's preflight from one of `server.origins`"
     BAD_REQUEST = 400, "a query parameter is wrong; the body says which"
     UNAUTHORIZED = 401, "no token, or an unknown one"
     FORBIDDEN = 403, "the token does not permit it, or the page's origin is not allowed"
     NOT_FOUND = 404, "no such path"
-    METHOD_NOT_ALLOWED = 405, "a method other than GET"
+    METHOD_NOT_ALLOWED = 405, "a method other than GET and HEAD"
     CONFLICT = 409, "a stream of this name is live, and the request lacks its resume token"
     GONE = 410, "the stream to resume was finalised, or is no longer in the log"
     URI_TOO_LONG = 414, "the first line of the request is longer than 8 KiB"

@@ -169,7 +169,10 @@ class TranscriptFinal(Tagged, frozen=True):
 
     text: Annotated[str, Meta(description="the segment as running text")]
     words: Words
-    language: Annotated[str | None, Meta(description="a code, where the model gives one")]
+    language: Annotated[
+        str | None,
+        Meta(description="of all its words, where the model gives one; a change closes a segment"),
+    ]
     speaker: Annotated[str | None, Meta(description="reserved; null")]
     start_ms: StartMs
     end_ms: EndMs

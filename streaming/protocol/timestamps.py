@@ -22,9 +22,15 @@ class MediaClock:
     - A smaller step back changes nothing: the audio is ahead of its time stamps until they catch up.
     """
 
-    def __init__(self, *, is_live: bool = False) -> None:
-        """No frame came yet; of a live source the first time stamp, whatever it is, is zero."""
+    def __init__(self, *, is_live: bool = False, zero_s: float = 0.0) -> None:
+        """No frame came yet.
+
+        Args:
+            is_live: The first time stamp, whatever it is, is zero.
+            zero_s: Else the time stamp that is; of a format without a zero, where its first track begins.
+        """
         self._is_live = is_live
+        self._begin_s = zero_s
         self._zero_s: float | None = None
         self._end_s = 0.0  # of the audio and the holes so far
 
@@ -42,7 +48,7 @@ class MediaClock:
 
     def _hole_s(self, start_s: float) -> float:
         if self._zero_s is None:
-            self._zero_s = start_s if self._is_live else min(0.0, start_s)
+            self._zero_s = start_s if self._is_live else min(self._begin_s, start_s)
         late_s = start_s - self._zero_s - self._end_s
         if late_s > MAX_HOLE_S or late_s < -MAX_OVERLAP_S:
             self._zero_s = start_s - self._end_s

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
 from streaming.server.auth import (
     EVERYTHING,
+    NULL_ORIGIN,
     Grant,
     Need,
     Scope,
@@ -43,14 +44,16 @@ _CLOSES = {
 }
 REVOKED_AFTER_S = 5.0  # at most, a connection outlives its token, and its part of the closing handshake
 MAX_ANSWERS, MAX_ANSWERS_OF_ONE = 16, 4  # answers of history at once; those of one token and address
+_DAY_S = 24 * 3600
 _FORWARDED = ("X-Forwarded-For", "Forwarded")
 
 
 class Refused(Exception):
     """A request is not let in."""
 
-    def __init__(self, refusal: Refusal, detail: str = "") -> None:
+    def __init__(self, refusal: Refusal, detail: str = "", token: str = "") -> None:
         super().__init__(refusal, detail)
+        self.token = token  # the name of a known one, for the log
         self.refusal = refusal
         self.detail = detail  # for the client; nothing secret
 
@@ -119,22 +122,15 @@ class Guard:
         self._attempts = Attempts(limits.attempts_per_s, limits.attempts_burst)
         self._of_address = Places()
         self._of_token = Places()
+        self._new_streams = Attempts(limits.token_new_streams / _DAY_S, limits.token_new_streams)
         self.answers = Answers()
         self._half_open: dict[GuardedConnection, None] = {}  # oldest first
         self._places: dict[GuardedConnection, _Place] = {}
         self._of_stream: dict[str, tuple[str, Scope]] = {}  # whose place a live stream has, by its name
         for origin in server.origins:
-            if origin != "*" and site_of(origin) is None:
+            if origin not in ("*", NULL_ORIGIN) and site_of(origin) is None:
                 raise ConfigError(f'server.origins: {origin!r} is no origin; expected such as "https://host"')
-        self._say_who_is_let_in()
-
-    def _say_who_is_let_in(self) -> None:
-        if self._tokens is not None:
-            logger.info("tokens are asked for: %d in %s", self._tokens.n_tokens, self._tokens.path)
-        elif self._is_loopback_only:
-            logger.info("no access.tokens: everybody on this machine may send and read")
-        else:
-            logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")
+        _say_who_is_let_in(self._tokens, is_loopback_only=self._is_loopback_only)
 
     def reload(self) -> None:
         """Read the tokens file again.
@@ -203,6 +199,10 @@ class Guard:
 
     # --- with a request ------------------------------------------------------------------
 
+    def asked(self, connection: GuardedConnection) -> None:
+        """A whole request came on a connection."""
+        self._half_open.pop(connection, None)
+
     def check(self, connection: GuardedConnection, request: Request, need: Need | None) -> None:
         """Refuse a request that may not be made at all, or give the connection its grant.
 
@@ -214,9 +214,9 @@ class Guard:
         Raises:
             Refused: it may not be made.
         """
-        self._half_open.pop(connection, None)
-        connection.address = self._address(connection, request)
-        if request.method != "GET":
+        self.asked(connection)
+        connection.address = _address_of(connection, request, self._server.trusted_proxies)
+        if request.method not in ("GET", "HEAD"):
             raise Refused(Refusal.BAD_METHOD)
         if need is not None and need.scope is None:
             return  # for load balancers: it tells nothing, and they ask often
@@ -257,14 +257,16 @@ class Guard:
     def _grant(self, tokens: Tokens, request: Request, need: Need) -> tuple[bytes, Grant]:
         """The digest of a request's token, and what it allows, where that is enough."""
         _, query = split_target(request)
-        token = presented(request.headers.get_all("Authorization"), query)
+        token = presented(
+            request.headers.get_all("Authorization"), query, request.headers.get_all("Sec-WebSocket-Protocol")
+        )
         if token is None:
             raise Refused(Refusal.NO_TOKEN)
         grant = tokens.grant(token, self._today())
         if grant is None:
             raise Refused(Refusal.UNKNOWN_TOKEN)
         if not need.is_met(grant):
-            raise Refused(Refusal.BAD_SCOPE, need.text)
+            raise Refused(Refusal.BAD_SCOPE, need.text, grant.name)
         return digest_of(token), grant
 
     # --- as long as a connection is open -------------------------------------------------
@@ -318,6 +320,8 @@ class Guard:
         )
         if self._tokens is not None and not self._of_token.has_room(role, limit):
             raise Refused(Refusal.TOO_MANY_STREAMS_OF_TOKEN)
+        if self._tokens is not None and not self._new_streams.take(role[0], self._now_s()):
+            raise Refused(Refusal.TOO_MANY_NEW_STREAMS)  # each pushes an older one out of the log
         self._own(stream, role)
         self._take(connection, None)
 
@@ -377,22 +381,32 @@ class Guard:
             case HttpStatus.UNAUTHORIZED:
                 response.headers["WWW-Authenticate"] = "Bearer"
             case HttpStatus.METHOD_NOT_ALLOWED:
-                response.headers["Allow"] = "GET"
+                response.headers["Allow"] = "GET, HEAD"
             case HttpStatus.TOO_MANY | HttpStatus.UNAVAILABLE:
                 response.headers["Retry-After"] = "1"
         return response
 
-    def _address(self, connection: GuardedConnection, request: Request) -> str:
-        """The client's address: of its socket, or what a trusted proxy says it is."""
-        peer = connection.remote_address
-        address = str(peer[0]) if peer else ""
-        if address in self._server.trusted_proxies:
-            forwarded = request.headers.get_all("X-Forwarded-For")
-            if forwarded:  # the last one is the proxy's own finding, those before it the client's word
-                return forwarded[-1].rpartition(",")[2].strip()[:64]
-        return address
+
+def _address_of(connection: GuardedConnection, request: Request, trusted: Sequence[str]) -> str:
+    """The client's address: of its socket, or what a trusted proxy says it is."""
+    peer = connection.remote_address
+    address = str(peer[0]) if peer else ""
+    if address in trusted:
+        forwarded = request.headers.get_all("X-Forwarded-For")
+        if forwarded:  # the last one is the proxy's own finding, those before it the client's word
+            return forwarded[-1].rpartition(",")[2].strip()[:64]
+    return address
 
 
 def _counted_address(connection: GuardedConnection) -> str | None:
     """As what a connection's address is counted; None: it is this machine's own."""
     return None if is_loopback(connection.address) else network_of(connection.address)
+
+
+def _say_who_is_let_in(tokens: Tokens | None, *, is_loopback_only: bool) -> None:
+    if tokens is not None:
+        logger.info("tokens are asked for: %d in %s", tokens.n_tokens, tokens.path)
+    elif is_loopback_only:
+        logger.info("no access.tokens: everybody on this machine may send and read")
+    else:
+        logger.warning("access.allow_anonymous: everybody who reaches this server may send and read")

@@ -39,6 +39,7 @@ HASH_PREFIX = "sha256:"
 # Names and `*` alone, so that one pattern can be seen to lie within another: see `Grant.covers`.
 PATTERN = re.compile(r"[A-Za-z0-9._*-]{1,64}")
 _SCHEMES = ("bearer", "token")  # of the header `Authorization`; Deepgram's clients say "Token"
+NULL_ORIGIN = "null"  # of sandboxed frames and of files, in most browsers: any page can have it
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -285,8 +286,17 @@ class Need:
 # --- what a request presents -------------------------------------------------------------
 
 
-def presented(authorization: Sequence[str], query: str) -> str | None:
-    """The token of a request: of its `Authorization` header (Bearer or Token), or of its query.
+def offered_token(protocols: Sequence[str]) -> tuple[str, str] | None:
+    """Scheme and token that a browser offers as two subprotocols, since its WebSockets have no headers.
+
+    Such as "token, KEY", as Deepgram's client does it. None: these are others.
+    """
+    names = [name.strip() for name in ",".join(protocols).split(",")]
+    return (names[0], names[1]) if len(names) == 2 and names[0].lower() in _SCHEMES else None
+
+
+def presented(authorization: Sequence[str], query: str, protocols: Sequence[str] = ()) -> str | None:
+    """The token of a request: of its `Authorization` header (Bearer or Token), its query or its subprotocols.
 
     None where there is none, or something that cannot be one: several headers, an unknown scheme,
     more than `MAX_TOKEN_CHARS`.
@@ -295,6 +305,8 @@ def presented(authorization: Sequence[str], query: str) -> str | None:
         scheme, _, token = authorization[0].strip().partition(" ")
         token = token.strip()
         is_usable = len(authorization) == 1 and scheme.lower() in _SCHEMES
+    elif (offered := offered_token(protocols)) is not None:
+        token, is_usable = offered[1], True
     else:
         values = [value for key, value in parse_qsl(query) if key == TOKEN_PARAMETER]
         token = values[0] if values else ""
@@ -328,16 +340,20 @@ def is_origin_allowed(
         return True
     if len(origins) > 1:
         return False
-    if "*" in allowed:
+    if is_listed(origins[0], allowed):
         return True
     origin = site_of(origins[0])
-    if origin is None:
-        return False
-    if origin in [site_of(other) for other in allowed]:
-        return True
-    if origin != site_of(f"{origin[0]}://{host}"):
+    if origin is None or origin[0] not in _DEFAULT_PORTS or origin != site_of(f"{origin[0]}://{host}"):
         return False
     return not is_loopback_only or is_loopback(origin[1])
+
+
+def is_listed(origin: str, allowed: Sequence[str]) -> bool:
+    """Whether the configuration names an origin: by itself, or by "*"."""
+    if "*" in allowed or (origin == NULL_ORIGIN and NULL_ORIGIN in allowed):
+        return True
+    site = site_of(origin)
+    return site is not None and site in [site_of(other) for other in allowed]
 
 
 def is_host_allowed(hosts: Sequence[str], allowed: Sequence[str]) -> bool:
@@ -352,18 +368,22 @@ def is_host_allowed(hosts: Sequence[str], allowed: Sequence[str]) -> bool:
     """
     if "*" in allowed:
         return True
-    named = {site[1] for site in map(site_of, allowed) if site is not None}
+    named = {site[1] for site in map(site_of, allowed) if site is not None and site[0] in _DEFAULT_PORTS}
     sites = [site_of(f"http://{host}") for host in hosts]
     return all(site is not None and (is_loopback(site[1]) or site[1] in named) for site in sites)
 
 
 def site_of(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port of an origin; None for "null" and what else is none."""
+    """Scheme, host and port of an origin of any scheme; None for "null" and what else is none.
+
+    Of "file://" the host is empty; where the scheme has no port of its own, the port is 0.
+    """
     try:
         parts = urlsplit(origin)
         port = parts.port
     except ValueError:
         return None
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or parts.path or parts.query:
+    has_host = bool(parts.hostname) or origin.lower() == "file://"
+    if not parts.scheme or not has_host or "://" not in origin or parts.path or parts.query or parts.fragment:
         return None
-    return parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme]
+    return parts.scheme, parts.hostname or "", port or _DEFAULT_PORTS.get(parts.scheme, 0)

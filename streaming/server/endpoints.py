@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
@@ -24,10 +25,12 @@ from streaming.logging_setup import socket_logger, where_raised
 from streaming.protocol import CloseCode, HttpStatus
 from streaming.refusals import Refusal
 from streaming.server.admission import Guard, Refused
-from streaming.server.auth import without_token
+from streaming.server.auth import offered_token, without_token
 from streaming.server.connection import GuardedConnection
+from streaming.server.cors import for_request, preflight
 from streaming.server.http import split_target, text_response
 from streaming.server.producers import Producers
+from streaming.server.refusal_log import RefusalLog
 from streaming.server.routes import PageRoute, Routes, SocketRoute
 from streaming.server.tls import renew
 from streaming.stream.registry import Streams
@@ -72,6 +75,7 @@ class Server:
         self._streams = streams
         self._log = log
         self._tls = tls
+        self._refusals = RefusalLog(time.monotonic)
         self._handshake_timeout_s = handshake_timeout_s
 
     @property
@@ -176,26 +180,39 @@ class Server:
     async def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer a GET, or refuse a request; None: a WebSocket may be opened."""
         assert isinstance(connection, GuardedConnection), connection
+        response = preflight(request, self._config.origins)
+        if response is not None:
+            self._guard.asked(connection)
+        else:
+            response = await self._answer_page(connection, request)
+        if response is None and request.method == "HEAD":
+            response = self._refuse(Refused(Refusal.NO_UPGRADE), connection, request)
+        return None if response is None else for_request(response, request, self._config.origins)
+
+    async def _finished(self, page: Awaitable[Response], request: Request) -> Response:
+        return for_request(await page, request, self._config.origins)
+
+    async def _answer_page(self, connection: GuardedConnection, request: Request) -> Response | None:
         path, query = split_target(request)
         route = self.routes.find(path)
         try:
             self._guard.check(connection, request, None if route is None else route.need(path))
             if isinstance(route, PageRoute) and route.is_long:
                 with self._guard.answers.counted(connection):
-                    return await connection.answer(
-                        route.answer(route.handshake(path, without_token(query), request.headers))
-                    )
+                    page = route.answer(route.handshake(path, without_token(query), request.headers))
+                    return await connection.answer(self._finished(page, request))
             if isinstance(route, PageRoute):
                 return await route.answer(route.handshake(path, without_token(query), request.headers))
         except (Refused, BadQuery) as exc:
-            return self._refuse(exc)
+            return self._refuse(exc, connection, request)
         return None
 
     def _admit(self, connection: ServerConnection, request: Request, response: Response) -> Response | None:
         """Take what a WebSocket needs whose handshake succeeded, or say what there is none of."""
         assert isinstance(connection, GuardedConnection), connection
         if response.status_code == HttpStatus.UPGRADE_REQUIRED:
-            return self._refuse(Refused(Refusal.NO_UPGRADE))
+            refusal = self._refuse(Refused(Refusal.NO_UPGRADE), connection, request)
+            return for_request(refusal, request, self._config.origins)
         if response.status_code != 101:
             return None
         if connection.state is not State.CONNECTING:  # lost meanwhile: nobody would give anything back
@@ -206,13 +223,18 @@ class Server:
         try:
             admitted = route.admit(connection, route.handshake(path, without_token(query), request.headers))
         except (Refused, BadQuery) as exc:
-            return self._refuse(exc)
+            return self._refuse(exc, connection, request)
+        offered = offered_token(request.headers.get_all("Sec-WebSocket-Protocol"))
+        if offered is not None:  # a browser fails unless one of its subprotocols is taken
+            response.headers["Sec-WebSocket-Protocol"] = offered[0]
         response.headers.update(admitted.headers)
         connection.admitted = admitted
         return None
 
-    def _refuse(self, exc: Refused | BadQuery) -> Response:
+    def _refuse(self, exc: Refused | BadQuery, connection: GuardedConnection, request: Request) -> Response:
         refused = Refused(Refusal.BAD_QUERY, str(exc)) if isinstance(exc, BadQuery) else exc
+        name = refused.token if connection.grant is None else connection.grant.name
+        self._refusals.log(refused.refusal, split_target(request)[0], connection.address, name)
         return self._guard.refuse(refused)
 
     async def _handle(self, connection: ServerConnection) -> None:

@@ -16,7 +16,10 @@ from streaming.protocol import HttpStatus
 
 def split_target(request: Request) -> tuple[str, str]:
     """Path and query of a request; not by `urlsplit`, which finds hosts in paths and raises at some."""
-    path, _, query = request.path.partition("?")
+    target = request.path
+    if target[:8].lower().startswith(("http://", "https://")):  # the absolute form, which proxies may send
+        target = "/" + target.split("://", 1)[1].partition("/")[2]
+    path, _, query = target.partition("?")
     return path, query
 
 
@@ -30,6 +33,12 @@ def page(content_type: str, body: bytes) -> Response:
     response = _response(HttpStatus.OK, content_type, body)
     response.headers["Cache-Control"] = "no-store"
     return response
+
+
+def empty_response(status: HttpStatus) -> Response:
+    """A status without a body."""
+    headers = Headers([("Date", formatdate(usegmt=True)), ("Connection", "close")])
+    return Response(status, http.HTTPStatus(status).phrase, headers, b"")
 
 
 def _response(status: HttpStatus, content_type: str, body: bytes) -> Response:

@@ -21,7 +21,7 @@ import msgspec
 
 from streaming.audio.ring import Ring
 from streaming.engine import messages
-from streaming.engine.contract import Pcm
+from streaming.engine.contract import LanguageDoubt, Pcm, TimedWord
 from streaming.engine.messages import SEND_GRID, Mark
 from streaming.errors import EngineFault
 from streaming.protocol import (
@@ -63,6 +63,7 @@ class FeedState(msgspec.Struct, frozen=True):
     speech_start: int | None
     last_stop: int
     timeline: TimelineState
+    doubt: LanguageDoubt | None = None  # of the settled language
 
 
 class Feed:
@@ -98,7 +99,8 @@ class Feed:
         self._max_step = max_step
         self._language = language
         self._language_from: int | None = None  # where a change begins that the engine does not know
-        self._settled_language: str | None = None  # what the engine detected and stays with
+        self._settled_language: str | None = None  # what the engine detected ...
+        self._doubt: LanguageDoubt | None = None  # ... and what speaks against it
         self._ring = Ring(ring)
         self._is_open = False  # the running engine has this stream
         self._replies: deque[messages.ToEngine] = deque()  # go out before any audio
@@ -129,12 +131,14 @@ class Feed:
             speech_start=self._speech_start,
             last_stop=self._last_stop,
             timeline=self._timeline.snapshot(),
+            doubt=self._doubt,
         )
 
     def _restore(self, state: FeedState, audio: Pcm) -> None:
         assert len(audio) == state.ring_end - state.ring_start, (len(audio), state.ring_start, state.ring_end)
         self._language = state.language
         self._language_from, self._settled_language = state.language_from, state.settled_language
+        self._doubt = state.doubt
         self._ring = Ring(max(self._ring.capacity, len(audio)), state.ring_start)
         self._ring.push(audio)
         self._consumed, self._window_start = state.consumed, state.window_start
@@ -187,7 +191,7 @@ class Feed:
     def set_language(self, language: str | None) -> None:
         """Decode in this language, or detect it, from the audio that is pushed next."""
         self._language = language
-        self._settled_language = None
+        self._settled_language = self._doubt = None
         self._language_from = self._ring.end
 
     def close(self) -> list[Message]:
@@ -221,19 +225,7 @@ class Feed:
 
     def reopen(self) -> None:
         """A new engine knows nothing of this stream: open it there, where the last one was."""
-        committed, context = self._timeline.window(self._window_start)
-        opening = messages.Open(
-            stream=self._number,
-            language=self._language or self._settled_language,
-            start=self._ring.start,
-            consumed=self._consumed,
-            window_start=self._window_start,
-            committed=committed,
-            context=context,
-            is_speech=self._speech_start is not None,
-            speech_start=self._speech_start or 0,
-            last_stop=self._last_stop,
-        )
+        opening = _opening(self._number, self.snapshot(), *self._timeline.window(self._window_start))
         self._replies = deque([opening])
         self._language_from = None
         self._sent = self._ring.start
@@ -302,7 +294,7 @@ class Feed:
         self._consume(result.point)
         self._window_start = max(self._window_start, result.window_start)
         if self._language_from is None:
-            self._settled_language = result.settled_language
+            self._settled_language, self._doubt = result.settled_language, result.doubt
         answered: PendingMark | None = None
         found: list[Message] = []
         if result.kind not in ("tick", "idle_tick"):
@@ -365,6 +357,24 @@ class Feed:
                 self._pending[i] = msgspec.structs.replace(pending, is_announced=True)
                 found += self._timeline.speech_started(pending.mark.boundary)
         return found
+
+
+def _opening(number: int, state: FeedState, committed: tuple[TimedWord, ...], context: str) -> messages.Open:
+    """The message that opens a stream where it is; the committed words are those of its window."""
+    return messages.Open(
+        stream=number,
+        language=state.language,
+        start=state.ring_start,
+        consumed=state.consumed,
+        window_start=state.window_start,
+        committed=committed,
+        context=context,
+        is_speech=state.speech_start is not None,
+        speech_start=state.speech_start or 0,
+        last_stop=state.last_stop,
+        settled_language=state.settled_language,
+        doubt=state.doubt,
+    )
 
 
 def _reply(client_id: str, mark: Mark, result: messages.Result) -> list[Message]:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from streaming import aio
 from streaming.aio import Changed
 from streaming.audio.vad import FRAME, REVIEW, Vad
 from streaming.config import VadConfig
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 SLICE_S = 0.5  # more audio at once is taken in slices, so that other streams get their turn
 SLICE = int(SLICE_S * SAMPLE_RATE_HZ)
 REAL_TIME_SLACK_S = 2.0  # audio may be so far ahead of the clock and still count as live
+FLUSHES_PER_S, FLUSHES_AT_ONCE = 10.0, 100
 MAX_FLUSHES = 32  # unanswered ones of a stream; the next one waits
 MAX_QUESTIONS = 4  # unanswered ones of a stream; the next one is refused
 
@@ -166,6 +168,7 @@ class Session:
         self._timed = _Timed(outlets, clock, feed.n_samples)
         self._number = number
         self._feed = feed
+        self._flush_at = 0.0  # when the next flush is due, on the event loop's clock
         self._vad = vad
         self._engine = engine
         self._outlets = outlets
@@ -290,6 +293,10 @@ class Session:
 
     async def flush(self, flush_id: str) -> None:
         """Commit everything taken so far; `flushed` follows when that is done."""
+        # Each is logged, and as fast as they go they would push out what others said.
+        now_s = asyncio.get_running_loop().time()
+        self._flush_at = max(self._flush_at, now_s - FLUSHES_AT_ONCE / FLUSHES_PER_S) + 1 / FLUSHES_PER_S
+        await aio.sleep_until(self._flush_at)
         await self._until(lambda: self._feed.n_unanswered("flush") < MAX_FLUSHES)
         self._feed.flush(flush_id)
         self._send()

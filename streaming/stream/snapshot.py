@@ -155,8 +155,13 @@ def for_model(
         None if languages and name not in languages else name
         for name in (state.language, state.settled_language)
     )
+    doubt = state.doubt
+    if settled != state.settled_language or (doubt and languages and doubt.language not in languages):
+        doubt = None
     pending = tuple(pending for pending in state.pending if pending not in left_out)
     return (
-        msgspec.structs.replace(state, pending=pending, language=language, settled_language=settled),
+        msgspec.structs.replace(
+            state, pending=pending, language=language, settled_language=settled, doubt=doubt
+        ),
         left_out,
     )

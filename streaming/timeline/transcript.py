@@ -160,7 +160,7 @@ class Timeline:
         self._segment = list(state.segment)  # committed words of the open segment
         self._kept = deque(state.kept)  # committed words of the last KEPT samples
         self._context = state.context  # the end of the committed text before them
-        self._language = state.language
+        self._language = state.language  # of the open segment
         self._speech_start = state.speech_start
         self._voices = Voices(state.voices)
         self.n_words = state.n_words  # committed
@@ -200,11 +200,14 @@ class Timeline:
         self._voices.push(result.found.sounds)
         if result.kind in ("idle_tick", "ask"):
             return Applied(tuple(events), 0)
-        said = credible(result.words, self._voices, result.no_speech)
-        words = [result.words[i] for i in said]
+        n_before = result.n_before  # words in the language before, which are committed as they are
+        found = credible(result.words[n_before:], self._voices, result.no_speech)
+        said = [*range(n_before), *(n_before + i for i in found)]
+        words = [result.words[i] for i in said[n_before:]]
         n_committed, messages = self._apply_words(result, words)
         emotion = self._apply_emotion(result, words, messages)
-        n_words = said[n_committed - 1] + 1 if n_committed else 0
+        n_taken = n_before + n_committed
+        n_words = said[n_taken - 1] + 1 if n_taken else 0
         unsaid = sorted(set(range(n_words)).difference(said))
         return Applied((*events, *messages, *emotion), n_words, tuple(unsaid))
 
@@ -232,11 +235,15 @@ class Timeline:
 
     def _apply_words(self, result: Result, words: Sequence[TimedWord]) -> tuple[int, list[Message]]:
         """How many of the words are committed, and what that and the others lead to."""
-        self._language = result.language or self._language
-        n_committed = len(words) if result.kind != "tick" else self._n_sure(words, result.point)
         messages: list[Message] = []
+        if result.language_before is not None:
+            if result.n_before:
+                messages += self._commit(result.words[: result.n_before], result.language_before)
+            messages += self._close(len(self._segment))
+            self._guesses.clear()  # they go on from what was committed before
+        n_committed = len(words) if result.kind != "tick" else self._n_sure(words, result)
         if n_committed:
-            messages.append(self._commit(words[:n_committed]))
+            messages += self._commit(words[:n_committed], result.language)
         rest = words[n_committed:]
         guesses = [[comparable(word.text) for word in words], *self._guesses]
         self._guesses.clear()
@@ -265,11 +272,11 @@ class Timeline:
         before = [word.text for word in self._kept][: len(self._kept) - len(inside)]
         return tuple(inside), extended(self._context, before)
 
-    def _n_sure(self, words: Sequence[TimedWord], point: int) -> int:
+    def _n_sure(self, words: Sequence[TimedWord], result: Result) -> int:
         """How many words may be committed at a tick. Never the last: it may have been cut in two."""
         if len(self._guesses) < self._config.agreement - 1:
             return 0
-        n = 0
+        point, n = result.point, 0
         for word in words[:-1]:
             agree = all(n < len(guess) and guess[n] == comparable(word.text) for guess in self._guesses)
             is_sure = agree and word.confidence >= self._config.sure_confidence
@@ -277,10 +284,16 @@ class Timeline:
             # A word that flips at every update must not hold up for ever what comes after it.
             if word.end > point - delay or not (agree or word.end <= point - STALE):
                 break
+            if result.held_from is not None and word.middle >= result.held_from:
+                break
             n += 1
         return n
 
-    def _commit(self, words: Sequence[TimedWord]) -> Message:
+    def _commit(self, words: Sequence[TimedWord], language: str | None) -> list[Message]:
+        """Commit words; those of another language than the open segment's begin one of their own."""
+        language = language or self._language
+        closed = self._close(len(self._segment)) if language != self._language else []
+        self._language = language
         between = separator(self._text_before(), words[0].text)
         self._segment.extend(words)
         self._kept.extend(words)
@@ -290,13 +303,14 @@ class Timeline:
             gone.append(self._kept.popleft().text)
         if gone:
             self._context = extended(self._context, gone)
-        return TranscriptDelta(
+        delta = TranscriptDelta(
             join_words(word.text for word in words),
             _wire(words),
             ms_of(words[0].start),
             ms_of(words[-1].end),
             between,
         )
+        return [*closed, delta]
 
     def _text_before(self) -> str:
         """The end of the committed text; empty where nothing is committed."""

@@ -14,11 +14,13 @@ from websockets.asyncio.server import ServerConnection
 from clients.backlog import Backlog
 from clients.connection import Backoff, ConnectFailed
 from clients.producer import Progress, StreamFailed, stream_audio, stream_url
-from clients.sources import SourceError, bytes_of_ms
+from clients.sources import Chunk, SourceError, bytes_of_ms
 from streaming.protocol import (
+    MAX_GAP_MS,
     Ack,
     Envelope,
     Error,
+    Gap,
     SessionClosed,
     SessionResumed,
     SpeechStarted,
@@ -113,16 +115,16 @@ async def test_a_fatal_error_ends_the_stream_with_its_text() -> None:
 
 
 async def test_an_end_the_client_did_not_ask_for_is_a_failure() -> None:
-    """A server that stops, or a connection that breaks, is not a finished stream."""
+    """A server that lost its engine, or a connection that breaks, is not a finished stream."""
 
-    async def stopping(fake: FakeServer, connection: ServerConnection) -> None:
-        await fake.send(connection, 1, SessionClosed("server_stopping", 0, 0, 0))
+    async def ending(fake: FakeServer, connection: ServerConnection) -> None:
+        await fake.send(connection, 1, SessionClosed("engine_lost", 0, 0, 0))
 
     async def breaking(fake: FakeServer, connection: ServerConnection) -> None:
         connection.transport.abort()
 
-    async with running(stopping) as fake:
-        with pytest.raises(StreamFailed, match="server_stopping"):
+    async with running(ending) as fake:
+        with pytest.raises(StreamFailed, match="engine_lost"):
             await stream_audio(stream_url(fake.url, "test"), silence(500), lambda _: None, paced=True)
     async with running(breaking) as fake:
         with pytest.raises(StreamFailed, match="the connection was lost"):
@@ -222,6 +224,68 @@ async def test_a_server_that_dies_in_a_handshake_is_asked_again() -> None:
                 stream_url(f"ws://127.0.0.1:{port}", "test"), silence(1), lambda _: None, paced=False
             )
     assert not failed.value.is_lasting
+
+
+async def test_a_gap_is_told_once_wherever_the_connection_is_lost() -> None:
+    """Before, within or behind it: what the server names decides what is sent again."""
+    has_lost, received = False, 0
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        for item in (bytes(640), Gap(7000), Gap(1000), bytes(640), Gap(MAX_GAP_MS), bytes(640)):
+            yield item
+
+    async def handler(fake: FakeServer, connection: ServerConnection) -> None:
+        nonlocal has_lost
+        if not has_lost:
+            has_lost = True
+            await fake.send(connection, 1, CREATED_WITH_TOKEN)
+            for _ in range(2):
+                await connection.recv()
+            connection.transport.abort()
+        else:
+            await fake.send(connection, 2, SessionResumed(received, received // 16))
+            await fake.hear(connection)
+            await fake.send(connection, 3, CLOSED)
+
+    for n_received, expected_ms in ((320, [8000, MAX_GAP_MS]), (320 + 16 * 8000, [MAX_GAP_MS])):
+        has_lost, received = False, n_received
+        async with running(handler) as fake:
+            url = stream_url(fake.url, "test")
+            await stream_audio(url, chunks(), lambda _: None, paced=False, backoff=QUICK)
+        told_ms = [request["duration_ms"] for request in fake.requests if request["type"] == "gap"]
+        assert told_ms == expected_ms
+        assert fake.n_audio_bytes == 2 * 640
+
+
+async def test_a_paced_gap_takes_its_time() -> None:
+    """It is told when it has passed, so that the server's clock is that of the source."""
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        for item in (bytes(640), Gap(300), bytes(640)):
+            yield item
+
+    async with running(FakeServer.transcribe) as fake:
+        await stream_audio(stream_url(fake.url, "test"), chunks(), lambda _: None, paced=True)
+    assert fake.requests[0] == {"type": "gap", "duration_ms": 300}
+    assert fake.chunk_times_s[-1] - fake.chunk_times_s[0] >= 0.3
+
+
+async def test_a_backlog_keeps_gaps_in_their_places() -> None:
+    """They take positions and no room; those without audio between them are one."""
+    backlog = Backlog(10)
+    for item in (Gap(1), b"12", Gap(2), Gap(3), b"34"):
+        await backlog.put(item)
+    assert await backlog.read(0, 100) == Gap(1)
+    assert await backlog.read(32, 100) == b"12"
+    assert await backlog.read(34, 100) == Gap(5)
+    assert await backlog.read(34 + 2 * 32, 100) == Gap(3)
+    assert await backlog.read(34 + 5 * 32, 100) == b"34"
+    backlog.forget(33)
+    assert await backlog.read(33, 100) == b"2"
+    backlog.forget(34 + 2 * 32)
+    assert await backlog.read(backlog.start, 100) == Gap(3)
+    backlog.forget(34 + 5 * 32 + 1)
+    assert await backlog.read(backlog.start, 100) == b"4"
 
 
 async def test_a_backlog_is_bounded_and_forgets_what_is_safe() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from clients.sources import ChunkQueue, SourceError, bytes_of_ms, decode, file_chunks, microphone
+from streaming.protocol import Gap
 
 
 def write_wav(path: Path, rate_hz: int, n_channels: int, duration_s: float) -> None:
@@ -93,6 +94,45 @@ async def test_the_microphone_gives_what_the_callback_got(monkeypatch: pytest.Mo
             await asyncio.to_thread(fake.stream.callback, data, 1, None, None)
         assert [await queue.take(), await queue.take()] == [b"\x01\x00", b"\x02\x00"]
     assert (fake.stream.samplerate, fake.stream.channels, fake.stream.blocksize) == (16_000, 1, 320)
+
+
+async def test_what_a_queue_drops_is_a_gap() -> None:
+    """In its place, and as long as what was dropped."""
+    queue = ChunkQueue(max_chunks=2)
+    for chunk in (bytes(1280), Gap(60), bytes(1280), b"ab"):
+        queue.put(chunk)
+    assert [await queue.take() for _ in range(3)] == [Gap(100), bytes(1280), b"ab"]
+
+
+async def test_what_a_microphone_loses_is_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overflow, or a laptop that slept: as long as the wall clock went on without audio."""
+    now_s = 1000.0
+    monkeypatch.setattr("clients.sources.time", SimpleNamespace(time=lambda: now_s))
+    fake = FakePortAudio(has_device=True)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    overflow = SimpleNamespace(input_overflow=True)
+    async with microphone(chunk_ms=20) as queue:
+        for at_s, status in ((1000.02, None), (1600.04, overflow), (1600.30, None)):
+            now_s = at_s
+            await asyncio.to_thread(fake.stream.callback, bytes(640), 320, None, status)
+        assert [await queue.take() for _ in range(4)] == [bytes(640), Gap(600_000), bytes(640), bytes(640)]
+
+
+async def test_a_microphone_that_stops_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pulled out: what it gave is sent, then its end is told. Closed by ourselves it does not fail."""
+    fake = FakePortAudio(has_device=True)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    async with microphone(chunk_ms=20) as queue:
+        await asyncio.to_thread(fake.stream.callback, bytes(640), 320, None, None)
+        await asyncio.to_thread(fake.stream.finished_callback)
+        assert await queue.take() == bytes(640)
+        with pytest.raises(SourceError, match="stopped"):
+            await queue.take()
+    async with microphone(chunk_ms=20) as queue:
+        pass
+    fake.stream.finished_callback()
+    await asyncio.sleep(0)
+    assert queue._failure is None
 
 
 async def test_no_device_and_no_sounddevice_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,13 @@ def test_a_file_keeps_its_times(
     assert n_bytes / 2 == pytest.approx(len(SPEECH), abs=3000)
 
 
+def test_a_broadcast_has_no_zero(tmp_path: Path) -> None:
+    """A recording that was cut out of one begins at once, and keeps its holes."""
+    file = tmp_path / "cut.ts"
+    file.write_bytes(encode(SPEECH, "mpegts", "aac", 48_000, {}, holes={0.0: 2400.0, 0.6: 3.0}))
+    assert gaps_ms(file) == pytest.approx([3000], abs=80)
+
+
 def tracks_in(file: Path, sounds: Sequence[tuple[Pcm, Mapping[str, str]]]) -> None:
     """Write a Matroska file of several sound tracks at 16 kHz, with what it says of each."""
     with av.open(file, "w", format="matroska") as muxer:

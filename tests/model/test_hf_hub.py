@@ -72,7 +72,7 @@ def test_what_is_cached_needs_no_network(tmp_path: Path, environment: dict[str, 
 def test_what_is_not_cached_is_said(tmp_path: Path, environment: dict[str, str]) -> None:
     """By the id; a broken download by the file it lacks."""
     found = in_a_process(tmp_path, "someone/other", **environment)
-    assert "CheckpointError: 'someone/other' is no folder, and the hub does not give it" in found.stderr
+    assert "CheckpointUnavailable: 'someone/other' is no folder, and the hub does not give it" in found.stderr
     snapshot = cached(tmp_path, with_weights=False)
     found = in_a_process(tmp_path, "someone/tiny", **environment)
     assert f"CheckpointError: {snapshot}: neither model.safetensors.index.json nor" in found.stderr

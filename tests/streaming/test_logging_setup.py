@@ -169,6 +169,10 @@ async def test_nothing_a_client_sends_is_logged_and_no_token_at_any_level(
     assert any(record.levelno >= logging.ERROR for record in records)  # of the fault
     for record in records:
         text = logging.Formatter().format(record)
+        if record.name == "streaming.server.refusal_log":  # the path is there on purpose, without its query
+            assert isinstance(record.args, tuple)
+            assert "?" not in text
+            text = text.replace(str(record.args[1]), "")
         assert record.levelno < logging.INFO or MARK not in text, text
         for token in (tokens.admin, tokens.desk):
             assert token not in text, text

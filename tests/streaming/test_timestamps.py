@@ -36,3 +36,9 @@ def test_holes(starts_s: tuple[float | None, ...], expected: list[int]) -> None:
 def test_the_first_time_stamp_of_a_live_source_is_zero() -> None:
     """It may have run for days."""
     assert holes(90_000.0, 90_000.5, 90_003.0, is_live=True) == [0, 0, 2000]
+
+
+def test_a_format_without_a_zero_begins_with_its_first_track() -> None:
+    """A broadcast that has been on for 40 minutes, whose sound begins a second behind its picture."""
+    clock = MediaClock(zero_s=2400.0)
+    assert [clock.hole_before(start_s, 1.0) for start_s in (2401.0, 2402.0, 2405.0)] == [1000, 0, 2000]

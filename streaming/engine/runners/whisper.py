@@ -18,7 +18,7 @@ from model.emotion import EmotionHead, affect, pool
 from model.mel import HOP, SILENCE, StreamingMel, normalise
 from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded, Decoder, DecodeRequest
-from model.whisper.modeling import FRAMES_PER_POSITION
+from model.whisper.modeling import FRAMES_PER_POSITION, DecoderCache
 from model.whisper.padding import Padding
 from model.whisper.tokens import Vocabulary, is_punctuation, split_words
 from model.whisper.word_times import loud_positions, word_spans
@@ -28,6 +28,7 @@ from streaming.engine.contract import (
     Findings,
     Fork,
     Hypothesis,
+    LanguageEstimate,
     Pcm,
     SlotResult,
     SlotStep,
@@ -35,6 +36,7 @@ from streaming.engine.contract import (
     Task,
     TimedWord,
 )
+from streaming.engine.runners.newest_speech import newest_part
 from streaming.engine.runners.sounds import SoundScorer
 from streaming.protocol import SAMPLE_RATE_HZ
 from streaming.text import join_words
@@ -47,6 +49,9 @@ PADDING_LEVEL = -0.8  # normalised log-mel of silence
 # (docs/decisions/013-confirm-an-unsure-language.md). With less audio than this no language settles.
 UNSURE_LANGUAGE = 0.7
 UNSURE_SAMPLES = 3 * SAMPLE_RATE_HZ
+# Between estimates of the language; where each costs a window of 30 s they are fewer.
+LANGUAGE_EVERY_S, PADDED_LANGUAGE_EVERY_S = 1.28, 2.56
+N_LANGUAGES = 8  # of an estimate; the others are as good as impossible
 MAX_CONTEXT_TOKENS = 100
 MAX_BATCH = 16  # windows encoded at once; more would only take more memory
 
@@ -157,6 +162,7 @@ class WhisperRunner:
             tasks=tuple(tasks),
             languages=self._vocabulary.languages,
             max_window_s=config.n_frames / 100,
+            language_every_s=PADDED_LANGUAGE_EVERY_S if pads_fully else LANGUAGE_EVERY_S,
             sounds=() if sounds is None else sounds.labels,
         )
 
@@ -185,9 +191,11 @@ class WhisperRunner:
         for first in range(0, len(due), MAX_BATCH):
             batch = due[first : first + MAX_BATCH]
             taps: list[Tensor] = []
+            estimates = self._estimate_languages(batch)
             decoded = self._confirmed(batch, self._decode(batch, taps, self._padding))
             for item, answer in zip(batch, decoded, strict=True):
-                hypotheses[item.step.slot_idx] = self._hypothesis(item, answer)
+                estimate = estimates.get(item.step.slot_idx)
+                hypotheses[item.step.slot_idx] = self._hypothesis(item, answer, estimate)
             emotions |= self._emotions(batch, taps)
         sounds = [None] * len(plan.slots) if self._sounds is None else self._sounds.step(plan.slots)
         return tuple(
@@ -231,28 +239,60 @@ class WhisperRunner:
         Without `padding` every window is encoded in full.
         """
         wanted = taps if any(item.emotion for item in due) else None
-        config = self._model.config
         requests = [item.request for item in due]
-        n_heard = [min(r.n_positions + self._guard_positions, config.n_audio_positions) for r in requests]
+        windows = [(item.frames, item.request.n_positions) for item in due]
+        cache = self._encode(windows, self._decoder.n_tokens(requests), wanted, padding)
+        return self._decoder.decode(cache, requests)
+
+    @torch.inference_mode()
+    def _encode(
+        self,
+        windows: Sequence[tuple[Tensor, int]],
+        n_tokens: int,
+        taps: list[Tensor] | None,
+        padding: Padding | None,
+    ) -> DecoderCache:
+        """An empty cache with room for `n_tokens` over windows: log power [T, M], positions of audio."""
+        config = self._model.config
+        n_heard = [min(n + self._guard_positions, config.n_audio_positions) for _, n in windows]
         n_frames = config.n_frames
         if padding is not None:
             # One position more: the convolutions of the longest window too must see silence behind it,
             # as those of the others do, or what a stream says would depend on its neighbours.
             n_frames = min(n_frames, (max(n_heard) + 1) * FRAMES_PER_POSITION)
-        mel = torch.full((len(due), n_frames, config.n_mels), SILENCE)
-        for row, item in enumerate(due):
-            part = item.frames[:n_frames]
+        mel = torch.full((len(windows), n_frames, config.n_mels), SILENCE)
+        for row, (frames, _) in enumerate(windows):
+            part = frames[:n_frames]
             mel[row, : part.shape[0]] = part
             mel[row] = normalise(mel[row], part.max() if part.shape[0] else SILENCE)
         mel = mel.transpose(1, 2).to(device=self._device, dtype=self._dtype)
-        n_tokens = self._decoder.n_tokens(requests)
         if padding is None:
-            cache = self._model.decoder.new_cache(self._model.encoder(mel, wanted), n_tokens)
-        else:
-            heard = torch.tensor(n_heard, device=self._device)
-            encoded = self._model.encoder.forward_unpadded(mel, heard, padding, wanted)
-            cache = self._model.decoder.new_cache_unpadded(encoded, heard, padding, n_tokens)
-        return self._decoder.decode(cache, requests)
+            return self._model.decoder.new_cache(self._model.encoder(mel, taps), n_tokens)
+        heard = torch.tensor(n_heard, device=self._device)
+        encoded = self._model.encoder.forward_unpadded(mel, heard, padding, taps)
+        return self._model.decoder.new_cache_unpadded(encoded, heard, padding, n_tokens)
+
+    def _estimate_languages(self, due: Sequence[_Due]) -> dict[int, LanguageEstimate]:
+        """The languages of the newest speech, by slot, of those forks that ask for it and have enough."""
+        asked = [(item, part) for item in due if (part := newest_part(item.fork, item.frames))]
+        if not asked:
+            return {}
+        windows = [(part.frames, -(-part.n_samples // SAMPLES_PER_POSITION)) for _, part in asked]
+        cache = self._encode(windows, 1, None, self._padding)
+        probabilities, no_speech = self._decoder.language_probabilities(cache, len(windows))
+        scores, best = probabilities.topk(min(N_LANGUAGES, probabilities.shape[1]), dim=-1)
+        return {
+            item.step.slot_idx: LanguageEstimate(
+                start=part.start,
+                end=part.start + part.n_samples,
+                scores=tuple((self._vocabulary.languages[i], p) for i, p in zip(idx, row, strict=True)),
+                no_speech=absent,
+                pauses=part.pauses,
+            )
+            for (item, part), idx, row, absent in zip(
+                asked, best.tolist(), scores.tolist(), no_speech.tolist(), strict=True
+            )
+        }
 
     def _confirmed(self, due: Sequence[_Due], decoded: Sequence[Decoded]) -> list[Decoded]:
         """The answers, of which those in a language that is not sure are decoded again, padded in full."""
@@ -313,7 +353,7 @@ class WhisperRunner:
             traits={},
         )
 
-    def _hypothesis(self, due: _Due, decoded: Decoded) -> Hypothesis:
+    def _hypothesis(self, due: _Due, decoded: Decoded, estimate: LanguageEstimate | None) -> Hypothesis:
         slot = self._slots[due.step.slot_idx]
         words = () if is_invented(decoded) else self._words(due, decoded)
         slot.draft_prefix = due.fork.prefix_texts
@@ -324,6 +364,7 @@ class WhisperRunner:
             language_score=decoded.language_score,
             no_speech=decoded.no_speech,
             n_repetitions_cut=decoded.n_repetitions_cut,
+            estimate=estimate,
         )
 
     def _words(self, due: _Due, decoded: Decoded) -> tuple[TimedWord, ...]:

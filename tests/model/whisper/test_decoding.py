@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.whisper.decoding import MAX_LOOP_TOKENS, Decoded, Decoder, DecodeRequest, loop_length
+from model.whisper.decoding import (
+    MAX_LOOP_TOKENS,
+    MAX_RESTARTS,
+    MAX_STALLED,
+    Decoded,
+    Decoder,
+    DecodeRequest,
+    _Row,
+    repetition,
+    stalled,
+)
 from model.whisper.modeling import DecoderCache
 from model.whisper.tokens import Vocabulary
 from tests.tiny_whisper import LANGUAGES, N_AUDIO_POSITIONS, N_TEXT_POSITIONS, tiny_checkpoint
@@ -196,34 +207,121 @@ def test_a_prompt_longer_than_the_model_reads_ends_nothing(encoded: torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("text", "n_cut"),
+    ("text", "found"),
     [
-        ("", 0),
-        ("aaaa", 0),
-        ("aaaaa", 4),
-        ("xaaaaa", 4),
-        ("abababab", 0),
-        ("ababababab", 8),
-        ("abcabc", 0),
-        ("abcabcabc", 6),
-        ("abcabcabcd", 0),
-        ("xyabcabcabc", 6),
+        ("", None),
+        ("aaaa", None),
+        ("aaaaa", (1, 5)),
+        ("xaaaaaaa", (1, 7)),
+        ("abababab", None),
+        ("xababababab", (2, 5)),
+        ("abcabc", None),
+        ("abcabcabc", (3, 3)),
+        ("abcabcabcd", None),
+        ("xyabcabcabcabc", (3, 4)),
     ],
 )
-def test_a_loop_is_cut_to_one(text: str, n_cut: int) -> None:
+def test_a_repeated_phrase_is_found(text: str, found: tuple[int, int] | None) -> None:
     """Three times in a row, or five of a phrase of one or two tokens, at the end only."""
-    assert loop_length([ord(c) for c in text]) == n_cut
+    assert repetition([ord(c) for c in text]) == found
 
 
 @given(
     before=st.lists(st.integers(0, 3), max_size=5),
     phrase=st.lists(st.integers(0, 3), min_size=1, max_size=MAX_LOOP_TOKENS),
 )
-def test_what_is_left_of_a_loop_is_no_loop(before: list[int], phrase: list[int]) -> None:
-    """Any phrase said five times is found, and once what is cut is cut."""
+def test_any_phrase_said_five_times_is_found(before: list[int], phrase: list[int]) -> None:
+    """And what is found stands at the end as often as it says."""
     tokens = before + 5 * phrase
-    while n_cut := loop_length(tokens):
-        assert 0 < n_cut < len(tokens)
-        del tokens[-n_cut:]
-    assert tokens[: len(before)] == before[: len(tokens)]
-    assert len(tokens) <= len(before) + 4 * len(phrase)
+    found = repetition(tokens)
+    assert found is not None
+    n, n_times = found
+    assert tokens[-n * n_times :] == tokens[-n:] * n_times
+
+
+@pytest.mark.parametrize(
+    ("reached", "n_stalled"),
+    [
+        ([0, 40, 80, 120, 160], 0),  # spoken
+        ([160, 160, 160, 160, 160], 4),  # the first is never cut
+        ([10, 50, 90, 90, 91, 30], 3),  # three were spoken
+        ([10, 50, 50, 90, 130], 0),  # the attention stumbled once
+        ([0, 1, 2, 3, 4, 5], 1),  # together far enough for one
+    ],
+)
+def test_repetitions_that_do_not_move_on_are_counted(reached: list[int], n_stalled: int) -> None:
+    """By how far each looked into the audio."""
+    assert stalled(reached, 4) == n_stalled
+
+
+def row_of(prefix: Sequence[int] = (), peaks: Sequence[int] = (), n_positions: int = 180) -> _Row:
+    """A window that has been prefilled with a prefix that looked at `peaks`."""
+    request = dataclasses.replace(REQUEST, prefix=tuple(prefix), n_positions=n_positions, max_tokens=60)
+    return _Row(request, VOCABULARY.language_id("en"), 1.0, [*range(4), *prefix], 0, peaks=list(peaks))
+
+
+def append(row: _Row, tokens: Sequence[int], peaks: Sequence[int]) -> None:
+    """Predicted one by one, each looking at one encoder position, until the row is done or restarts."""
+    for token, peak in zip(tokens, peaks, strict=True):
+        attention = torch.zeros(3, 1, N_AUDIO_POSITIONS)
+        attention[:, 0, peak] = 1.0
+        row.banned = ()
+        DECODER._append(row, token, -0.1, attention)
+        if row.is_done or row.banned:
+            break
+
+
+def test_a_word_said_twelve_times_is_kept() -> None:
+    """Each with audio of its own, as one token or with a comma, behind committed ones or not."""
+    row = row_of()
+    append(row, [7] * 12, range(0, 180, 15))
+    assert (row.tokens, row.n_repetitions_cut, row.is_done) == ([7] * 12, 0, False)
+    row = row_of()
+    append(row, [7, 8] * 12, [k // 2 * 15 + 2 * (k % 2) for k in range(24)])
+    assert (row.tokens, row.n_repetitions_cut) == ([7, 8] * 12, 0)
+    row = row_of([7] * 6, range(0, 90, 15))
+    append(row, [7] * 6, range(90, 180, 15))
+    assert (row.tokens, row.n_repetitions_cut) == ([7] * 6, 0)
+
+
+def test_a_loop_that_stands_still_is_cut_to_one_and_decoding_goes_on() -> None:
+    """Two hundred words without audio of their own; what they hid is decoded, but not as they are."""
+    row = row_of()
+    append(row, [5, *[7] * 59], [0, *[20] * 59])
+    assert row.tokens == [5, 7]
+    assert len(row.log_probabilities) == len(row.attention) == len(row.peaks) == 2
+    assert (row.n_repetitions_cut, row.banned, row.is_done) == (4, (7,), False)
+    allowed = DECODER._allowed_for(row)
+    assert allowed[7] == -torch.inf
+    assert allowed[6] == 0.0
+
+
+def test_the_spoken_part_of_a_loop_is_kept() -> None:
+    """Four were said, then the model went on without audio."""
+    row = row_of()
+    append(row, [7] * 20, [0, 20, 40, 60, *[61] * 16])
+    assert row.tokens == [7] * 4
+    assert row.n_repetitions_cut == MAX_STALLED
+    assert row.banned == (7,)
+
+
+def test_a_loop_of_committed_words_is_cut_behind_them() -> None:
+    """What is committed stays; all that is cut is what this decode said."""
+    row = row_of([5, *[7] * 4], [0, *[20] * 4])
+    append(row, [7] * 10, [20] * 10)
+    assert row.tokens == []
+    assert row.n_fed == len(row.prompt) - 1
+    assert row.banned == (7,)
+
+
+def test_at_the_end_of_the_audio_a_loop_ends_the_decode() -> None:
+    """There is nothing behind it; and a model that only loops is ended after some restarts."""
+    row = row_of(n_positions=60)
+    append(row, [7] * 20, [0, 15, 30, 45, *[47] * 16])
+    assert (row.tokens, row.is_done, row.banned) == ([7] * 4, True, ())
+    row = row_of()
+    for token in range(7, 7 + MAX_RESTARTS + 1):
+        assert not row.is_done
+        append(row, [token] * 20, [20] * 20)
+    assert row.is_done
+    assert row.tokens == list(range(7, 7 + MAX_RESTARTS + 1))

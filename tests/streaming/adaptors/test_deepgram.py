@@ -172,6 +172,24 @@ async def test_containers_are_known_by_their_content(kind: str) -> None:
     assert events[-1]["duration"] == pytest.approx(2.5, abs=0.1)
 
 
+@pytest.mark.parametrize(("begins_s", "hole_s"), [(5.0, 0.0), (0.0, 12.0), (2.0, 700.0)])
+async def test_the_time_stamps_of_a_container_count(begins_s: float, hole_s: float) -> None:
+    """Sound that begins late, and a hole in its middle, a long one too: each word is at its time."""
+    container = ("matroska", "flac", 16_000, dict[str, str]())
+    speech = utterances(1.0)
+    length_s = len(speech) / 16_000
+    twice = np.concatenate([speech, speech])
+    data = encode(twice, *container, holes={0.0: begins_s, length_s: hole_s})
+    async with running_server() as running, listen(running, "") as connection:
+        events = await transcribe(connection, cut(data, 777))
+    results = [event for event in events if event["type"] == "Results"]
+    starts = [word["start"] for r in results for word in r["channel"]["alternatives"][0]["words"]]
+    first, behind = starts[0], starts[len(starts) // 2]
+    assert first - begins_s == pytest.approx(0.3, abs=0.3)
+    assert behind - first == pytest.approx(length_s + hole_s, abs=0.1)
+    assert events[-1]["duration"] == pytest.approx(2 * length_s + begins_s + hole_s, abs=0.1)
+
+
 async def test_a_container_is_finalized_in_its_middle() -> None:
     """What was sent is decoded and answered before more comes."""
     data = encode(TALK, *KINDS["ogg-opus"])

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import soxr
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,28 @@ async def test_a_hole_in_the_middle_is_in_its_place(kind: str) -> None:
     after = sum(len(piece) for piece in found[at:] if not isinstance(piece, Hole))
     assert before == pytest.approx(0.6 * 16_000, abs=1500)
     assert before + after == pytest.approx(len(SPEECH), abs=2000)
+
+
+@pytest.mark.parametrize("default", [0, 1])
+async def test_of_two_tracks_the_default_is_heard(default: int) -> None:
+    """The other one is left out, wherever it is."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as muxer:
+        streams = [muxer.add_stream("flac", rate=16_000) for _ in range(2)]
+        for i, stream in enumerate(streams):
+            assert isinstance(stream, av.AudioStream)
+            stream.codec_context.layout = "mono"
+            stream.disposition = Disposition.default if i == default else Disposition(0)
+        for i, stream in enumerate(streams):
+            assert isinstance(stream, av.AudioStream)
+            for at in range(0, 48_000, BLOCK):
+                samples = np.full((1, BLOCK), 1000 * (i + 1), np.int16)
+                frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+                frame.sample_rate, frame.pts = 16_000, at
+                muxer.mux(stream.encode(frame))
+            muxer.mux(stream.encode(None))
+    pcm = await decoded(iter([file.getvalue()]))
+    assert np.median(pcm) == pytest.approx(1000 * (default + 1) / 32768, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,8 @@ from streaming.engine.contract import (
     Findings,
     Fork,
     Hypothesis,
+    LanguageEstimate,
+    LanguageSpan,
     Pcm,
     SlotResult,
     SlotStep,
@@ -46,7 +48,11 @@ SCORED = TaskSchedule(sound_ticks=1, emotion_ticks=4)  # as a model that scores 
 NAMED = TaskSchedule(
     sound_ticks=4, events_ticks=4, emotion_ticks=6, reach=int(LONGEST_WINDOW_S * SAMPLE_RATE_HZ)
 )
-task_schedules = st.sampled_from([TRANSCRIPT_ONLY, SCORED, NAMED])
+# As one that estimates languages: six words in one, six in the next.
+MULTILINGUAL = TaskSchedule(sound_ticks=1, language_ticks=2)
+WORDS_OF_A_LANGUAGE = 6
+LANGUAGES = ("en", "de", "fr")
+task_schedules = st.sampled_from([TRANSCRIPT_ONLY, SCORED, NAMED, MULTILINGUAL])
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,37 @@ class FakeRunner:
         window = slot.pcm[fork.window_start - slot.start :]
         self.asked[step.owner] = Asked(slot.end, fork, zlib.crc32(window.tobytes()))
         heard = runs(window, fork.window_start)[len(fork.prefix) :]
-        return Hypothesis(tuple(heard), "en", 1.0, 0.0, 0)
+        language, estimate = fork.language or LANGUAGES[0], None
+        if fork.language_span is not None:
+            assert self._tasks.language_ticks
+            estimate = estimate_language(slot, fork.language_span)
+        return Hypothesis(tuple(heard), language, 1.0, 0.0, 0, estimate)
+
+
+def language_of(word: str) -> str:
+    """The language that a word of a recording is in."""
+    number = int(word[1:].split("x")[0])
+    return LANGUAGES[(number - 1) // WORDS_OF_A_LANGUAGE % len(LANGUAGES)]
+
+
+def estimate_language(slot: _Slot, span: LanguageSpan) -> LanguageEstimate | None:
+    """By the samples of the newest second of a span."""
+    assert slot.start <= span.start <= span.end <= slot.end
+    if span.end - span.start < SAMPLE_RATE_HZ:
+        return None
+    start = span.end - SAMPLE_RATE_HZ
+    found = runs(slot.pcm[start - slot.start : span.end - slot.start], start)
+    n_samples = dict.fromkeys(LANGUAGES, 0)
+    for word in found:
+        n_samples[language_of(word.text)] += word.end - word.start
+    total = max(1, sum(n_samples.values()))
+    scores = sorted(
+        ((code, n / total) for code, n in n_samples.items()), key=lambda item: (-item[1], item[0])
+    )
+    pauses = [
+        (before.end, after.start) for before, after in itertools.pairwise(found) if after.start > before.end
+    ]
+    return LanguageEstimate(start, span.end, tuple(scores), 0.0 if found else 1.0, tuple(pauses))
 
 
 def runs(window: Pcm, start: int) -> list[TimedWord]:

@@ -97,12 +97,14 @@ class Recorder:
         """Nothing."""
 
 
-def make_feed(number: int, script: Script, max_ahead: int, saved: bytes | None = None) -> Feed:
+def make_feed(
+    number: int, script: Script, max_ahead: int, saved: bytes | None = None, language: str | None = "en"
+) -> Feed:
     """A feed with trackers that record; of a new stream, or one that continues from a saved state."""
     if saved is None:
         timeline = Timeline(CONFIG, Recorder(), Recorder())
         return Feed(
-            number, timeline, language="en", ring=len(script.pcm), max_ahead=max_ahead, max_step=MAX_STEP
+            number, timeline, language=language, ring=len(script.pcm), max_ahead=max_ahead, max_step=MAX_STEP
         )
     state = msgspec.msgpack.decode(saved, type=FeedState)
     timeline = Timeline(CONFIG, Recorder(state.timeline.sounds), Recorder(), state.timeline)
@@ -207,7 +209,8 @@ class World:
         """A new stream."""
         if not self._tasks.events_ticks:
             script = script.without_questions()
-        stream = Stream(number, script, make_feed(number, script, self._max_ahead))
+        language = None if self._tasks.language_ticks else "en"
+        stream = Stream(number, script, make_feed(number, script, self._max_ahead, language=language))
         stream.feed.reopen()
         self._send(stream)
         self.streams[number] = stream

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from streaming import descriptors
 from streaming.config import parse_config
 from streaming.engine import client as engine_client
 from streaming.engine.client import EngineClient, EngineState, engine_settings
@@ -97,3 +101,72 @@ async def test_the_engine_gets_a_quiet_openmp(tmp_path: Path) -> None:
     with pytest.raises(EngineLost):
         await engine.run()
     assert (tmp_path / "policy").read_text() == "PASSIVE"
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[Callable[[], None]]:
+    """Takes all that are free when it is called, until the end of the body."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+
+    # A few more than there are, so that few are needed to take all of them.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 100, hard))
+    try:
+        yield take
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def kill_and_wait(engine: EngineClient) -> None:
+    """Kill a ready engine; it is seen to be gone."""
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await engine.until(EngineState.RESTARTING)
+
+
+async def test_an_engine_starts_though_no_descriptor_is_free() -> None:
+    """Some are kept for it."""
+    engine = client_of()
+    task = asyncio.create_task(engine.run())
+    async with asyncio.timeout(TIMEOUT_S):
+        await engine.until(EngineState.READY)
+        with no_descriptors() as take:
+            for _ in range(2):  # the reserve is filled again from what the dead engine gave back
+                take()
+                await kill_and_wait(engine)
+                await engine.until(EngineState.READY)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_start_waits_for_descriptors(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a reserve: it says so, and no death of an engine is counted for it."""
+    monkeypatch.setattr(engine_client, "NO_ROOM_S", 0.02)
+    monkeypatch.setattr(descriptors, "N_RESERVED", 0)
+    engine = client_of("[engine]\nmax_restarts = 1")
+    task = asyncio.create_task(engine.run())
+    async with asyncio.timeout(TIMEOUT_S):
+        await engine.until(EngineState.READY)
+        with no_descriptors() as take:
+            take()
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            take()
+            await engine.until(EngineState.RESTARTING)
+            take()
+            while caplog.text.count("cannot be started now: Too many open files") < 3:
+                take()
+                await asyncio.sleep(0.01)
+        await engine.until(EngineState.READY)
+    assert engine.n_restarts == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

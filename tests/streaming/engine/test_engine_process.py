@@ -150,5 +150,4 @@ async def test_a_broken_checkpoint_is_named(checkpoint: Path, tmp_path: Path) ->
     shutil.copytree(checkpoint, broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     said = await broken_model_message(broken)
-    assert "failed at start" in said
-    assert f"{broken}/model.safetensors" in said
+    assert said.startswith(f"{broken}/model.safetensors: no safetensors file")

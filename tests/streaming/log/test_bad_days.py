@@ -20,7 +20,7 @@ from streaming.log import connections
 from streaming.log import log as log_module
 from streaming.log.log import Log
 from streaming.log.seen_clock import SeenClock
-from streaming.log.store import Logged, Opened, Store
+from streaming.log.store import KEPT_LIVE, Logged, Opened, Store
 from streaming.protocol import Close, Flush, Flushed, SessionClosed, SessionCreated, encode_client
 from tests.streaming.server.admission_support import ask
 from tests.streaming.support import (
@@ -229,3 +229,18 @@ async def resumed(running: Running, query: str) -> ClientConnection:
             return await running.stream("a", query)
         except InvalidStatus:
             await asyncio.sleep(0.05)
+
+
+def test_a_live_stream_that_floods_the_log_pushes_nobody_out(tmp_path: Path) -> None:
+    """Where only live streams are left, the one that says most loses its older messages."""
+    store = Store(tmp_path / "log.sqlite")
+    store.write([Opened(i, f"s{i}", 1, 0, 0, b"") for i in (1, 2)])
+    n = 2 * KEPT_LIVE
+    store.write([Logged(i + 1, 1, 1, i + 1, "flushed", 0, b"x") for i in range(n)])
+    store.write([Logged(n + i + 1, 2, 1, i + 1, "flushed", 0, b"x" * 8000) for i in range(3 * n)])
+    while not store.trim(0, 16 * 1024 * 1024, 1000).is_done:
+        pass
+    assert store.id_of(1, 1) is not None  # older than all of the flood
+    assert store.id_of(2, 1) is None
+    assert store.id_of(2, 3 * n) is not None
+    store.close()

@@ -66,6 +66,7 @@ async def read(connection: ClientConnection) -> None:
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("endpoint", "path", "rate_hz", "last"),
     [

@@ -161,3 +161,17 @@ async def test_a_dead_servers_stream_counts_once_its_producer_is_back(tokens: To
                 await finalised(first)
         async with opened(running, "/v1/stream/desk-3", tokens.desk) as third:
             await finalised(third)
+
+
+async def test_a_token_begins_so_many_streams_a_day(tokens: Tokens) -> None:
+    """However short they are; others, and whoever resumes, are let in."""
+    limits = settings(tokens, limits="token_new_streams = 3")
+    async with running_server(limits) as running:
+        for i in range(3):
+            async with opened(running, f"/v1/stream/desk-{i}", tokens.desk) as connection:
+                await connection.send(encode_client(Close()))
+                await receive_until(connection, SessionClosed)
+        got = await refused(opened(running, "/v1/stream/desk-3", tokens.desk))
+        assert is_answer(got, Refusal.TOO_MANY_NEW_STREAMS)
+        async with opened(running, "/v1/stream/desk-3", tokens.admin):
+            pass

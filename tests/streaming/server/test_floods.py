@@ -18,6 +18,7 @@ from streaming.protocol import (
     encode_client,
 )
 from streaming.refusals import Refusal
+from streaming.stream import session
 from tests.streaming.server.admission_support import (
     ask,
     counted,
@@ -202,3 +203,18 @@ async def test_pongs_that_nobody_asked_for_cost_nothing() -> None:
         async with asyncio.timeout(TIMEOUT_S):
             await (await connection.ping())
         assert await counted(running, Refusal.UNREAD) == 0
+
+
+async def test_flushes_as_fast_as_they_go_are_answered_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, in order; each is logged, and a log full of them holds nothing else."""
+    monkeypatch.setattr(session, "FLUSHES_AT_ONCE", 20)
+    monkeypatch.setattr(session, "FLUSHES_PER_S", 40.0)
+    async with running_server() as running, running.stream("a") as connection:
+        begun = asyncio.get_running_loop().time()
+        for i in range(60):
+            await connection.send(encode_client(Flush(str(i))))
+        for i in range(60):
+            flushed = (await receive_until(connection, Flushed))[-1].message
+            assert isinstance(flushed, Flushed)
+            assert flushed.id == str(i)
+        assert asyncio.get_running_loop().time() - begun >= 0.95

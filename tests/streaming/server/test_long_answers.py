@@ -50,7 +50,7 @@ async def test_an_answer_is_whole_however_long_it_takes() -> None:
         found = bytearray()
         while piece := await reader.read(512 * 1024):
             found += piece
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.03)
         assert found == BODY
         assert asyncio.get_running_loop().time() - begun > 0.6
         assert await counted(running, Refusal.STALLED) == 0

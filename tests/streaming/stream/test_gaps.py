@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -125,6 +126,32 @@ async def test_the_wall_clock_is_that_of_the_first_sample_and_of_the_newest() ->
     assert epoch_ms - created.epoch_ms >= wait_s * 1000 - first_piece_ms - 1
     walls = [e.message.wall_ms for e in found if isinstance(e.message, Ack)]
     assert all(wall_ms is not None and wall_ms >= epoch_ms for wall_ms in walls)
+
+
+async def test_wall_times_behind_a_told_pause_are_right() -> None:
+    """Opened early, sent as it is spoken, paused: words have the wall time of their sending."""
+    began_ms: list[float] = []
+    async with running_server() as running, running.stream("a") as connection:
+        reading = asyncio.create_task(receive_until(connection, SessionClosed))
+        await asyncio.sleep(0.5)
+        ended_ms = None
+        for pause_s in (0.0, 1.5):
+            await asyncio.sleep(pause_s)
+            began_ms.append(time.time() * 1000)
+            if ended_ms is not None:
+                await send(connection, [Gap(round(began_ms[-1] - ended_ms))])
+            for at in range(0, len(SPEECH), 3200):
+                await send(connection, [SPEECH[at : at + 3200]])
+                await asyncio.sleep(began_ms[-1] / 1000 + (at + 3200) / 32_000 - time.time())
+            ended_ms = time.time() * 1000
+        await connection.send(encode_client(Close()))
+        found = await reading
+    (epoch_ms,) = {e.epoch_ms for e in found if isinstance(e.message, TranscriptDelta)}
+    assert epoch_ms is not None
+    spoken_ms = [epoch_ms + word.start_ms for word in words(found)]
+    first, behind = spoken_ms[0], spoken_ms[len(spoken_ms) // 2]
+    assert behind - first == pytest.approx(began_ms[1] - began_ms[0], abs=50)
+    assert 0 < first - began_ms[0] < 1000  # speech begins half a second behind the silence before it
 
 
 async def test_an_hour_costs_the_engine_ten_seconds() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from streaming.audio.vad import VadState
+from streaming.engine.contract import LanguageDoubt
 from streaming.engine.messages import Mark
 from streaming.errors import LogError
 from streaming.log.row import Row
@@ -218,4 +219,6 @@ def test_a_language_that_the_model_does_not_know_is_detected(
     """A model without a list takes any."""
     adapted, _ = for_model(state(language="cy", settled_language="de").session.feed, (), languages)
     assert (adapted.language, adapted.settled_language) == expected
+    doubted = state(settled_language="de", doubt=LanguageDoubt("cy", 1.0, 0, 0)).session.feed
+    assert (for_model(doubted, (), languages)[0].doubt is None) == bool(languages)
     assert for_model(state().session.feed, (), languages)[0] == state().session.feed

@@ -398,3 +398,53 @@ def test_a_timeline_goes_on_from_its_state(texts: list[str], cut: int) -> None:
         found = one.apply(result(point, heard(text), kind))
         if i >= cut:
             assert other.apply(result(point, heard(text), kind)) == found
+
+
+def test_a_change_of_language_closes_the_segment() -> None:
+    """Its first words belong to the language before, and are committed; what follows is agreed on anew."""
+    timeline = Timeline(CONFIG)
+    english, french = heard("ask not what"), heard("c'est ce que", 1.0)
+    timeline.apply(result(TICK * 4, english))
+    changed = msgspec.structs.replace(
+        result(TICK * 8, english + french, language="fr"), n_before=3, language_before="en"
+    )
+    applied = timeline.apply(changed)
+    assert applied.n_committed == 3
+    finals = [m for m in applied.messages if isinstance(m, TranscriptFinal)]
+    assert [(m.language, m.text) for m in finals] == [("en", "ask not what")]
+    later = timeline.apply(result(TICK * 9, french, "flush", "fr"))
+    finals = [m for m in later.messages if isinstance(m, TranscriptFinal)]
+    assert [(m.language, m.text) for m in finals] == [("fr", "c'est ce que")]
+
+
+def test_a_change_without_words_before_it_closes_what_is_open() -> None:
+    """The committed words keep the language that they were committed in, whenever the segment closes."""
+    timeline = Timeline(CONFIG)
+    timeline.apply(result(TICK * 4, heard("ask not what you")))
+    timeline.apply(result(TICK * 5, heard("ask not what you")))
+    french = msgspec.structs.replace(
+        result(TICK * 8, heard("c'est", 1.0), language="fr"), language_before="en"
+    )
+    finals = [m for m in timeline.apply(french).messages if isinstance(m, TranscriptFinal)]
+    assert [m.language for m in finals] == ["en"]
+
+
+def test_words_of_another_language_begin_a_segment() -> None:
+    """Also where the client changes the language, or detection wavers, and nothing else says so."""
+    timeline = Timeline(CONFIG)
+    messages = [*timeline.apply(result(TICK * 8, heard("ask not what you"))).messages]
+    messages += timeline.apply(result(TICK * 9, heard("ask not what you"))).messages
+    messages += timeline.apply(result(TICK * 12, heard("das ist gut", 2.0), "flush", "de")).messages
+    finals = [(m.language, m.text) for m in messages if isinstance(m, TranscriptFinal)]
+    assert finals == [("en", "ask not what"), ("de", "das ist gut")]
+
+
+def test_words_whose_language_is_in_doubt_wait() -> None:
+    """At a tick; when speech stops they are committed as they are."""
+    timeline = Timeline(CONFIG)
+    words = heard("ask not what you can")
+    timeline.apply(result(TICK * 8, words))
+    doubted = msgspec.structs.replace(result(TICK * 9, words), held_from=words[2].start)
+    assert timeline.apply(doubted).n_committed == 2
+    stop = msgspec.structs.replace(result(TICK * 10, words[2:], "speech_stop"), held_from=words[2].start)
+    assert timeline.apply(stop).n_committed == 3

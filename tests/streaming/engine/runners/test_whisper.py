@@ -19,7 +19,16 @@ from model.whisper.checkpoint import Checkpoint
 from model.whisper.decoding import Decoded
 from model.whisper.tokens import Vocabulary
 from streaming.config import EventsConfig
-from streaming.engine.contract import SOUND_FRAME, Fork, Hypothesis, Pcm, SlotStep, StepPlan, TimedWord
+from streaming.engine.contract import (
+    SOUND_FRAME,
+    Fork,
+    Hypothesis,
+    LanguageSpan,
+    Pcm,
+    SlotStep,
+    StepPlan,
+    TimedWord,
+)
 from streaming.engine.runners import whisper as whisper_runner
 from streaming.engine.runners.loader import warm_up
 from streaming.engine.runners.sounds import SoundScorer
@@ -336,3 +345,48 @@ def test_sounds_are_scored_with_and_without_forks() -> None:
     assert again.found == alone.found
     (without,) = RUNNER.step(StepPlan((step_of(0, pcm),)))
     assert without.found.sounds is None
+
+
+def spanning(start: int, end: int, least_speech: int = SECOND) -> Fork:
+    """A fork that asks for the language of its newest speech too."""
+    return dataclasses.replace(FORK, language_span=LanguageSpan(start, end, least_speech))
+
+
+def test_the_language_of_the_newest_speech_is_estimated() -> None:
+    """Of every language a probability; the words are as without."""
+    pcm = chirps(3 * SECOND)
+    hypothesis = fresh(pcm, spanning(SECOND, 3 * SECOND))
+    assert_same(hypothesis, fresh(pcm))
+    estimate = hypothesis.estimate
+    assert estimate is not None
+    assert (estimate.start, estimate.end) == (SECOND, 3 * SECOND)
+    assert {code for code, _ in estimate.scores} == set(RUNNER.capabilities.languages)
+    assert sum(score for _, score in estimate.scores) == pytest.approx(1.0, abs=1e-4)
+    scores = [score for _, score in estimate.scores]
+    assert scores == sorted(scores, reverse=True)
+    assert 0.0 <= estimate.no_speech <= 1.0
+
+
+def test_an_estimate_looks_at_its_span_alone() -> None:
+    """What a window of nothing else gives; neighbours in the batch, of any length, change nothing."""
+    pcm = chirps(3 * SECOND)
+    alone = fresh(pcm, spanning(SECOND, 3 * SECOND)).estimate
+    other = fresh(chirps(4 * SECOND, seed=1), spanning(0, 4 * SECOND)).estimate
+    runner = new_runner()
+    together = run(
+        runner,
+        step_of(0, pcm, spanning(SECOND, 3 * SECOND)),
+        step_of(1, chirps(2 * SECOND, seed=2), FORK),
+        step_of(2, chirps(4 * SECOND, seed=1), spanning(0, 4 * SECOND)),
+    )
+    assert together[1].estimate is None
+    for ours, theirs in ((together[0].estimate, alone), (together[2].estimate, other)):
+        assert ours is not None
+        assert theirs is not None
+        assert [code for code, _ in ours.scores] == [code for code, _ in theirs.scores]
+        assert [p for _, p in ours.scores] == pytest.approx([p for _, p in theirs.scores], abs=1e-4)
+
+
+def test_too_little_speech_has_no_estimate() -> None:
+    """It would be a guess."""
+    assert fresh(chirps(SECOND), spanning(0, SECOND, 2 * SECOND)).estimate is None
