@@ -154,13 +154,13 @@ def in_a_room(audio: Pcm, dbfs: float = -62.0) -> Pcm:
 
 
 def test_no_words_are_invented_over_sounds(runner: Runner) -> None:
-    """Rain, a chain saw and a dog, twice over: words came with every one of them."""
+    """Rain, a chain saw, a dog, a clock and waves, twice over: words came with every one of them."""
     if not DATA.is_dir():
         pytest.skip(f"no recordings in {DATA}")
-    names = ("rain", "chainsaw", "dog_bark")
+    names = ("rain", "chainsaw", "dog_bark", "clock_tick", "sea_waves")
     clips = [sorted((DATA / "events" / "esc10" / name).glob("*.opus"))[0] for name in names]
     audio = [in_a_room(np.tile(read_audio(clip), 2)) for clip in clips]
-    assert captions(runner, *audio) == [[]] * len(names)
+    assert captions(runner, *audio[:3]) + captions(runner, *audio[3:]) == [[]] * len(names)
 
 
 @pytest.mark.parametrize("dbfs", [-53, -58, -63])
