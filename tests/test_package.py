@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -130,7 +131,9 @@ def test_an_environment_with_the_wheel_runs_the_main_job(environment: Path, tmp_
         wait_until_ready(server, port)
         text = run("stream", str(recording), "--name", "call", "--fast", "--server", f"{HOST}:{port}")
         assert len(text.split()) > 5, text
-        shown = run("captions", "call", "--server", f"{HOST}:{port}")
+        address = ("--server", f"{HOST}:{port}")
+        created = run("subscribe", "call", "--after", "0", "--no-follow", *address).splitlines()[0]
+        shown = run("captions", "call", "--session", json.loads(created)["session"], *address)
         assert text.split()[0] in shown
     finally:
         stop(server)

@@ -18,6 +18,7 @@ import pytest
 
 from bench.manifest import join, load_manifest
 from bench.measures import wer
+from clients.connection import Backoff
 from clients.producer import StreamFailed, stream_audio, stream_url
 from clients.sources import SourceError, bytes_of_ms, decode
 from scripts.demo import HOST, free_port, stop, wait_until_ready
@@ -366,6 +367,10 @@ def stopped(clip: bytes, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
         return Stopped(run, exit_code, [process for process in processes if process.is_running()], stop_s)
 
 
+# The server does not come back; a client that goes on trying would wait for longer than a minute.
+SOON_GIVEN_UP = Backoff(first_s=0.1, longest_s=0.1, max_attempts=3)
+
+
 async def stream_and_stop(server: LiveServer, audio: bytes) -> tuple[Run, float]:
     """Stream `audio` and, when all of it has arrived, ask the server to stop; and when that was."""
     run = Run()
@@ -388,7 +393,9 @@ async def stream_and_stop(server: LiveServer, audio: bytes) -> tuple[Run, float]
 
     async with asyncio.timeout(TIMEOUT_S):
         with pytest.raises(StreamFailed):
-            await stream_audio(stream_url(server.url, "stopped"), chunks(), on_message, paced=True)
+            await stream_audio(
+                stream_url(server.url, "stopped"), chunks(), on_message, paced=True, backoff=SOON_GIVEN_UP
+            )
     return run, asked_at
 
 
