@@ -264,24 +264,36 @@ class Mp4Guard(Guard):
 
 
 def _boxes(kind: bytes, box: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Every box in an index, itself among them, and what it holds; those within it follow it."""
+    """Every box in an index, itself among them, and what it holds; those within it follow it.
+
+    Raises:
+        BadAudio: one does not end within the box that holds it.
+    """
     waiting = [(kind, box[16 if box[:4] == b"\0\0\0\1" else 8 :])]
     while waiting:
         name, body = waiting.pop()
         yield name, body
-        if name not in _PARENTS:
-            continue
-        at = 0
-        while at + 8 <= len(body):
-            size, inner = struct.unpack_from(">I4s", body, at)
-            begin = at + 8
-            if size == 1 and at + 16 <= len(body):
-                size, begin = struct.unpack_from(">Q", body, at + 8)[0], at + 16
-            end = len(body) if size == 0 else at + size
-            if end < begin or end > len(body):
-                raise BadAudio(f"an MP4 box of {size} bytes in one of {len(body)}")
-            waiting.append((inner, body[begin:end]))
-            at = end
+        if name in _PARENTS:
+            waiting += _inner_boxes(body)
+
+
+def _inner_boxes(body: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The boxes in what a box holds, and what each of them holds.
+
+    Raises:
+        BadAudio: as `_boxes`.
+    """
+    at = 0
+    while at + 8 <= len(body):
+        size, name = struct.unpack_from(">I4s", body, at)
+        begin = at + 8
+        if size == 1 and at + 16 <= len(body):
+            size, begin = struct.unpack_from(">Q", body, at + 8)[0], at + 16
+        end = len(body) if size == 0 else at + size
+        if end < begin or end > len(body):
+            raise BadAudio(f"an MP4 box of {size} bytes in one of {len(body)}")
+        yield name, body[begin:end]
+        at = end
 
 
 def _n_in_table(table: bytes) -> int:
@@ -289,23 +301,14 @@ def _n_in_table(table: bytes) -> int:
 
     In PCM, where all samples are of one size and last one tick, it keeps one thing for a thousand.
     """
-    parts = {table[at + 4 : at + 8]: table[at + 8 : at + size] for at, size in _parts(table)}
-    sizes, times = parts.get(b"stsz", b""), parts.get(b"stts", b"")
-    n_samples = int.from_bytes(sizes[8:12], "big")
-    is_even = sizes[4:8] != bytes(4) and times[4:8] == times[12:16] == b"\0\0\0\1"
-    n_samples //= _PCM_SAMPLES if is_even else 1
-    return n_samples + int.from_bytes(parts.get(b"stz2", b"")[8:12], "big")
-
-
-def _parts(body: bytes) -> Iterator[tuple[int, int]]:
-    """Where the boxes in a box begin, and their sizes."""
-    at = 0
-    while at + 8 <= len(body):
-        size = int.from_bytes(body[at : at + 4], "big")
-        if not 8 <= size <= len(body) - at:
-            return
-        yield at, size
-        at += size
+    boxes = list(_inner_boxes(table))
+    sizes, times = ([body for name, body in boxes if name == kind] for kind in (b"stsz", b"stts"))
+    is_steady = bool(times) and all(body[4:8] == body[12:16] == b"\0\0\0\1" for body in times)
+    n_samples = 0
+    for body in sizes:
+        is_even = is_steady and body[4:8] != bytes(4)
+        n_samples += int.from_bytes(body[8:12], "big") // (_PCM_SAMPLES if is_even else 1)
+    return n_samples + sum(int.from_bytes(body[8:12], "big") for name, body in boxes if name == b"stz2")
 
 
 def _declared(name: bytes, body: bytes) -> int:

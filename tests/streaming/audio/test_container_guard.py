@@ -57,8 +57,13 @@ def numbers(*values: int) -> bytes:
     return struct.pack(f">{len(values)}I", *values)
 
 
-def mp4(n_samples: int, n_tracks: int = 1, duration: int = 1024) -> bytes:
-    """AAC whose tables declare samples of one byte; FFmpeg opens it."""
+def with_long_size(plain: bytes) -> bytes:
+    """A box whose size is written in 64 bits."""
+    return numbers(1) + plain[4:8] + struct.pack(">Q", len(plain) + 8) + plain[8:]
+
+
+def mp4(n_samples: int, n_tracks: int = 1, duration: int = 1024, sizes: bytes | None = None) -> bytes:
+    """AAC whose tables declare samples of one byte, or what `sizes` says; FFmpeg opens it."""
     asc = b"\x05\x02\x12\x08"
     decoder = b"\x04\x11\x40\x15" + bytes(11) + asc
     esds = full(b"esds", b"\x03" + bytes([3 + len(decoder)]) + b"\0\1\0" + decoder)
@@ -70,7 +75,7 @@ def mp4(n_samples: int, n_tracks: int = 1, duration: int = 1024) -> bytes:
         full(b"stsd", numbers(1), entry),
         full(b"stts", times),
         full(b"stsc", chunks),
-        full(b"stsz", numbers(1 if n_samples else 0, n_samples)),
+        sizes or full(b"stsz", numbers(1 if n_samples else 0, n_samples)),
         full(b"stco", numbers(1, 2000) if n_samples else numbers(0)),
     )
     media = box(
@@ -91,6 +96,9 @@ def fragment(n_samples: int) -> bytes:
     """A fragment of an MP4 that declares so many samples, and the bytes of a few."""
     track = box(b"traf", full(b"tfhd", numbers(1)), full(b"trun", numbers(n_samples)))
     return box(b"moof", full(b"mfhd", numbers(1)), track) + box(b"mdat", bytes(64))
+
+
+MANY = full(b"stsz", numbers(1, 20_000_000))
 
 
 def of_codec(container: str, codec: str) -> bytes:
@@ -118,13 +126,16 @@ def matroska_of(rate_hz: float) -> bytes:
         (matroska_of(1.0), "of 1 Hz"),
         (wav(16_000, 32_000, n_channels=64), "holds 64 channels; expected 1 to 8"),
         (mp4(20_000_000) + box(b"mdat", bytes(3000)), "declare 20000000 samples"),
+        (mp4(1, sizes=with_long_size(MANY)) + bytes(3000), "declare 20000000 samples"),
+        (mp4(1, sizes=MANY + full(b"stsz", numbers(1, 1))) + bytes(3000), "declare 20000001 samples"),
         (mp4(0) + fragment(20_000_000), "declare 20000000 samples"),
         (mp4(0) + fragment(900_000) * 3, "declare 1800000 samples"),
         (mp4(0, n_tracks=100), "100 tracks; expected at most 16"),
         (box(b"ftyp", b"isom", bytes(4)) + box(b"moov", box(b"cmov", bytes(64))), "compressed index"),
         (box(b"ftyp", b"isom", bytes(4)) + numbers(0x7FFFFFFF) + b"moov" + bytes(100), "index of 2147483647"),
     ],
-    ids=["flac", "7999-Hz", "384-kHz", "matroska", "channels", "table", "fragment", "fragments", "tracks",
+    ids=["flac", "7999-Hz", "384-kHz", "matroska", "channels", "table", "long-table",
+         "two-tables", "fragment", "fragments", "tracks",
          "cmov", "long-box"],
 )  # fmt: skip
 async def test_what_a_header_declares_is_bounded(data: bytes, expected: str) -> None:
