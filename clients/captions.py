@@ -6,8 +6,6 @@ there is one, `PlainCaptions` prints lines elsewhere. Neither uses a socket.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.text import Text
 
+from clients.pipes import silence_stdout
 from clients.screen import Line, Screen
 from streaming.protocol import (
     Ack,
@@ -229,11 +228,10 @@ class PlainCaptions:
             case message:
                 line = describe(message) if self._emotions.is_news(message) else None
         if line:
-            # As it is: no markup, no wrapping, nothing coloured.
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
+            self.say(line)
 
     def say(self, text: str) -> None:
-        """Print it as a line among the others."""
+        """Print a line as it is: no markup, no wrapping, nothing coloured."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -243,7 +241,7 @@ class LastingConsole(Console):
     def on_broken_pipe(self) -> None:
         """Be quiet from now on."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
 
 
 class EmotionChanges:

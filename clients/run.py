@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clients.extras import how_to_install
+from clients.pipes import silence_stdout
 from streaming.protocol import AFTER_LIVE, Envelope, Gap, TranscriptFinal
 
 if TYPE_CHECKING:
@@ -120,11 +120,6 @@ class _Transcript:
             except BrokenPipeError:
                 self._is_read = False
                 silence_stdout()
-
-
-def silence_stdout() -> None:
-    """Let what is still written to a pipe that nobody reads go nowhere, also at the interpreter's end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
