@@ -18,11 +18,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from bench.manifest import Clip, Recording, join, load_manifest
+from bench.manifest import Clip, Recording, add_clip_options, join, load_manifest
 from bench.measures import Arrival, Percentiles, Report, Run, measure, percentiles
 from clients.connection import ConnectFailed
 from clients.producer import Progress, StreamFailed, stream_audio, stream_url
@@ -74,9 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("url", help="the server, such as ws://127.0.0.1:8765")
     parser.add_argument("--streams", type=int, default=1, help="clients at once")
-    parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="what the manifest's paths are relative to")
-    parser.add_argument("--filter", default="", help="only clips with this in their path")
+    add_clip_options(parser)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of audio per client, at most")
     parser.add_argument("--language", default=None, help="as the server takes it, such as en")
     arguments = parser.parse_args()

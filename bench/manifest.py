@@ -7,6 +7,7 @@ each with those fields. Knows nothing of servers or of what is measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,3 +124,10 @@ def _words(utterance: Mapping[str, Any], clip_s: float) -> list[RefWord]:
         return [RefWord(w["w"], float(w["start"]), float(w["end"])) for w in utterance["words"]]
     start_s, end_s = float(utterance.get("start", 0.0)), float(utterance.get("end", clip_s))
     return [RefWord(text, start_s, end_s, is_timed=False) for text in utterance["text"].split()]
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Which rows of which manifest a program takes."""
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="what the manifest's paths are relative to")
+    parser.add_argument("--filter", default="", help="only rows with this in their path")

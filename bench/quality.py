@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bench.live import make_recordings
-from bench.manifest import Clip, load_manifest, read_audio
+from bench.manifest import Clip, add_clip_options, load_manifest, read_audio
 from bench.measures import Report, Run, measure, percentiles, pooled_wer
 from bench.virtual import VirtualRuns, run
 from model.errors import CheckpointError
@@ -78,9 +78,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="what the manifest's paths are relative to")
-    parser.add_argument("--filter", default="", help="only clips with this in their path")
+    add_clip_options(parser)
     parser.add_argument("--config", type=Path, default=None, help="a config.toml; else the defaults")
     parser.add_argument("--streams", type=int, default=1, help="streams at once, in one engine")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of audio per stream, at most")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import understanding_emotion, understanding_events
+from bench.manifest import add_clip_options
 from model.errors import CheckpointError
 from streaming.config import Config, ConfigError, load_config
 
@@ -94,9 +95,7 @@ def read_rows(manifest: Path, path_part: str) -> list[Mapping[str, Any]]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="what the manifest's paths are relative to")
-    parser.add_argument("--filter", default="", help="only rows with this in their path")
+    add_clip_options(parser)
     parser.add_argument("--every", type=int, default=1, help="only every so many-th row")
     parser.add_argument("--limit", type=int, default=None, help="only so many rows, the first ones")
     parser.add_argument("--config", type=Path, default=None, help="a config.toml; else the defaults")

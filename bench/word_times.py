@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from bench.manifest import Clip, Recording, RefWord, load_manifest, read_audio
+from bench.manifest import Clip, Recording, RefWord, add_clip_options, load_manifest, read_audio
 from bench.virtual import run
 from streaming.config import Config, EmotionConfig, EngineConfig
 from streaming.engine.contract import Pcm
@@ -87,9 +87,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="what the manifest's paths are relative to")
-    parser.add_argument("--filter", default="", help="only clips with this in their path")
+    add_clip_options(parser)
     parser.add_argument("--first", type=int, default=0, help="the first clip that is taken")
     parser.add_argument("--every", type=int, default=1, help="and then every n-th")
     parser.add_argument("--clips", type=int, default=None, help="at most")
