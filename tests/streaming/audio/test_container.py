@@ -69,16 +69,14 @@ def encode(
     return file.getvalue()
 
 
-async def decoded(pieces: Iterator[bytes]) -> Pcm:
-    """All audio of a container that comes in pieces, without what stands for holes."""
+async def pulled(pieces: Iterator[bytes]) -> list[Pcm | Hole]:
+    """All that is in a container that comes in pieces, in order."""
     decoder = ContainerDecoder()
+    found: list[Pcm | Hole] = []
 
-    async def pull_all() -> list[Pcm]:
-        found = []
-        while (pcm := await decoder.pull()) is not None:
-            if not isinstance(pcm, Hole):
-                found.append(pcm)
-        return found
+    async def pull_all() -> None:
+        while (piece := await decoder.pull()) is not None:
+            found.append(piece)
 
     pulling = asyncio.create_task(pull_all())
     try:
@@ -86,32 +84,23 @@ async def decoded(pieces: Iterator[bytes]) -> Pcm:
             for piece in pieces:
                 await decoder.push(piece)
             decoder.end()
-            found = await pulling
-            return np.concatenate(found) if found else np.zeros(0, np.float32)
+            await pulling
+            return found
     finally:
         decoder.stop()
         pulling.cancel()
         await asyncio.gather(pulling, return_exceptions=True)
 
 
+async def decoded(pieces: Iterator[bytes]) -> Pcm:
+    """All audio of a container that comes in pieces, without what stands for holes."""
+    found = [piece for piece in await pulled(pieces) if not isinstance(piece, Hole)]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
 def pieces_of(data: bytes, size: int) -> Iterator[bytes]:
     """A container, cut."""
     return (data[at : at + size] for at in range(0, len(data), size))
-
-
-async def pulled(data: bytes) -> list[Pcm | Hole]:
-    """All that is in a container, in order."""
-    decoder = ContainerDecoder()
-    found: list[Pcm | Hole] = []
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            await decoder.push(data)
-            decoder.end()
-            while (piece := await decoder.pull()) is not None:
-                found.append(piece)
-    finally:
-        decoder.stop()
-    return found
 
 
 WITH_TIMES = {
@@ -125,7 +114,7 @@ WITH_TIMES = {
 @pytest.mark.parametrize("kind", WITH_TIMES)
 async def test_a_track_that_begins_late_has_a_hole_before_it(kind: str) -> None:
     """Its first word is where its time stamp says."""
-    found = await pulled(encode(SPEECH, *WITH_TIMES[kind], holes={0.0: 5.0}))
+    found = await pulled(iter([encode(SPEECH, *WITH_TIMES[kind], holes={0.0: 5.0})]))
     assert isinstance(found[0], Hole)
     assert found[0].duration_ms == pytest.approx(5000, abs=60)
     assert not any(isinstance(piece, Hole) for piece in found[1:])
@@ -134,7 +123,7 @@ async def test_a_track_that_begins_late_has_a_hole_before_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", WITH_TIMES)
 async def test_a_hole_in_the_middle_is_in_its_place(kind: str) -> None:
     """With the audio before and after it whole."""
-    found = await pulled(encode(SPEECH, *WITH_TIMES[kind], holes={0.6: 3.0}))
+    found = await pulled(iter([encode(SPEECH, *WITH_TIMES[kind], holes={0.6: 3.0})]))
     (at,) = [i for i, piece in enumerate(found) if isinstance(piece, Hole)]
     hole = found[at]
     assert isinstance(hole, Hole)
