@@ -103,7 +103,7 @@ class SoundsAlone:
 
     def step(self, plan: StepPlan) -> tuple[SlotResult, ...]:
         """Sounds, and no word for whatever is asked."""
-        silence = Hypothesis((), None, 0.0, 1.0, 0)
+        silence = Hypothesis((), None, 1.0, 0)
         return tuple(
             SlotResult(silence if step.forks else None, Findings(scores))
             for step, scores in zip(plan.slots, self._scorer.step(plan.slots), strict=True)

@@ -137,7 +137,6 @@ class Hypothesis:
 
     words: tuple[TimedWord, ...]
     language: str | None
-    language_score: float  # probability of `language`; 1 where it was set
     no_speech: float  # probability that the window holds no speech, 0 to 1
     n_repetitions_cut: int  # by the loop guard
     estimate: LanguageEstimate | None = None  # where the fork has a `language_span` with enough speech

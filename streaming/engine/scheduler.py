@@ -48,7 +48,6 @@ from streaming.engine.stream_state import (
     Stream,
     follow_language,
     has_lost_its_place,
-    settle_language,
     words_after,
 )
 from streaming.engine.task_schedule import (
@@ -224,8 +223,6 @@ class Scheduler:
                     point.is_retry = True
                     stream.awaiting, stream.retry = None, point
                     continue
-                if not self._tasks.language_ticks:
-                    settle_language(stream, point.at, hypothesis)
             results.append(_result(stream, point, hypothesis, stream.found, compute_s))
             stream.found = Findings()
         return results

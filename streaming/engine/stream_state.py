@@ -31,8 +31,6 @@ from streaming.text import ends_sentence
 
 GRID = 320  # samples; windows begin on the encoder's 20 ms grid
 MARGIN = 480  # samples before a window that its first mel frames look at, rounded up to hops
-SETTLE_AUDIO = 3 * SAMPLE_RATE_HZ  # a detected language stays once so much of it was heard
-SETTLE_SCORE = 0.5
 MIN_WINDOW = 20 * GRID  # of less audio no words are decoded when the language changes
 # Speech after the last committed word in which a word must have been heard: at a tick the model may
 # yet find it, when speech has stopped it is the last chance.
@@ -179,17 +177,6 @@ class Stream:
         pcm = np.concatenate(taken) if taken else np.empty(0, dtype=np.float32)
         assert len(pcm) == end - start, (len(pcm), start, end)
         return start, pcm
-
-
-def settle_language(stream: Stream, at: int, hypothesis: Hypothesis) -> None:
-    """Without estimates: keep a detected language once it is certain and there was enough audio."""
-    if (
-        stream.language is None
-        and hypothesis.language_score >= SETTLE_SCORE
-        and at - stream.window_start >= SETTLE_AUDIO
-        and hypothesis.words
-    ):
-        stream.language = hypothesis.language
 
 
 def follow_language(stream: Stream, at: int, hypothesis: Hypothesis) -> bool:

@@ -304,7 +304,6 @@ class MossRunner:
         return Hypothesis(
             words=words,
             language=due.fork.language,
-            language_score=0.0 if due.fork.language is None else 1.0,  # it does not say which one it detected
             no_speech=0.0 if words else 1.0,  # it writes nothing where nobody speaks
             n_repetitions_cut=answer.n_repetitions_cut,
         )

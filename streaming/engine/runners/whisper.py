@@ -361,7 +361,6 @@ class WhisperRunner:
         return Hypothesis(
             words=words,
             language=decoded.language,
-            language_score=decoded.language_score,
             no_speech=decoded.no_speech,
             n_repetitions_cut=decoded.n_repetitions_cut,
             estimate=estimate,

@@ -165,7 +165,7 @@ class FakeRunner:
         if fork.language_span is not None:
             assert self._tasks.language_ticks
             estimate = estimate_language(slot, fork.language_span)
-        return Hypothesis(tuple(heard), language, 1.0, 0.0, 0, estimate)
+        return Hypothesis(tuple(heard), language, 0.0, 0, estimate)
 
 
 def language_of(word: str) -> str:

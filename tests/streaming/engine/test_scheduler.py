@@ -20,7 +20,7 @@ def test_a_word_does_not_begin_before_anybody_speaks() -> None:
     scheduler.push(Audio(1, 0, bytes(4 * 4 * TICK), (Mark("speech_start", edge + 640, edge),)))
     schedule = scheduler.schedule()
     early = TimedWord("Hello", 0, edge + 3000, 1.0)
-    answer = Hypothesis((early,), "en", 1.0, 0.0, 0)
+    answer = Hypothesis((early,), "en", 0.0, 0)
     (result,) = scheduler.apply(schedule, (SlotResult(answer),), 0.0)
     assert [(word.start, word.end) for word in result.words] == [(edge, edge + 3000)]
 

@@ -27,7 +27,7 @@ def test_words_are_in_order_and_never_overlap(
     said = tuple(TimedWord("said", *span, 1.0) for span in committed)
     opening = Open(1, None, window_start=window_start, committed=said, speech_start=speech_start)
     words = tuple(TimedWord(str(i), *span, 1.0) for i, span in enumerate(heard))
-    found = words_after(Stream.opened(opening, 0, 0.0), Hypothesis(words, "en", 1.0, 0.0, 0))
+    found = words_after(Stream.opened(opening, 0, 0.0), Hypothesis(words, "en", 0.0, 0))
     assert [word.text for word in found] == [word.text for word in words]
     assert all(word.start <= word.end for word in found)
     assert all(before.end <= after.start for before, after in pairwise(found))
@@ -38,5 +38,5 @@ def test_words_are_in_order_and_never_overlap(
 def test_words_that_are_in_order_stay_as_they_are() -> None:
     """With the pauses between them."""
     words = (TimedWord("a", 10, 20, 1.0), TimedWord("b", 20, 20, 1.0), TimedWord("c", 500, 600, 1.0))
-    found = words_after(Stream.opened(Open(1, None), 0, 0.0), Hypothesis(words, "en", 1.0, 0.0, 0))
+    found = words_after(Stream.opened(Open(1, None), 0, 0.0), Hypothesis(words, "en", 0.0, 0))
     assert found == words

@@ -305,7 +305,7 @@ def test_a_restart_gets_what_the_scheduler_kept(script: list[Update], pauses: li
                 end = min(where + length, point)
                 hypothesis.append(TimedWord(text, where, end, 0.5))
                 where = min(end + gap, point)
-            answer = Hypothesis(tuple(hypothesis), "en", 1.0, 0.0, 0)
+            answer = Hypothesis(tuple(hypothesis), "en", 0.0, 0)
             results = scheduler.apply(schedule, (SlotResult(answer),), 0.0)
             for said in results:
                 applied = timeline.apply(said)
